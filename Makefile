@@ -1,0 +1,49 @@
+# `make demo` from a fresh clone; everything else for those who change Quire.
+# A .venv that exists is used. PYTHON= names the interpreter to make one with, VENV= its place.
+
+VENV ?= .venv
+PYTHON ?= $(shell scripts/find-python)
+WORKERS ?= 2
+BIN := $(VENV)/bin
+# What an editable installation does not follow by itself: metadata and C++.
+BUILT_FROM := pyproject.toml CMakeLists.txt $(wildcard kernels_cpu/csrc/*)
+
+.PHONY: help demo serve test test-slow check format clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+demo: $(VENV)/.installed-user ## install and let the demo model speak
+	$(BIN)/quire demo
+
+serve: $(VENV)/.installed-user ## an OpenAI-compatible server with the demo model
+	$(BIN)/quire serve demo
+
+test: $(VENV)/.installed-test ## the fast suite
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-slow: $(VENV)/.installed-test ## what takes longer
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+check: $(VENV)/.installed-test ## format, lint, types, architecture
+	PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+format: $(VENV)/.installed-test ## rewrite the files in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove what was built, not the virtual environment
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f $(VENV)/.installed-*
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-user: $(BUILT_FROM) | $(BIN)/python
+	scripts/install $(VENV) cpu,serve
+	@touch $@
+
+$(VENV)/.installed-test: $(BUILT_FROM) | $(BIN)/python
+	scripts/install $(VENV) test
+	@touch $@ $(VENV)/.installed-user
