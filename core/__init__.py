@@ -1,0 +1,1 @@
+"""Quire's core: knows no device."""

@@ -1,0 +1,118 @@
+"""The configuration of an engine: built once, frozen, complete before the engine exists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from quire.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything a user can set. None and `auto` are filled in by `resolve`."""
+
+    model: str
+    """A local directory, a hub id, or `demo`."""
+    tokenizer: str | None = None
+    """Directory or hub id of the tokenizer; None: the model's."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    served_model_name: str | None = None
+    """What clients call the model; None: `model` as given."""
+    device: str = "auto"
+    """A backend's name, `name:index`, or `auto`: the usable backend of highest priority."""
+    dtype: str = "auto"
+    """`auto`: the checkpoint's own where the device claims it, else the device's first."""
+    cache_dtype: str = "auto"
+    """`auto`: as `dtype`."""
+    quantization: str | None = None
+    load_format: str = "auto"
+    """`auto` reads the files, `dummy` makes random weights of the configured shape."""
+    max_model_len: int | None = None
+    """The most tokens that one request may have; None: what the model was made for."""
+    block_size: int | None = None
+    """Tokens in a cache block; None: the device's preferred."""
+    max_num_seqs: int = 64
+    """The most requests that run at once."""
+    max_num_batched_tokens: int = 2048
+    """The most tokens that one step computes."""
+    max_num_queued: int | None = None
+    """The most requests that wait; one more is refused. None: no limit."""
+    scheduling_policy: str = "fcfs"
+    """`fcfs`, or `priority` (a lower number goes first)."""
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    device_memory_fraction: float = 0.85
+    """Of the memory that is free at start, what weights, activations and cache may take together."""
+    cache_memory_bytes: int | None = None
+    """The cache's size; None: measured."""
+    overlap_scheduling: bool | None = None
+    """Schedule a step while the one before it runs; None: where the device is asynchronous."""
+    seed: int = 0
+    """From which the seeds of requests without one are drawn."""
+    num_threads: int | None = None
+    """Threads for work on the host; None: the backend's choice."""
+    logits_processors: Mapping[str, str] = field(default_factory=dict)
+    """Name to `module:attribute` of custom logits processors."""
+    chat_template: str | None = None
+    """A Jinja template, or a file that holds one; None: the tokenizer's."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """The backend's own, `name.key` to value."""
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(self))
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @classmethod
+    def from_user(cls, **settings: Any) -> EngineConfig:
+        """A config from keyword settings.
+
+        Raises: ConfigError that names every unknown setting.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ConfigError(
+                f"unknown setting {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}"
+            )
+        return cls(**settings)
+
+    def with_changes(self, **changes: Any) -> EngineConfig:
+        """A copy with some settings changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigChange:
+    """One setting that `resolve` filled in or corrected."""
+
+    setting: str
+    asked: str
+    given: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.asked} -> {self.given} ({self.why})"
+
+
+def _problems(config: EngineConfig) -> list[str]:
+    problems = [
+        f"{name} is {value}; it must be at least 1"
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size",
+                     "max_num_queued", "num_threads", "cache_memory_bytes")
+        if (value := getattr(config, name)) is not None and value < 1
+    ]
+    if not 0.0 < config.device_memory_fraction <= 1.0:
+        problems.append(
+            f"device_memory_fraction is {config.device_memory_fraction}; it must be in (0, 1]"
+        )
+    if config.scheduling_policy not in ("fcfs", "priority"):
+        problems.append(f"scheduling_policy is {config.scheduling_policy!r}; choose fcfs or priority")
+    if config.load_format not in ("auto", "dummy"):
+        problems.append(f"load_format is {config.load_format!r}; choose auto or dummy")
+    if not config.model:
+        problems.append("model is empty; give a directory, a hub id, or demo")
+    return problems

@@ -1,0 +1,102 @@
+"""The contract between Quire and an accelerator: all that a backend imports.
+
+Importing it imports neither torch nor any vendor's SDK.
+"""
+
+from __future__ import annotations
+
+from quire.core.interface.attention import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionPlan,
+    AttentionSpec,
+    CacheLayout,
+    CacheTensor,
+    LayerCache,
+)
+from quire.core.interface.backend import Backend, Device, DeviceInfo, MemoryInfo, Probe
+from quire.core.interface.capabilities import Capabilities
+from quire.core.interface.communicator import Communicator, SoloCommunicator
+from quire.core.interface.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    DeviceLost,
+    DeviceOutOfMemory,
+    EngineDeadError,
+    PluginError,
+    QuireError,
+    Reason,
+    RequestError,
+    UnsupportedError,
+)
+from quire.core.interface.graphs import CapturedStep, GraphCapture
+from quire.core.interface.ops import OP_SPECS, Ops, OpSpec, PackedLinear, SampledLogprobs, SamplingTensors
+from quire.core.interface.version import INTERFACE_VERSION, check_interface_version
+from quire.core.interface.worker import (
+    NULL_BLOCK,
+    CacheGroup,
+    CachePlan,
+    CompletedStep,
+    ModelInfo,
+    NewRequest,
+    PendingStep,
+    PositionLogprobs,
+    SamplingSpec,
+    StepBatch,
+    StepResult,
+    Worker,
+    WorkerConfig,
+)
+
+__all__ = [
+    "INTERFACE_VERSION",
+    "NULL_BLOCK",
+    "OP_SPECS",
+    "AttentionBackend",
+    "AttentionBatch",
+    "AttentionPlan",
+    "AttentionSpec",
+    "Backend",
+    "CacheGroup",
+    "CacheLayout",
+    "CachePlan",
+    "CacheTensor",
+    "Capabilities",
+    "CapturedStep",
+    "CheckpointError",
+    "Communicator",
+    "CompletedStep",
+    "ConfigError",
+    "Device",
+    "DeviceError",
+    "DeviceInfo",
+    "DeviceLost",
+    "DeviceOutOfMemory",
+    "EngineDeadError",
+    "GraphCapture",
+    "LayerCache",
+    "MemoryInfo",
+    "ModelInfo",
+    "NewRequest",
+    "OpSpec",
+    "Ops",
+    "PackedLinear",
+    "PendingStep",
+    "PluginError",
+    "PositionLogprobs",
+    "Probe",
+    "QuireError",
+    "Reason",
+    "RequestError",
+    "SampledLogprobs",
+    "SamplingSpec",
+    "SamplingTensors",
+    "SoloCommunicator",
+    "StepBatch",
+    "StepResult",
+    "UnsupportedError",
+    "Worker",
+    "WorkerConfig",
+    "check_interface_version",
+]
