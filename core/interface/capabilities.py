@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-
-NO_EXTENSIONS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,5 +50,5 @@ class Capabilities:
     """Whether `Worker.sleep` and `wake` are honoured."""
     index_dtype: str = "int32"
     """Dtype of block tables; slot mappings are always int64."""
-    extensions: Mapping[str, str] = field(default=NO_EXTENSIONS)
+    extensions: Mapping[str, str] = field(default_factory=dict)
     """Anything else, as `vendor:name` to a sentence; shown, never interpreted."""

@@ -1,0 +1,1 @@
+"""The loop, its fronts, and the process it runs in."""

@@ -1,0 +1,1 @@
+"""How workers run: here, in processes of their own, or on other machines."""

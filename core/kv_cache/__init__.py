@@ -1,0 +1,1 @@
+"""Owns the blocks of the cache: ids alone, never their contents."""

@@ -1,0 +1,1 @@
+"""Model families, their layers, and how weights are read."""

@@ -1,0 +1,1 @@
+"""The default Worker: one step of a model on one torch device."""
