@@ -32,6 +32,7 @@ from quire.core.interface.errors import (
 )
 from quire.core.interface.graphs import CapturedStep, GraphCapture
 from quire.core.interface.ops import OP_SPECS, Ops, OpSpec, PackedLinear, SampledLogprobs, SamplingTensors
+from quire.core.interface.queue import Event, ImmediateQueue, Queue
 from quire.core.interface.version import INTERFACE_VERSION, check_interface_version
 from quire.core.interface.worker import (
     NULL_BLOCK,
@@ -74,7 +75,9 @@ __all__ = [
     "DeviceLost",
     "DeviceOutOfMemory",
     "EngineDeadError",
+    "Event",
     "GraphCapture",
+    "ImmediateQueue",
     "LayerCache",
     "MemoryInfo",
     "ModelInfo",
@@ -87,6 +90,7 @@ __all__ = [
     "PositionLogprobs",
     "Probe",
     "QuireError",
+    "Queue",
     "Reason",
     "RequestError",
     "SampledLogprobs",

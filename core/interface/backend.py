@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from quire.core.interface.contract import check_contract
+from quire.core.interface.queue import ImmediateQueue, Queue
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quire.core.interface.attention import AttentionBackend, AttentionSpec
     from quire.core.interface.capabilities import Capabilities
     from quire.core.interface.communicator import Communicator
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from quire.core.interface.graphs import GraphCapture
     from quire.core.interface.ops import Ops
     from quire.core.interface.worker import Worker, WorkerConfig
+
+
+_IMMEDIATE = ImmediateQueue()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +133,16 @@ class Device(ABC):
     def graphs(self) -> GraphCapture | None:
         """The device's way to freeze a step; None: steps run eagerly."""
         return None
+
+    def queue(self) -> Queue:
+        """The order of this device's work; the same object at each call."""
+        return _IMMEDIATE
+
+    def make_staging(self, shape: Sequence[int], dtype: str) -> Tensor:
+        """A host tensor that the device copies from and to fastest (pinned, where that helps). Contents are undefined."""
+        import torch
+
+        return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
 
     def communicator(self, ranks: Sequence[int], *, rank: int, address: str) -> Communicator:
         """Joins the group `ranks` as `rank`, meeting the others at `address` (`tcp://host:port`).

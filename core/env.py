@@ -1,0 +1,35 @@
+"""The environment variables that Quire reads; no other module reads any."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What the environment says, read once at the edge (CLI, server, LLM) and handed down."""
+
+    device: str | None
+    """QUIRE_DEVICE: the device where none was asked for."""
+    log_level: str
+    """QUIRE_LOG_LEVEL: debug, info, warning, error."""
+    api_key: str | None
+    """QUIRE_API_KEY: the key that clients of the server must send."""
+    cache_directory: Path
+    """QUIRE_CACHE: where compiled and downloaded things may be kept."""
+    is_offline: bool
+    """HF_HUB_OFFLINE: never ask the hub."""
+
+
+def read_environment() -> Environment:
+    """The environment as it is now."""
+    cache_root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Environment(
+        device=os.environ.get("QUIRE_DEVICE") or None,
+        log_level=os.environ.get("QUIRE_LOG_LEVEL", "warning").lower(),
+        api_key=os.environ.get("QUIRE_API_KEY") or None,
+        cache_directory=Path(os.environ.get("QUIRE_CACHE") or Path(cache_root) / "quire"),
+        is_offline=os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"),
+    )
