@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from quire.core.errors import ConfigError
+from quire.core.interface.capabilities import Capabilities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,92 @@ class ConfigChange:
 
     def __str__(self) -> str:
         return f"{self.setting}: {self.asked} -> {self.given} ({self.why})"
+
+
+class ModelFacts(Protocol):
+    """What `resolve` must know of a model, read before its weights."""
+
+    @property
+    def checkpoint_dtype(self) -> str:
+        """As the files hold it."""
+
+    @property
+    def max_model_len(self) -> int:
+        """What the model was made for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedConfig:
+    """A config in which nothing is left to choose, and how it came about."""
+
+    config: EngineConfig
+    changes: tuple[ConfigChange, ...]
+
+
+def resolve(user: EngineConfig, capabilities: Capabilities, facts: ModelFacts) -> ResolvedConfig:
+    """Fills in what the user left open and corrects what cannot be, each with its reason. Pure.
+
+    What the user asked for by name and the device does not claim is left as it is: planning refuses it with the remedy.
+    Raises: ConfigError if max_model_len exceeds what the model was made for.
+    """
+    changes: list[ConfigChange] = []
+    given: dict[str, Any] = {}
+
+    def change(setting: str, value: Any, why: str) -> Any:
+        asked = getattr(user, setting)
+        if asked != value:
+            given[setting] = value
+            changes.append(
+                ConfigChange(setting=setting, asked=str(asked), given=str(value), why=why)
+            )
+        return value
+
+    dtype = user.dtype if user.dtype != "auto" else change("dtype", *_choose_dtype(capabilities, facts))
+    if user.cache_dtype == "auto":
+        change("cache_dtype", *_choose_cache_dtype(capabilities, dtype))
+    if user.block_size is None:
+        change("block_size", capabilities.block_sizes[0], "the device's preferred")
+    max_model_len = _max_model_len(user, facts)
+    change("max_model_len", max_model_len, "what the model was made for")
+    if not user.enable_chunked_prefill and user.max_num_batched_tokens < max_model_len:
+        change("max_num_batched_tokens", max_model_len, "prompts are computed whole")
+    if capabilities.request_buckets and user.max_num_seqs > capabilities.request_buckets[-1]:
+        change("max_num_seqs", capabilities.request_buckets[-1], "the device's largest request bucket")
+    if capabilities.token_buckets and user.max_num_batched_tokens > capabilities.token_buckets[-1]:
+        change("max_num_batched_tokens", capabilities.token_buckets[-1], "the device's largest token bucket")
+    _resolve_overlap(user, capabilities, change)
+    return ResolvedConfig(config=replace(user, **given), changes=tuple(changes))
+
+
+def _choose_dtype(capabilities: Capabilities, facts: ModelFacts) -> tuple[str, str]:
+    if facts.checkpoint_dtype in capabilities.dtypes:
+        return facts.checkpoint_dtype, "the checkpoint's own"
+    return capabilities.dtypes[0], f"the device does not claim the checkpoint's {facts.checkpoint_dtype}"
+
+
+def _choose_cache_dtype(capabilities: Capabilities, dtype: str) -> tuple[str, str]:
+    if dtype in capabilities.cache_dtypes:
+        return dtype, "as dtype"
+    return capabilities.cache_dtypes[0], f"the device's cache does not take {dtype}"
+
+
+def _max_model_len(user: EngineConfig, facts: ModelFacts) -> int:
+    if user.max_model_len is None:
+        return facts.max_model_len
+    if user.max_model_len > facts.max_model_len:
+        raise ConfigError(
+            f"max_model_len {user.max_model_len} was asked for; the model was made for "
+            f"{facts.max_model_len}: ask for no more"
+        )
+    return user.max_model_len
+
+
+def _resolve_overlap(user: EngineConfig, capabilities: Capabilities, change: Any) -> None:
+    if user.overlap_scheduling is None:
+        why = "the device is asynchronous" if capabilities.is_asynchronous else "the device is synchronous"
+        change("overlap_scheduling", capabilities.is_asynchronous, why)
+    elif user.overlap_scheduling and not capabilities.is_asynchronous:
+        change("overlap_scheduling", False, "the device is synchronous: there is nothing to overlap")
 
 
 def _problems(config: EngineConfig) -> list[str]:

@@ -1,0 +1,301 @@
+"""What would run where, before any weight is loaded: needs held against claims.
+
+`make_plan` answers with a Plan, or with every Reason why there is none. The engine starts from the same Plan that `quire plan` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quire.core.config import ConfigChange, EngineConfig, resolve
+from quire.core.discovery import ChosenDevice, choose_device
+from quire.core.errors import ConfigError, Reason, UnsupportedError
+from quire.core.interface.ops import OP_SPECS
+from quire.core.interface.worker import WorkerConfig
+
+if TYPE_CHECKING:
+    from quire.core.interface.attention import AttentionSpec
+    from quire.core.interface.backend import Device
+    from quire.core.interface.capabilities import Capabilities
+    from quire.core.models.description import ModelDescription
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_ACTIVATION_COPIES = 12
+"""Tensors of [tokens, hidden] that a step holds at once, the wide ones of the MLP counted in; an estimate."""
+_LOGIT_COPIES = 3
+"""Tensors of [requests, vocabulary] float32 that sampling holds at once; an estimate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheRow:
+    """One cache group."""
+
+    group: str
+    kind: str
+    num_layers: int
+    layout: str
+    """How one layer keeps keys and values."""
+    attention: str
+    """Who serves it."""
+    bytes_per_token: int
+    """Of all the group's layers together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRow:
+    """One use of the device's memory."""
+
+    tag: str
+    size_bytes: int
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that is decided before weights load."""
+
+    model: str
+    directory: Path
+    architecture: str
+    num_parameters: int
+    device: ChosenDevice
+    config: EngineConfig
+    """Resolved: nothing is left to choose."""
+    changes: tuple[ConfigChange, ...]
+    worker_config: WorkerConfig
+    kernels: dict[str, str]
+    """Operator to who serves it."""
+    cache: tuple[CacheRow, ...]
+    memory: tuple[MemoryRow, ...]
+    notes: tuple[str, ...]
+    """Slower paths that were taken, and why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedEngine:
+    """A plan and the device that was opened for it."""
+
+    plan: Plan
+    device: Device
+    description: ModelDescription
+
+
+def plan_engine(user: EngineConfig) -> PlannedEngine:
+    """Chooses and opens the device, reads the model's description and plans. Loads no weights.
+
+    Raises: ConfigError, PluginError, CheckpointError; UnsupportedError with every reason.
+    """
+    from quire.core.models.source import resolve_model_directory
+
+    chosen = choose_device(user.device)
+    directory = resolve_model_directory(user.model, user.revision)
+    device = chosen.backend.open(chosen.index)
+    plan, description = make_plan(user, directory, chosen, device)
+    return PlannedEngine(plan=plan, device=device, description=description)
+
+
+def make_plan(
+    user: EngineConfig, directory: Path, chosen: ChosenDevice, device: Device
+) -> tuple[Plan, ModelDescription]:
+    """Holds what the model and the configuration need against what `device` claims.
+
+    Raises: UnsupportedError with every reason; ConfigError; CheckpointError.
+    """
+    from quire.core.models.description import describe_model
+
+    capabilities = device.capabilities
+    resolved = resolve(user, capabilities, describe_model(directory))
+    config = resolved.config
+    worker_config = make_worker_config(config, directory)
+    description = describe_model(
+        directory,
+        dtype=config.dtype,
+        cache_dtype=config.cache_dtype,
+        block_size=worker_config.block_size,
+    )
+    specs = [group.spec for group in description.attention_groups]
+    reasons = [
+        *reasons_against(config, worker_config, specs, capabilities),
+        *device.reasons_against(worker_config),
+    ]
+    memory = _memory(description, config, worker_config, device)
+    reasons += _memory_reasons(memory, device)
+    if reasons:
+        raise UnsupportedError(reasons, what=f"{user.model} on {chosen.name}")
+    cache = _cache_rows(description, device)
+    kernels = _kernels(device, cache)
+    plan = Plan(
+        model=user.model,
+        directory=directory,
+        architecture=description.architecture,
+        num_parameters=description.num_parameters,
+        device=chosen,
+        config=config,
+        changes=resolved.changes,
+        worker_config=worker_config,
+        kernels=kernels,
+        cache=cache,
+        memory=memory,
+        notes=tuple(_notes(chosen, kernels)),
+    )
+    return plan, description
+
+
+def make_worker_config(config: EngineConfig, directory: Path) -> WorkerConfig:
+    """What the worker is built with. `config` is resolved."""
+    if config.max_model_len is None or config.block_size is None:
+        raise ConfigError("the configuration must be resolved before a worker is built from it")
+    options = dict(config.options)
+    if config.num_threads is not None:
+        options["num_threads"] = str(config.num_threads)
+    return WorkerConfig(
+        model=str(directory),
+        dtype=config.dtype,
+        cache_dtype=config.cache_dtype,
+        block_size=config.block_size,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        device_memory_fraction=config.device_memory_fraction,
+        cache_memory_bytes=config.cache_memory_bytes,
+        load_format=config.load_format,
+        quantization=config.quantization,
+        seed=config.seed,
+        logits_processors=dict(config.logits_processors),
+        options=options,
+    )
+
+
+def reasons_against(
+    config: EngineConfig,
+    worker_config: WorkerConfig,
+    specs: Sequence[AttentionSpec],
+    capabilities: Capabilities,
+) -> list[Reason]:
+    """Every claim of the device that the configuration or the model's attention exceeds."""
+    return [
+        *_setting_reasons(config, worker_config, capabilities),
+        *(reason for spec in specs for reason in _attention_reasons(spec, capabilities)),
+    ]
+
+
+def _setting_reasons(
+    config: EngineConfig, worker_config: WorkerConfig, capabilities: Capabilities
+) -> Iterator[Reason]:
+    asked: list[tuple[str, object, Sequence[object]]] = [
+        ("dtype", config.dtype, capabilities.dtypes),
+        ("cache_dtype", config.cache_dtype, capabilities.cache_dtypes),
+        ("block_size", worker_config.block_size, capabilities.block_sizes),
+    ]
+    if config.quantization is not None:
+        asked.append(("quantization", config.quantization, sorted(capabilities.quantizations)))
+    for setting, value, claimed in asked:
+        if value not in claimed:
+            yield Reason(
+                code=f"config.{setting}",
+                need=f"{setting} {value}",
+                have=", ".join(map(str, claimed)) or "none",
+                remedy=f"choose one of these, or leave {setting} out",
+            )
+
+
+def _attention_reasons(spec: AttentionSpec, capabilities: Capabilities) -> Iterator[Reason]:
+    remedy = "use a device that claims it"
+    if spec.kind not in capabilities.attention_kinds:
+        have = ", ".join(sorted(capabilities.attention_kinds))
+        yield Reason(code="attention.kind", need=spec.kind, have=have, remedy=remedy)
+    wanted = {"soft_cap": spec.soft_cap is not None, "sinks": spec.has_sinks, "alibi": spec.has_alibi}
+    for feature, is_needed in wanted.items():
+        if is_needed and feature not in capabilities.attention_features:
+            have = ", ".join(sorted(capabilities.attention_features)) or "no feature"
+            yield Reason(code="attention.feature", need=feature, have=have, remedy=remedy)
+    sizes = capabilities.head_sizes
+    for size in sorted({spec.head_size, spec.v_head_size}):
+        if sizes is not None and size not in sizes:
+            have = ", ".join(map(str, sizes))
+            yield Reason(code="attention.head_size", need=str(size), have=have, remedy=remedy)
+
+
+def _memory(
+    description: ModelDescription,
+    config: EngineConfig,
+    worker_config: WorkerConfig,
+    device: Device,
+) -> tuple[MemoryRow, ...]:
+    weights = description.weight_bytes(config.dtype)
+    activations = _activation_bytes(description, config)
+    rows = [
+        MemoryRow(tag="weights", size_bytes=weights, note=f"{description.num_parameters:,} parameters"),
+        MemoryRow(tag="activations", size_bytes=activations, note="estimated; measured at start"),
+    ]
+    allowed = int(device.memory().free_bytes * config.device_memory_fraction)
+    cache = config.cache_memory_bytes or max(allowed - weights - activations, 0)
+    per_token = sum(_bytes_per_token(g.spec, len(g.layers)) for g in description.attention_groups)
+    useful = 2 * config.max_num_seqs * worker_config.max_model_len * per_token
+    note = f"at most; {min(cache, useful) // max(per_token, 1):,} tokens"
+    rows.append(MemoryRow(tag="cache", size_bytes=min(cache, useful), note=note))
+    return tuple(rows)
+
+
+def _activation_bytes(description: ModelDescription, config: EngineConfig) -> int:
+    tokens = config.max_num_batched_tokens * description.hidden_size * _ACTIVATION_COPIES
+    logits = config.max_num_seqs * description.vocab_size * _LOGIT_COPIES * 4
+    return tokens * DTYPE_BYTES.get(config.dtype, 4) + logits
+
+
+def _memory_reasons(memory: Sequence[MemoryRow], device: Device) -> Iterator[Reason]:
+    free = device.memory().free_bytes
+    fixed = sum(row.size_bytes for row in memory if row.tag != "cache")
+    if fixed >= free:
+        yield Reason(
+            code="memory.weights",
+            need=f"{fixed / 2**30:.2f} GiB for weights and activations",
+            have=f"{free / 2**30:.2f} GiB free",
+            remedy="use a smaller model or dtype, or free memory",
+        )
+
+
+def _bytes_per_token(spec: AttentionSpec, num_layers: int) -> int:
+    width = spec.num_kv_heads * (spec.head_size + spec.v_head_size)
+    return width * DTYPE_BYTES.get(spec.cache_dtype, 1) * num_layers
+
+
+def _cache_rows(description: ModelDescription, device: Device) -> tuple[CacheRow, ...]:
+    rows = []
+    for group in description.attention_groups:
+        layout, provider = "the worker's own", "worker"
+        if device.torch_device is not None:
+            attention = device.attention(group.spec)
+            layout, provider = attention.cache_layout().description, attention.provider()
+        rows.append(
+            CacheRow(
+                group=group.name,
+                kind=group.spec.kind,
+                num_layers=len(group.layers),
+                layout=layout,
+                attention=provider,
+                bytes_per_token=_bytes_per_token(group.spec, len(group.layers)),
+            )
+        )
+    return tuple(rows)
+
+
+def _kernels(device: Device, cache: Sequence[CacheRow]) -> dict[str, str]:
+    if device.torch_device is None:
+        return {spec.name: "worker" for spec in OP_SPECS}
+    ops = device.ops()
+    kernels = {spec.name: ops.provider(spec.name) for spec in OP_SPECS if hasattr(ops, spec.name)}
+    kernels["paged_attention"] = ", ".join(sorted({row.attention for row in cache}))
+    return kernels
+
+
+def _notes(chosen: ChosenDevice, kernels: dict[str, str]) -> Iterator[str]:
+    portable = sorted(op for op, provider in kernels.items() if provider == "reference")
+    if portable:
+        yield f"served by the portable reference: {', '.join(portable)}"
+    for report in chosen.considered:
+        if report.error:
+            yield f"backend {report.entry.name} is broken: {report.error}"
