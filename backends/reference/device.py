@@ -1,0 +1,79 @@
+"""A device that torch already knows, with the reference for everything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from quire.backends.reference.attention import ReferenceAttention
+from quire.backends.reference.ops import ReferenceOps
+from quire.core.interface import (
+    AttentionBackend,
+    AttentionSpec,
+    Capabilities,
+    Device,
+    DeviceInfo,
+    MemoryInfo,
+    Ops,
+    UnsupportedError,
+)
+
+
+class TorchDevice(Device):
+    """One opened torch device. Vendors override the parts that their hardware does better."""
+
+    def __init__(
+        self,
+        *,
+        info: DeviceInfo,
+        torch_device: str = "cpu",
+        capabilities: Capabilities | None = None,
+    ) -> None:
+        self.info = info
+        self.torch_device = torch_device
+        self.capabilities = capabilities or Capabilities()
+        self._ops = self._make_ops()
+
+    def _make_ops(self) -> Ops:
+        """The operators; called once, while the device opens."""
+        return ReferenceOps()
+
+    def _attention_class(self, spec: AttentionSpec) -> type[ReferenceAttention]:
+        """Who serves layers of `spec`."""
+        return ReferenceAttention
+
+    def ops(self) -> Ops:
+        return self._ops
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        chosen = self._attention_class(spec)
+        reasons = chosen.reasons_against(spec)
+        if reasons:
+            raise UnsupportedError(reasons, what=f"attention on {self.info.name}")
+        return chosen(spec, self.torch_device)
+
+    def memory(self) -> MemoryInfo:
+        device = torch.device(self.torch_device)
+        if device.type == "cpu":
+            return _host_memory()
+        free_bytes, total_bytes = torch.get_device_module(device).mem_get_info(device)
+        return MemoryInfo(total_bytes=total_bytes, free_bytes=free_bytes, by_tag=self._tags())
+
+    def _tags(self) -> Mapping[str, int]:
+        """Bytes held by what, where the device knows."""
+        return {}
+
+    def synchronize(self) -> None:
+        device = torch.device(self.torch_device)
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+
+
+def _host_memory() -> MemoryInfo:
+    page = os.sysconf("SC_PAGE_SIZE")
+    return MemoryInfo(
+        total_bytes=page * os.sysconf("SC_PHYS_PAGES"),
+        free_bytes=page * os.sysconf("SC_AVPHYS_PAGES"),
+    )

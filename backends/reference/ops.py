@@ -1,0 +1,138 @@
+"""The operators of the contract in plain torch, on any torch device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+
+from quire.backends.reference import sampling
+from quire.core.interface import Ops, PackedLinear, SampledLogprobs, SamplingTensors
+
+_APPROXIMATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+class ReferenceOps(Ops):
+    """Each operator by its docstring in `Ops`, with no regard to any device's strengths.
+
+    Arithmetic is in float32 and rounded once to the dtype of the result; float64 stays float64, so
+    that tests can use it as their own oracle.
+    """
+
+    def provider(self, op: str) -> str:
+        return "reference"
+
+    # --- layers ---------------------------------------------------------------------------------
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(token_ids, weight)
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        return PackedLinear(
+            num_inputs=weight.shape[1],
+            num_outputs=weight.shape[0],
+            dtype=str(weight.dtype).removeprefix("torch."),
+            format="dense",
+            size_bytes=0,
+            payload=(weight, bias),
+        )
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        weight, bias = packed.payload  # type: ignore[misc]  # opaque to everyone but this class
+        return F.linear(x, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = _widened(x)
+        norm = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+        return (wide * norm).mul_(_widened(weight)).to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        residual.add_(x)
+        return self.rms_norm(residual, weight, eps)
+
+    def gated_activation(self, x: Tensor, kind: str) -> Tensor:
+        gate, up = _widened(x).chunk(2, dim=-1)
+        if kind == "silu":
+            return F.silu(gate).mul_(up).to(x.dtype)
+        if kind in _APPROXIMATIONS:
+            return F.gelu(gate, approximate=_APPROXIMATIONS[kind]).mul_(up).to(x.dtype)
+        known = ", ".join(("silu", *_APPROXIMATIONS))
+        raise ValueError(f"gated_activation was asked for {kind!r}; it knows {known}")
+
+    def rotary(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool
+    ) -> None:
+        num_rotated = 2 * cos.shape[-1]
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [T, 1, F]: the same for every head
+        for heads in (q, k):
+            rotated = heads[..., :num_rotated]
+            if is_interleaved:
+                first, second = rotated[..., 0::2], rotated[..., 1::2]
+            else:
+                first, second = rotated.chunk(2, dim=-1)
+            _rotate(first, second, cos, sin)
+
+    def soft_cap(self, x: Tensor, cap: float) -> None:
+        x.copy_((_widened(x) / cap).tanh_().mul_(cap))
+
+    # --- logits ---------------------------------------------------------------------------------
+
+    def apply_penalties(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        token_ids: Tensor,
+        output_counts: Tensor,
+        settings: Tensor,
+    ) -> None:
+        repetition, frequency, presence = settings[rows].unbind(-1)
+        seen = logits[rows, token_ids]
+        seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+        seen = seen - frequency * output_counts - presence * (output_counts > 0)
+        logits.index_put_((rows, token_ids), seen)
+
+    def add_bias(self, logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor) -> None:
+        logits.index_put_((rows, token_ids), logits[rows, token_ids] + bias)
+
+    def keep_only(
+        self, logits: Tensor, rows: Tensor, row_of_entry: Tensor, token_ids: Tensor
+    ) -> None:
+        kept = logits[row_of_entry, token_ids]
+        logits.index_fill_(0, rows, float("-inf"))
+        logits.index_put_((row_of_entry, token_ids), kept)
+
+    def sample(self, logits: Tensor, settings: SamplingTensors) -> Tensor:
+        greedy = sampling.most_likely(logits)
+        if settings.is_all_greedy:
+            return greedy
+        is_greedy = settings.temperature == 0
+        scaled = logits / settings.temperature.masked_fill(is_greedy, 1.0).unsqueeze(-1)
+        probabilities = torch.softmax(scaled, dim=-1)
+        if settings.needs_filter:
+            sampling.filter_probabilities(probabilities, logits, settings)
+        drawn = sampling.draw(probabilities, settings.uniform)
+        return torch.where(is_greedy, greedy, drawn)
+
+    def logprobs(self, logits: Tensor, token_ids: Tensor, num_top: int) -> SampledLogprobs:
+        norms = torch.logsumexp(logits, dim=-1, keepdim=True)
+        chosen = logits.gather(-1, token_ids.unsqueeze(-1))
+        top_ids = sampling.top_ids(logits, num_top)
+        return SampledLogprobs(
+            selected=(chosen - norms).squeeze(-1),
+            ranks=(logits > chosen).sum(-1) + 1,
+            top_ids=top_ids,
+            top_logprobs=logits.gather(-1, top_ids) - norms,
+        )
+
+
+def _widened(x: Tensor) -> Tensor:
+    """`x` in the dtype that it is computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rotate(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turns the pairs (first, second), each [T, heads, F], in place."""
+    a, b = _widened(first), _widened(second)
+    turned = a * cos - b * sin
+    second.copy_(b * cos + a * sin)
+    first.copy_(turned)
