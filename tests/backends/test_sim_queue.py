@@ -29,7 +29,7 @@ def test_staging_buffer_written_too_early_is_an_error() -> None:
     queue.upload(staging, target)
     staging.fill_(7)
     with pytest.raises(DeviceError, match="staging buffer was written again"):
-        queue.drain()
+        queue.backlog.drain()
 
 
 def test_device_tensor_read_before_its_upload_is_poison() -> None:
@@ -38,7 +38,7 @@ def test_device_tensor_read_before_its_upload_is_poison() -> None:
     target = torch.zeros(3, dtype=torch.int32)
     queue.upload(torch.ones(3, dtype=torch.int32), target)
     assert (target == torch.iinfo(torch.int32).min).all()
-    queue.drain()
+    queue.backlog.drain()
     assert (target == 1).all()
 
 
@@ -48,7 +48,7 @@ def test_work_happens_in_order_and_only_when_awaited() -> None:
     x, staging = torch.zeros(1), torch.zeros(1)
     queue.upload(torch.full((1,), 2.0), x)
     first = queue.record()
-    queue.run(lambda: x.mul_(10.0) and None)
+    queue.run(lambda: None if x.mul_(10.0) is x else None)
     queue.download(x, staging)
     second = queue.record()
     first.wait()
