@@ -1,0 +1,145 @@
+"""Prompts for the demo model and what may be measured of its answers."""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BLOCK_PROMPTS = (
+    "def read_file(path):\n",
+    "class Stack:\n    def __init__(self):\n",
+    "import os\n\ndef list_files(directory):\n",
+    "for name in names:\n",
+    "def main():\n    try:\n",
+    "class Parser:\n    def parse(self, text):\n        if not text:\n",
+    "def add(a, b):\n",
+    "with open(filename) as f:\n",
+    "while True:\n",
+    "def is_empty(self):\n",
+)
+"""Each ends where a deeper block must begin."""
+BRACKET_PROMPTS = (
+    "import os\n\npath = os.path.join(",
+    "def f(x):\n    return len(",
+    "print(",
+    "values = [",
+    "if isinstance(value, (int,",
+    "raise ValueError(",
+    "self.assertEqual(",
+    "def __init__(self, name,",
+    "result = {",
+    "items.append(str(",
+)
+"""Each ends inside a bracket that must be closed."""
+CONVERSATION_PROMPTS = (
+    "Hello!",
+    "Write a Python function to return the length of a list.",
+    "Write the function `is_directory`: Return True if the path is a directory.",
+    "What does `str.upper` do in Python?",
+    'Explain this code:\n```python\ndef close(self):\n    """Close the file."""\n'
+    "    self.file.close()\n```",
+)
+MAX_NEW_TOKENS = 64
+OPENERS, CLOSERS = "([{", ")]}"
+
+
+@torch.inference_mode()
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> str:
+    """The greedy continuation of a text, without the prompt and special tokens."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new_tokens = output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new_tokens, skip_special_tokens=True))
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    *,
+    max_new_tokens: int = 200,
+) -> tuple[str, bool]:
+    """The greedy answer to one question, and whether the model ended its turn itself."""
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    inputs = tokenizer(
+        rendered, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False
+    )
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new_tokens = output[0, inputs["input_ids"].shape[1] :]
+    has_ended = int(new_tokens[-1]) in model.generation_config.eos_token_id
+    return str(tokenizer.decode(new_tokens, skip_special_tokens=True)), has_ended
+
+
+def opens_block(prompt: str, completion: str) -> bool:
+    """Whether the first line of code after the prompt is indented deeper than its last line."""
+    last_line = prompt.rstrip("\n").rpartition("\n")[2]
+    lines = [line for line in completion.split("\n") if line.strip()]
+    return bool(lines) and bool(lines[0].strip()) and _indent(lines[0]) > _indent(last_line)
+
+
+def closes_brackets(prompt: str, completion: str) -> bool:
+    """Whether the brackets that the prompt leaves open are closed, each by its own kind."""
+    still_open = list(_open_brackets(prompt))
+    for character in _without_strings(completion):
+        if character in OPENERS:
+            still_open.append(character)
+        elif character in CLOSERS:
+            if OPENERS[CLOSERS.index(character)] != still_open.pop():
+                return False
+            if not still_open:
+                return True
+    return False
+
+
+def parses(prompt: str, completion: str) -> bool:
+    """Whether prompt and completion are a Python program once the last, unfinished lines are cut.
+
+    At least one whole line of the completion must remain.
+    """
+    lines = completion.split("\n")
+    for num_kept in range(len(lines) - 1, 0, -1):
+        kept = "\n".join(lines[:num_kept])
+        if kept.strip() and _is_program(prompt + kept + "\n"):
+            return True
+    return False
+
+
+def _is_program(source: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            ast.parse(source)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
+
+
+def _open_brackets(text: str) -> str:
+    still_open: list[str] = []
+    for character in _without_strings(text):
+        if character in OPENERS:
+            still_open.append(character)
+        elif character in CLOSERS:
+            still_open.pop()
+    return "".join(still_open)
+
+
+def _without_strings(text: str) -> str:
+    return re.sub(r"\"[^\"\n]*\"|'[^'\n]*'", "''", text)
