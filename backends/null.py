@@ -1,6 +1,7 @@
 """A device without compute: for measuring and testing everything above it. Imports no torch.
 
-It answers a step at once, with tokens that depend on a request's length alone, so that output is the same whatever the batch.
+It answers a step at once, with tokens that depend on a request's length alone, so that output is
+the same whatever the batch.
 """
 
 from __future__ import annotations
@@ -153,7 +154,11 @@ class NullWorker(Worker):
 def _certain(token_id: int, num_top: int | None) -> PositionLogprobs:
     shown = 1 if num_top else 0
     return PositionLogprobs(
-        token_id=token_id, logprob=0.0, rank=1, top_ids=[token_id] * shown, top_logprobs=[0.0] * shown
+        token_id=token_id,
+        logprob=0.0,
+        rank=1,
+        top_ids=[token_id] * shown,
+        top_logprobs=[0.0] * shown,
     )
 
 

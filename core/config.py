@@ -46,7 +46,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     device_memory_fraction: float = 0.85
-    """Of the memory that is free at start, what weights, activations and cache may take together."""
+    """Of the memory that is free at start, what weights, activations and cache may take together.
+    """
     cache_memory_bytes: int | None = None
     """The cache's size; None: measured."""
     overlap_scheduling: bool | None = None
@@ -77,7 +78,8 @@ class EngineConfig:
         unknown = sorted(set(settings) - known)
         if unknown:
             raise ConfigError(
-                f"unknown setting {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}"
+                f"unknown setting {', '.join(map(repr, unknown))}; "
+                f"known are {', '.join(sorted(known))}"
             )
         return cls(**settings)
 
@@ -122,7 +124,8 @@ class ResolvedConfig:
 def resolve(user: EngineConfig, capabilities: Capabilities, facts: ModelFacts) -> ResolvedConfig:
     """Fills in what the user left open and corrects what cannot be, each with its reason. Pure.
 
-    What the user asked for by name and the device does not claim is left as it is: planning refuses it with the remedy.
+    What the user asked for by name and the device does not claim is left as it is: planning refuses
+    it with the remedy.
     Raises: ConfigError if max_model_len exceeds what the model was made for.
     """
     changes: list[ConfigChange] = []
@@ -137,7 +140,9 @@ def resolve(user: EngineConfig, capabilities: Capabilities, facts: ModelFacts) -
             )
         return value
 
-    dtype = user.dtype if user.dtype != "auto" else change("dtype", *_choose_dtype(capabilities, facts))
+    dtype = (
+        user.dtype if user.dtype != "auto" else change("dtype", *_choose_dtype(capabilities, facts))
+    )
     if user.cache_dtype == "auto":
         change("cache_dtype", *_choose_cache_dtype(capabilities, dtype))
     if user.block_size is None:
@@ -147,9 +152,15 @@ def resolve(user: EngineConfig, capabilities: Capabilities, facts: ModelFacts) -
     if not user.enable_chunked_prefill and user.max_num_batched_tokens < max_model_len:
         change("max_num_batched_tokens", max_model_len, "prompts are computed whole")
     if capabilities.request_buckets and user.max_num_seqs > capabilities.request_buckets[-1]:
-        change("max_num_seqs", capabilities.request_buckets[-1], "the device's largest request bucket")
+        change(
+            "max_num_seqs", capabilities.request_buckets[-1], "the device's largest request bucket"
+        )
     if capabilities.token_buckets and user.max_num_batched_tokens > capabilities.token_buckets[-1]:
-        change("max_num_batched_tokens", capabilities.token_buckets[-1], "the device's largest token bucket")
+        change(
+            "max_num_batched_tokens",
+            capabilities.token_buckets[-1],
+            "the device's largest token bucket",
+        )
     _resolve_overlap(user, capabilities, change)
     return ResolvedConfig(config=replace(user, **given), changes=tuple(changes))
 
@@ -157,7 +168,9 @@ def resolve(user: EngineConfig, capabilities: Capabilities, facts: ModelFacts) -
 def _choose_dtype(capabilities: Capabilities, facts: ModelFacts) -> tuple[str, str]:
     if facts.checkpoint_dtype in capabilities.dtypes:
         return facts.checkpoint_dtype, "the checkpoint's own"
-    return capabilities.dtypes[0], f"the device does not claim the checkpoint's {facts.checkpoint_dtype}"
+    return capabilities.dtypes[
+        0
+    ], f"the device does not claim the checkpoint's {facts.checkpoint_dtype}"
 
 
 def _choose_cache_dtype(capabilities: Capabilities, dtype: str) -> tuple[str, str]:
@@ -179,17 +192,30 @@ def _max_model_len(user: EngineConfig, facts: ModelFacts) -> int:
 
 def _resolve_overlap(user: EngineConfig, capabilities: Capabilities, change: Any) -> None:
     if user.overlap_scheduling is None:
-        why = "the device is asynchronous" if capabilities.is_asynchronous else "the device is synchronous"
+        why = (
+            "the device is asynchronous"
+            if capabilities.is_asynchronous
+            else "the device is synchronous"
+        )
         change("overlap_scheduling", capabilities.is_asynchronous, why)
     elif user.overlap_scheduling and not capabilities.is_asynchronous:
-        change("overlap_scheduling", False, "the device is synchronous: there is nothing to overlap")
+        change(
+            "overlap_scheduling", False, "the device is synchronous: there is nothing to overlap"
+        )
 
 
 def _problems(config: EngineConfig) -> list[str]:
     problems = [
         f"{name} is {value}; it must be at least 1"
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size",
-                     "max_num_queued", "num_threads", "cache_memory_bytes")
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "block_size",
+            "max_num_queued",
+            "num_threads",
+            "cache_memory_bytes",
+        )
         if (value := getattr(config, name)) is not None and value < 1
     ]
     if not 0.0 < config.device_memory_fraction <= 1.0:
@@ -197,7 +223,9 @@ def _problems(config: EngineConfig) -> list[str]:
             f"device_memory_fraction is {config.device_memory_fraction}; it must be in (0, 1]"
         )
     if config.scheduling_policy not in ("fcfs", "priority"):
-        problems.append(f"scheduling_policy is {config.scheduling_policy!r}; choose fcfs or priority")
+        problems.append(
+            f"scheduling_policy is {config.scheduling_policy!r}; choose fcfs or priority"
+        )
     if config.load_format not in ("auto", "dummy"):
         problems.append(f"load_format is {config.load_format!r}; choose auto or dummy")
     if not config.model:

@@ -1,8 +1,9 @@
 """Finds the backends that are installed, probes them, chooses one, and explains.
 
-Listing reads the metadata of installed distributions and imports nothing of a backend. Loading goes through stevedore, one name at
-a time, so that a broken plug-in stays one row in a table. stevedore's own list of entry points is not used: its cache survives a
-reinstallation for minutes and has forgotten which distribution an entry point came from.
+Listing reads the metadata of installed distributions and imports nothing of a backend. Loading goes
+through stevedore, one name at a time, so that a broken plug-in stays one row in a table.
+stevedore's own list of entry points is not used: its cache survives a reinstallation for minutes
+and has forgotten which distribution an entry point came from.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class _FreshDriverManager(DriverManager[Any]):
 
 
 def list_backends() -> list[BackendEntry]:
-    """Every backend installed now, by name, from metadata alone: imports no backend, no torch, no SDK."""
+    """Every backend installed now, by name, from metadata alone: imports nothing of them."""
     entries = [_entry_of(point) for point in _entry_points()]
     return sorted(entries, key=lambda entry: (entry.name, entry.distribution))
 
@@ -81,7 +82,8 @@ def list_backends() -> list[BackendEntry]:
 def load_backend(name: str) -> Backend:
     """The backend called `name`, constructed and of an interface version that this Quire speaks.
 
-    Raises: ConfigError if nothing of that name is installed; PluginError, with the traceback, if it is and cannot be used.
+    Raises: ConfigError if nothing of that name is installed; PluginError, with the traceback, if it
+    is and cannot be used.
     """
     matches = [entry for entry in list_backends() if entry.name == name]
     if not matches:
@@ -104,7 +106,8 @@ def inspect_backends() -> list[BackendReport]:
 def choose_device(asked: str = "auto") -> ChosenDevice:
     """The device for `name`, `name:index` or `auto` (the usable backend of the highest priority).
 
-    Raises: ConfigError with every backend's own reason if there is none; PluginError for a broken one asked by name.
+    Raises: ConfigError with every backend's own reason if there is none; PluginError for a broken
+    one asked by name.
     """
     if asked == "auto":
         return _choose_best()
@@ -152,12 +155,15 @@ def _construct(entry: BackendEntry) -> Backend:
 
 
 def _load(entry: BackendEntry) -> object:
-    """Imports what the entry names. Whatever its import raises, asserts or exits with becomes a PluginError."""
+    """Imports what the entry names.
+
+    Whatever its import raises, asserts or exits with becomes a PluginError.
+    """
     try:
         return _FreshDriverManager(NAMESPACE, entry.name, invoke_on_load=False).driver
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001 - a plug-in may exit or assert at import
+    except BaseException as error:
         raise _plugin_error(entry, "cannot be imported", error) from error
 
 
@@ -175,7 +181,7 @@ def _inspect(entry: BackendEntry) -> BackendReport:
         probe = backend.probe()
     except PluginError as error:
         return BackendReport(entry=entry, error=str(error), details=error.details)
-    except Exception as error:  # noqa: BLE001 - a probe promises not to raise; if it does, the table says so
+    except Exception as error:
         problem = _plugin_error(entry, "raised in its probe", error)
         return BackendReport(entry=entry, error=str(problem), details=problem.details)
     return BackendReport(
@@ -189,10 +195,16 @@ def _choose_best() -> ChosenDevice:
     if not usable:
         raise ConfigError(f"no usable device was found:{_reasons(reports)}")
     best = max(usable, key=lambda r: (r.probe.priority if r.probe else 0, r.entry.name))
-    assert best.backend is not None and best.probe is not None, best
+    assert best.backend is not None, best
+    assert best.probe is not None, best
     others = [r.entry.name for r in usable if r is not best]
-    why = "the only usable backend" if not others else (
-        f"the highest priority ({best.probe.priority}) of {', '.join([best.entry.name, *others])}"
+    why = (
+        "the only usable backend"
+        if not others
+        else (
+            f"the highest priority ({best.probe.priority}) of "
+            f"{', '.join([best.entry.name, *others])}"
+        )
     )
     return ChosenDevice(
         name=best.entry.name,
@@ -232,7 +244,9 @@ def _reasons(reports: Sequence[BackendReport]) -> str:
         if report.error:
             lines.append(f"\n  {report.entry.name}: {report.error}")
         elif report.probe is not None and not report.probe.is_usable:
-            lines.append(f"\n  {report.entry.name}: {report.probe.problem} {report.probe.remedy}".rstrip())
+            lines.append(
+                f"\n  {report.entry.name}: {report.probe.problem} {report.probe.remedy}".rstrip()
+            )
         else:
             lines.append(f"\n  {report.entry.name}: for tests; ask for it by name")
-    return "".join(lines) or "\n  no package offers one; pip install \"quire[cpu]\""
+    return "".join(lines) or '\n  no package offers one; pip install "quire[cpu]"'

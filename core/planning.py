@@ -1,6 +1,7 @@
 """What would run where, before any weight is loaded: needs held against claims.
 
-`make_plan` answers with a Plan, or with every Reason why there is none. The engine starts from the same Plan that `quire plan` prints.
+`make_plan` answers with a Plan, or with every Reason why there is none. The engine starts from the
+same Plan that `quire plan` prints.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _ACTIVATION_COPIES = 12
-"""Tensors of [tokens, hidden] that a step holds at once, the wide ones of the MLP counted in; an estimate."""
+"""Tensors of [tokens, hidden] that a step holds at once, the wide ones of the MLP counted in; an
+estimate.
+"""
 _LOGIT_COPIES = 3
 """Tensors of [requests, vocabulary] float32 that sampling holds at once; an estimate."""
 
@@ -207,7 +210,11 @@ def _attention_reasons(spec: AttentionSpec, capabilities: Capabilities) -> Itera
     if spec.kind not in capabilities.attention_kinds:
         have = ", ".join(sorted(capabilities.attention_kinds))
         yield Reason(code="attention.kind", need=spec.kind, have=have, remedy=remedy)
-    wanted = {"soft_cap": spec.soft_cap is not None, "sinks": spec.has_sinks, "alibi": spec.has_alibi}
+    wanted = {
+        "soft_cap": spec.soft_cap is not None,
+        "sinks": spec.has_sinks,
+        "alibi": spec.has_alibi,
+    }
     for feature, is_needed in wanted.items():
         if is_needed and feature not in capabilities.attention_features:
             have = ", ".join(sorted(capabilities.attention_features)) or "no feature"
@@ -228,7 +235,9 @@ def _memory(
     weights = description.weight_bytes(config.dtype)
     activations = _activation_bytes(description, config)
     rows = [
-        MemoryRow(tag="weights", size_bytes=weights, note=f"{description.num_parameters:,} parameters"),
+        MemoryRow(
+            tag="weights", size_bytes=weights, note=f"{description.num_parameters:,} parameters"
+        ),
         MemoryRow(tag="activations", size_bytes=activations, note="estimated; measured at start"),
     ]
     allowed = int(device.memory().free_bytes * config.device_memory_fraction)

@@ -83,7 +83,8 @@ class SamplingParams:
         unknown = sorted(set(settings) - known)
         if unknown:
             raise RequestError(
-                f"unknown sampling field {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}",
+                f"unknown sampling field {', '.join(map(repr, unknown))}; "
+                f"known are {', '.join(sorted(known))}",
                 param=unknown[0],
             )
         return cls(**settings)
@@ -110,11 +111,15 @@ class _Range:
         if value is None:
             return None if self.may_be_none else f"{name} is None; it must be a number"
         if isinstance(value, bool) or not isinstance(value, int if self.is_whole else (int, float)):
-            return f"{name} is {value!r}; it must be {'a whole number' if self.is_whole else 'a number'}"
-        if math.isnan(value) or not self.low <= value <= self.high or (
-            self.is_open_low and value == self.low
+            kind = "a whole number" if self.is_whole else "a number"
+            return f"{name} is {value!r}; it must be {kind}"
+        if (
+            math.isnan(value)
+            or not self.low <= value <= self.high
+            or (self.is_open_low and value == self.low)
         ):
-            return f"{name} is {value}; it must be in {'(' if self.is_open_low else '['}{self.low}, {self.high}]"
+            opening = "(" if self.is_open_low else "["
+            return f"{name} is {value}; it must be in {opening}{self.low}, {self.high}]"
         return None
 
 
@@ -182,7 +187,10 @@ def _bias_problems(params: SamplingParams) -> Iterator[tuple[str, str]]:
     for token_id, bias in params.logit_bias.items():
         is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
         if not isinstance(token_id, int) or not is_number or math.isnan(bias):
-            yield "logit_bias", f"logit_bias has {token_id!r}: {bias!r}; ids are ints, biases numbers"
+            yield (
+                "logit_bias",
+                f"logit_bias has {token_id!r}: {bias!r}; ids are ints, biases numbers",
+            )
 
 
 def _is_sequence_of(value: object, kind: type) -> bool:

@@ -1,8 +1,8 @@
-"""A simulated asynchronous device: real results, late, with everything poisoned that may not be looked at yet.
+"""A simulated asynchronous device: real results, late, and poison where nobody may look yet.
 
-It computes with the reference on host memory, but only when somebody waits. A result read before its event, or a
-staging buffer written again before its upload is done, gives an error or garbage here every time, where a real
-device would give it once a month.
+It computes with the reference on host memory, but only when somebody waits. A result read before
+its event, or a staging buffer written again before its upload is done, gives an error or garbage
+here every time, where a real device would give it once a month.
 """
 
 from __future__ import annotations
@@ -30,5 +30,7 @@ class SimBackend(Backend):
         try:
             from quire.backends.sim.device import SimDevice
         except ImportError as error:
-            raise DeviceError(f'sim computes with torch: {error}; pip install "quire[cpu]"') from error
+            raise DeviceError(
+                f'sim computes with torch: {error}; pip install "quire[cpu]"'
+            ) from error
         return SimDevice()

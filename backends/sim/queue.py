@@ -37,7 +37,10 @@ class Backlog:
         return self._num_done >= position
 
     def advance(self, position: int) -> None:
-        """Does the work up to `position`, in order. What a piece of work raises is raised here, once."""
+        """Does the work up to `position`, in order.
+
+        What a piece of work raises is raised here, once.
+        """
         while self._num_done < position:
             work = self._pending.popleft()
             self._num_done += 1
@@ -51,8 +54,9 @@ class Backlog:
 class DeferredQueue(Queue):
     """Keeps its work until an event is waited for, and poisons what is in flight.
 
-    `upload` fills the target with poison at once, unless earlier work may still read it, and copies later; if the staging buffer has changed by then, that is
-    an error. `download` fills the staging buffer with poison at once and copies later.
+    `upload` fills the target with poison at once, unless earlier work may still read it, and copies
+    later; if the staging buffer has changed by then, that is an error. `download` fills the staging
+    buffer with poison at once and copies later.
     """
 
     def __init__(self) -> None:
@@ -99,7 +103,10 @@ class DeferredEvent(Event):
 
 
 def poison(tensor: Tensor) -> None:
-    """Fills a tensor with what no computation survives: NaN, or the lowest number of its kind. Mutates `tensor`."""
+    """Fills a tensor with what no computation survives: NaN, or the lowest number of its kind.
+
+    Mutates `tensor`.
+    """
     if tensor.is_floating_point():
         tensor.fill_(float("nan"))
     elif tensor.dtype is not torch.bool:

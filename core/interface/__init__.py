@@ -31,7 +31,14 @@ from quire.core.interface.errors import (
     UnsupportedError,
 )
 from quire.core.interface.graphs import CapturedStep, GraphCapture
-from quire.core.interface.ops import OP_SPECS, Ops, OpSpec, PackedLinear, SampledLogprobs, SamplingTensors
+from quire.core.interface.ops import (
+    OP_SPECS,
+    Ops,
+    OpSpec,
+    PackedLinear,
+    SampledLogprobs,
+    SamplingTensors,
+)
 from quire.core.interface.queue import Event, ImmediateQueue, Queue
 from quire.core.interface.version import INTERFACE_VERSION, check_interface_version
 from quire.core.interface.worker import (
@@ -89,8 +96,8 @@ __all__ = [
     "PluginError",
     "PositionLogprobs",
     "Probe",
-    "QuireError",
     "Queue",
+    "QuireError",
     "Reason",
     "RequestError",
     "SampledLogprobs",

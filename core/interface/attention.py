@@ -1,13 +1,13 @@
 """Attention over a paged cache: what a group of layers needs, and who serves it.
 
-R requests own the T rows of a step: request r owns query rows [query_start_loc[r], query_start_loc[r + 1]), which are the
-last ones of its seq_lens[r] tokens of context:
+R requests own the T rows of a step: request r owns query rows [query_start_loc[r],
+query_start_loc[r + 1]), which are the last ones of its seq_lens[r] tokens of context:
 
     [0, seq_lens[r] - num_new)             in the cache before this step
     [seq_lens[r] - num_new, seq_lens[r])   written by this step's forward, before it attends
 
-Token t of request r lies in block block_table[r, t // block_size], at offset t % block_size; its slot is
-block * block_size + offset.
+Token t of request r lies in block block_table[r, t // block_size], at offset t % block_size; its
+slot is block * block_size + offset.
 """
 
 from __future__ import annotations
@@ -44,9 +44,14 @@ class AttentionSpec:
     block_size: int
     """Tokens in a block."""
     kind: str = "causal"
-    """`causal`, `sliding_window`, `chunked`, `bidirectional`, `cross`, `mla`, `recurrent`, `vendor:name`."""
+    """`causal`, `sliding_window`, `chunked`, `bidirectional`, `cross`, `mla`, `recurrent`,
+    `vendor:name`.
+    """
     window: int | None = None
-    """For `sliding_window`: position p sees j with p - window < j <= p. For `chunked`: the chunk's length."""
+    """For `sliding_window`: position p sees j with p - window < j <= p.
+
+    For `chunked`: the chunk's length.
+    """
     soft_cap: float | None = None
     """Scores become cap * tanh(score / cap) before the softmax."""
     has_sinks: bool = False
@@ -57,7 +62,10 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheLayout:
-    """How one layer keeps its keys and values. The core counts blocks; it never looks inside one."""
+    """How one layer keeps its keys and values.
+
+    The core counts blocks; it never looks inside one.
+    """
 
     tensors: tuple[CacheTensor, ...]
     """What one layer allocates."""
@@ -80,10 +88,10 @@ class CacheTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerCache:
-    """The cache of one layer, on the device: a tensor for each `CacheTensor` of the layout, by name."""
+    """The cache of one layer, on the device."""
 
     tensors: dict[str, Tensor]
-    """Each [num_blocks, *block_shape]."""
+    """By `CacheTensor.name`, each [num_blocks, *block_shape]."""
     block_size: int
 
 
@@ -96,7 +104,11 @@ class AttentionBatch:
     seq_lens: Tensor
     """int32 [R]. Context of each request, this step's tokens included."""
     block_table: Tensor
-    """int32 [R, max_blocks]. Entries past ceil(seq_lens / block_size), and those wholly before a sliding window, are undefined."""
+    """int32 [R, max_blocks].
+
+    Entries past ceil(seq_lens / block_size), and those wholly before a sliding window, are
+    undefined.
+    """
     slot_mapping: Tensor
     """int64 [T]. Where each new token's key and value go."""
     query_start_loc_host: Sequence[int]
@@ -108,7 +120,10 @@ class AttentionBatch:
 
 
 class AttentionPlan:
-    """What a backend prepared for one step; frozen, and shared by the layers of the group. Opaque to the core."""
+    """What a backend prepared for one step; frozen, and shared by the layers of the group.
+
+    Opaque to the core.
+    """
 
 
 class AttentionBackend(ABC):
@@ -159,22 +174,27 @@ class AttentionBackend(ABC):
     ) -> Tensor:
         """Writes this step's keys and values to the cache, attends, and returns `out`.
 
-        q [T, Hq, D], k [T, Hk, D], v [T, Hk, Dv] (views with a dense last dimension), out [T, Hq, Dv] contiguous, all of spec.dtype;
-        sinks, alibi_slopes float32 [Hq]. out[t] = sum_j softmax_j(scale * q[t] . k[j]) v[j] over what the spec lets t see.
-        Accumulates in float32. Mutates the slots of `slot_mapping` and all of `out`; right whatever all other
-        slots hold, NaN included.
+        q [T, Hq, D], k [T, Hk, D], v [T, Hk, Dv] (views with a dense last dimension), out [T, Hq,
+        Dv] contiguous, all of spec.dtype; sinks, alibi_slopes float32 [Hq]. out[t] = sum_j
+        softmax_j(scale * q[t] . k[j]) v[j] over what the spec lets t see. Accumulates in float32.
+        Mutates the slots of `slot_mapping` and all of `out`; right whatever all other slots hold,
+        NaN included.
         Source: Vaswani et al. 2017, eq. 1; block-wise softmax: Milakov & Gimelshein 2018.
         """
 
     @abstractmethod
     def copy_blocks(self, cache: LayerCache, source: Sequence[int], target: Sequence[int]) -> None:
-        """Copies whole blocks within one layer's cache, bit for bit. Sources and targets do not overlap."""
+        """Copies whole blocks within one layer's cache, bit for bit.
+
+        Sources and targets do not overlap.
+        """
 
     @abstractmethod
     def export_blocks(self, cache: LayerCache, block_ids: Sequence[int]) -> Tensor:
-        """Blocks in the canonical layout, on the host: float32 [n, block_size, Hk, D + Dv], keys before values.
+        """Blocks in the canonical layout, on the host.
 
-        Any two backends exchange pages through this layout.
+        float32 [n, block_size, Hk, D + Dv], keys before values. Any two backends exchange pages
+        through this layout.
         """
 
     @abstractmethod

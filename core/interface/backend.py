@@ -66,7 +66,8 @@ class MemoryInfo:
     total_bytes: int
     free_bytes: int
     by_tag: Mapping[str, int] = field(default_factory=dict)
-    """What Quire holds, by `weights`, `cache`, `activations`, `graphs`, `workspace`, where known."""
+    """What Quire holds, by `weights`, `cache`, `activations`, `graphs`, `workspace`, where known.
+    """
 
 
 class Backend(ABC):
@@ -86,7 +87,10 @@ class Backend(ABC):
 
     @abstractmethod
     def probe(self) -> Probe:
-        """Which devices this machine has, or the reason why none. Cheap; initialises no driver context; never raises."""
+        """Which devices this machine has, or the reason why none.
+
+        Cheap; initialises no driver context; never raises.
+        """
 
     @abstractmethod
     def open(self, index: int) -> Device:
@@ -117,7 +121,10 @@ class Device(ABC):
 
     @abstractmethod
     def ops(self) -> Ops:
-        """The operators of this device; the same object at each call. `quire.backends.reference.TorchDevice` answers with the reference."""
+        """The operators of this device; the same object at each call.
+
+        `quire.backends.reference.TorchDevice` answers with the reference.
+        """
 
     @abstractmethod
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
@@ -127,7 +134,10 @@ class Device(ABC):
         """
 
     def reasons_against(self, worker_config: WorkerConfig) -> Sequence[Reason]:
-        """What in this configuration the device cannot do, beyond what `capabilities` says. Empty: nothing."""
+        """What in this configuration the device cannot do, beyond what `capabilities` says.
+
+        Empty: nothing.
+        """
         return ()
 
     def graphs(self) -> GraphCapture | None:
@@ -139,7 +149,10 @@ class Device(ABC):
         return _IMMEDIATE
 
     def make_staging(self, shape: Sequence[int], dtype: str) -> Tensor:
-        """A host tensor that the device copies from and to fastest (pinned, where that helps). Contents are undefined."""
+        """A host tensor that the device copies from and to fastest (pinned, where that helps).
+
+        Contents are undefined.
+        """
         import torch
 
         return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
@@ -166,7 +179,10 @@ class Device(ABC):
         )
 
     def make_worker(self, config: WorkerConfig) -> Worker | None:
-        """This device's own Worker, for a device with its own compiler or runtime; None: the core's."""
+        """This device's own Worker; None: the core's.
+
+        For a device with its own compiler or runtime.
+        """
         return None
 
     def synchronize(self) -> None:  # noqa: B027 - synchronous devices have nothing to wait for

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class Communicator(ABC):
     """Collectives over `world_size` devices, of which this process drives number `rank`.
 
-    Every rank of the group calls the same method with tensors of the same shape and dtype, in the same
-    order. Results are safe to read in the order of the device's own queue.
+    Every rank of the group calls the same method with tensors of the same shape and dtype, in the
+    same order. Results are safe to read in the order of the device's own queue.
     """
 
     def __init_subclass__(cls) -> None:
@@ -57,22 +57,25 @@ class SoloCommunicator(Communicator):
 
     @property
     def rank(self) -> int:
+        """0."""
         return 0
 
     @property
     def world_size(self) -> int:
+        """1."""
         return 1
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        """`x`."""
         return x
 
     def all_gather(self, x: Tensor, *, dim: int) -> Tensor:
+        """`x`."""
         return x
 
     def broadcast(self, x: Tensor, *, source: int) -> Tensor:
+        """`x`."""
         return x
 
     def barrier(self) -> None:
-        return None
-
-
+        """Returns at once."""

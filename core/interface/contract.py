@@ -21,7 +21,7 @@ def check_contract(cls: type, base: type) -> None:
 
 def _public_functions(cls: type) -> Iterator[tuple[str, object]]:
     for name, value in vars(cls).items():
-        if not name.startswith("_") and callable(inspect.unwrap(_function_of(value))):
+        if not name.startswith("_") and callable(_function_of(value)):
             yield name, value
 
 
@@ -54,8 +54,11 @@ def _accepts(theirs: inspect.Signature, ours: inspect.Signature) -> bool:
     names = {p.name: p for p in their_parameters}
     for position, parameter in enumerate(ours.parameters.values()):
         match = names.pop(parameter.name, None)
-        if match is None or position >= len(their_parameters) or (
-            parameter.default is not parameter.empty and match.default is match.empty):
+        if (
+            match is None
+            or position >= len(their_parameters)
+            or (parameter.default is not parameter.empty and match.default is match.empty)
+        ):
             return False
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and (
             match.kind is match.KEYWORD_ONLY or their_parameters[position].name != parameter.name

@@ -70,7 +70,7 @@ class DeviceError(QuireError):
     """An accelerator reported a failure."""
 
 
-class DeviceOutOfMemory(DeviceError):
+class DeviceOutOfMemory(DeviceError):  # noqa: N818 - says what happened
     """An allocation was refused. The device is usable afterwards."""
 
     def __init__(
@@ -81,7 +81,7 @@ class DeviceOutOfMemory(DeviceError):
         super().__init__(message)
 
 
-class DeviceLost(DeviceError):
+class DeviceLost(DeviceError):  # noqa: N818 - says what happened
     """The device no longer answers. Its worker must be restarted."""
 
 

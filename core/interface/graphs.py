@@ -29,10 +29,12 @@ class GraphCapture(ABC):
 
     @abstractmethod
     def capture(self, key: str, step: Callable[[], None]) -> CapturedStep:
-        """Records `step`, which reads and writes static buffers alone and allocates nothing that outlives it.
+        """Records `step`.
 
-        `key` names the shape, for messages. `step` may be called several times to warm up.
-        Raises: DeviceOutOfMemory if the recording does not fit; UnsupportedError if `step` cannot be recorded.
+        `step` reads and writes static buffers alone and allocates nothing that outlives it. `key`
+        names the shape, for messages. `step` may be called several times to warm up.
+        Raises: DeviceOutOfMemory if the recording does not fit; UnsupportedError if `step` cannot
+        be recorded.
         """
 
     def release(self) -> None:  # noqa: B027 - optional

@@ -1,11 +1,12 @@
 """The operators of a device: their specification, and the class that a backend fills in.
 
-One table, `OP_SPECS`, is the specification: the engine gates on it, the docs print it and the conformance
-suite is generated from it. Every operator has a reference in plain torch
-(`quire.backends.reference.ReferenceOps`), so a backend overrides those that it accelerates and no others.
+One table, `OP_SPECS`, is the specification: the engine gates on it, the docs print it and the
+conformance suite is generated from it. Every operator has a reference in plain torch
+(`quire.backends.reference.ReferenceOps`), so a backend overrides those that it accelerates and no
+others.
 
-Shapes: T tokens of the step, R sampled rows, V vocabulary, H hidden size, D head size.
-All tensors live on the ops' device. Operators compute in float32 and round once to the dtype of the result,
+Shapes: T tokens of the step, R sampled rows, V vocabulary, H hidden size, D head size. All tensors
+live on the ops' device. Operators compute in float32 and round once to the dtype of the result,
 unless said otherwise. Results are safe to read in the order of the device's queue.
 """
 
@@ -92,8 +93,10 @@ class SamplingTensors:
     min_p: Tensor
     """float32 [R] in [0, 1]."""
     uniform: Tensor
-    """float32 [R] in [0, 1): the row's own random number, drawn on the host from its seed and position, so that a
-    token does not depend on who else is in the batch or on which device it runs."""
+    """float32 [R] in [0, 1): the row's own random number, drawn on the host from its seed and
+    position, so that a token does not depend on who else is in the batch or on which device it
+    runs.
+    """
     is_all_greedy: bool
     """Host fact: no row samples."""
     needs_filter: bool
@@ -101,7 +104,10 @@ class SamplingTensors:
 
 
 class Ops(ABC):
-    """The operators of one device. Subclass `quire.backends.reference.ReferenceOps`, not this class."""
+    """The operators of one device.
+
+    Subclass `quire.backends.reference.ReferenceOps`, not this class.
+    """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -127,11 +133,17 @@ class Ops(ABC):
 
     @abstractmethod
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        """x @ weight.T + bias. x [T, K] in the packed dtype; returns [T, N] in the same dtype. Accumulates in float32."""
+        """X @ weight.T + bias. x [T, K] in the packed dtype; returns [T, N] in the same dtype.
+
+        Accumulates in float32.
+        """
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [..., H]; weight [H]; returns x's shape and dtype.
+        """The root-mean-square norm: x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+        x [..., H]; weight [H]; returns x's shape and dtype.
+
 
         Source: Zhang & Sennrich 2019, eq. 4.
         """
@@ -145,22 +157,27 @@ class Ops(ABC):
 
     @abstractmethod
     def gated_activation(self, x: Tensor, kind: str) -> Tensor:
-        """act(x[:, :I]) * x[:, I:] for x [T, 2I]; returns [T, I]. `kind` is `silu`, `gelu_tanh` or `gelu`.
+        """act(x[:, :I]) * x[:, I:] for x [T, 2I]; returns [T, I].
+
+        `kind` is `silu`, `gelu_tanh` or `gelu`.
 
         Source: Shazeer 2020 (GLU variants), eq. 5; Hendrycks & Gimpel 2016 for both forms of GELU.
         """
 
     @abstractmethod
-    def rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> None:
+    def rotary(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool
+    ) -> None:
         """Rotates the first 2F features of every head of q [T, Hq, D] and k [T, Hk, D], in place.
 
-        cos, sin float32 [T, F], 2F <= D. Pairs are (i, i + F), or (2i, 2i + 1) where `is_interleaved`.
-        Heads may be strided views; the last dimension is dense. Source: Su et al. 2021, eq. 34.
+        cos, sin float32 [T, F], 2F <= D. Pairs are (i, i + F), or (2i, 2i + 1) where
+        `is_interleaved`. Heads may be strided views; the last dimension is dense. Source: Su et al.
+        2021, eq. 34.
         """
 
     @abstractmethod
     def soft_cap(self, x: Tensor, cap: float) -> None:
-        """x = cap * tanh(x / cap), in place. Source: Gemma 2 report, section 2."""
+        """X = cap * tanh(x / cap), in place. Source: Gemma 2 report, section 2."""
 
     # --- logits ---------------------------------------------------------------------------------
 
@@ -175,10 +192,11 @@ class Ops(ABC):
     ) -> None:
         """Penalises tokens that a row has seen, in place. logits float32 [R, V].
 
-        One entry for each distinct (row, token) seen in prompt or output: rows, token_ids int64 [M] and output_counts float32
-        [M], how often the token stands in the output (0: in the prompt alone). settings float32 [R, 3] holds
-        (repetition, frequency, presence). In this order: l = l / repetition if l > 0 else l * repetition;
-        l -= frequency * count; l -= presence where count > 0.
+        One entry for each distinct (row, token) seen in prompt or output: rows, token_ids int64 [M]
+        and output_counts float32 [M], how often the token stands in the output (0: in the prompt
+        alone). settings float32 [R, 3] holds (repetition, frequency, presence). In this order: l =
+        l / repetition if l > 0 else l * repetition; l -= frequency * count; l -= presence where
+        count > 0.
         Source: Keskar et al. 2019, section 4.1; OpenAI's API reference for the other two.
         """
 
@@ -190,7 +208,9 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def keep_only(self, logits: Tensor, rows: Tensor, row_of_entry: Tensor, token_ids: Tensor) -> None:
+    def keep_only(
+        self, logits: Tensor, rows: Tensor, row_of_entry: Tensor, token_ids: Tensor
+    ) -> None:
         """Sets -inf everywhere in `rows` but at (row_of_entry, token_ids), in place.
 
         logits float32 [R, V]; rows int64 [K], distinct; row_of_entry, token_ids int64 [M].
@@ -200,45 +220,121 @@ class Ops(ABC):
     def sample(self, logits: Tensor, settings: SamplingTensors) -> Tensor:
         """One token a row: int64 [R]. logits float32 [R, V] may be overwritten.
 
-        A row of temperature 0 takes the largest logit, the lowest id on a tie. Others: p = softmax(logits / temperature);
-        keep the top_k largest (all that tie with the last), then of these, renormalised, the smallest set of largest
-        probabilities whose sum reaches top_p (ties by lowest id), then those of at least min_p times the largest;
-        the answer is the first id, in the order of ids, at which the running sum of the kept p exceeds uniform * their sum.
+        A row of temperature 0 takes the largest logit, the lowest id on a tie. Others: p =
+        softmax(logits / temperature); keep the top_k largest (all that tie with the last), then of
+        these, renormalised, the smallest set of largest probabilities whose sum reaches top_p (ties
+        by lowest id), then those of at least min_p times the largest; the answer is the first id,
+        in the order of ids, at which the running sum of the kept p exceeds uniform * their sum.
         Source: Fan et al. 2018 (top-k), Holtzman et al. 2019 (top-p), Nguyen et al. 2024 (min-p).
         """
 
     @abstractmethod
     def logprobs(self, logits: Tensor, token_ids: Tensor, num_top: int) -> SampledLogprobs:
-        """log_softmax of logits float32 [R, V] at token_ids int64 [R], their ranks, and the num_top best. Mutates nothing."""
+        """Log-probabilities of the chosen tokens, their ranks, and the num_top best.
+
+        log_softmax of logits float32 [R, V] at token_ids int64 [R]. Mutates nothing.
+        """
 
 
 OP_SPECS: tuple[OpSpec, ...] = (
-    OpSpec(name="embedding", summary="Looks up rows of a table.", tolerance="exact",
-           oracle="layers.embedding", reads=("token_ids", "weight")),
-    OpSpec(name="linear", summary="Multiplies by packed weights and adds a bias.", tolerance="reduction",
-           oracle="layers.linear", reads=("x", "packed")),
-    OpSpec(name="rms_norm", summary="Root-mean-square norm.", tolerance="reduction",
-           oracle="layers.rms_norm", reads=("x", "weight")),
-    OpSpec(name="add_rms_norm", summary="Adds to the residual and normalises the sum.", tolerance="reduction",
-           oracle="layers.add_rms_norm", reads=("x", "residual", "weight"), writes=("residual",)),
-    OpSpec(name="gated_activation", summary="Activates one half and multiplies by the other.",
-           oracle="layers.gated_activation", reads=("x",)),
-    OpSpec(name="rotary", summary="Rotates heads by position, in place.",
-           oracle="layers.rotary", reads=("q", "k", "cos", "sin"), writes=("q", "k")),
-    OpSpec(name="soft_cap", summary="Squashes into (-cap, cap), in place.",
-           oracle="layers.soft_cap", reads=("x",), writes=("x",)),
-    OpSpec(name="apply_penalties", summary="Penalises tokens already seen.", dtypes=("float32",),
-           oracle="logits.apply_penalties", reads=("logits", "rows", "token_ids", "output_counts", "settings"),
-           writes=("logits",)),
-    OpSpec(name="add_bias", summary="Adds to chosen logits.", dtypes=("float32",),
-           oracle="logits.add_bias", reads=("logits", "rows", "token_ids", "bias"), writes=("logits",)),
-    OpSpec(name="keep_only", summary="Forbids all but the listed tokens.", tolerance="exact", dtypes=("float32",),
-           oracle="logits.keep_only", reads=("logits", "rows", "row_of_entry", "token_ids"), writes=("logits",)),
-    OpSpec(name="sample", summary="Chooses one token a row.", tolerance="exact", dtypes=("float32",),
-           oracle="logits.sample", reads=("logits", "settings"), writes=("logits",)),
-    OpSpec(name="logprobs", summary="Log-probabilities, ranks and the most likely tokens.", tolerance="reduction",
-           dtypes=("float32",), oracle="logits.logprobs", reads=("logits", "token_ids")),
-    OpSpec(name="paged_attention", summary="Attention of new tokens over their paged context.",
-           tolerance="attention", oracle="attention.paged", reads=("q", "k", "v", "cache"), writes=("cache", "out")),
+    OpSpec(
+        name="embedding",
+        summary="Looks up rows of a table.",
+        tolerance="exact",
+        oracle="layers.embedding",
+        reads=("token_ids", "weight"),
+    ),
+    OpSpec(
+        name="linear",
+        summary="Multiplies by packed weights and adds a bias.",
+        tolerance="reduction",
+        oracle="layers.linear",
+        reads=("x", "packed"),
+    ),
+    OpSpec(
+        name="rms_norm",
+        summary="Root-mean-square norm.",
+        tolerance="reduction",
+        oracle="layers.rms_norm",
+        reads=("x", "weight"),
+    ),
+    OpSpec(
+        name="add_rms_norm",
+        summary="Adds to the residual and normalises the sum.",
+        tolerance="reduction",
+        oracle="layers.add_rms_norm",
+        reads=("x", "residual", "weight"),
+        writes=("residual",),
+    ),
+    OpSpec(
+        name="gated_activation",
+        summary="Activates one half and multiplies by the other.",
+        oracle="layers.gated_activation",
+        reads=("x",),
+    ),
+    OpSpec(
+        name="rotary",
+        summary="Rotates heads by position, in place.",
+        oracle="layers.rotary",
+        reads=("q", "k", "cos", "sin"),
+        writes=("q", "k"),
+    ),
+    OpSpec(
+        name="soft_cap",
+        summary="Squashes into (-cap, cap), in place.",
+        oracle="layers.soft_cap",
+        reads=("x",),
+        writes=("x",),
+    ),
+    OpSpec(
+        name="apply_penalties",
+        summary="Penalises tokens already seen.",
+        dtypes=("float32",),
+        oracle="logits.apply_penalties",
+        reads=("logits", "rows", "token_ids", "output_counts", "settings"),
+        writes=("logits",),
+    ),
+    OpSpec(
+        name="add_bias",
+        summary="Adds to chosen logits.",
+        dtypes=("float32",),
+        oracle="logits.add_bias",
+        reads=("logits", "rows", "token_ids", "bias"),
+        writes=("logits",),
+    ),
+    OpSpec(
+        name="keep_only",
+        summary="Forbids all but the listed tokens.",
+        tolerance="exact",
+        dtypes=("float32",),
+        oracle="logits.keep_only",
+        reads=("logits", "rows", "row_of_entry", "token_ids"),
+        writes=("logits",),
+    ),
+    OpSpec(
+        name="sample",
+        summary="Chooses one token a row.",
+        tolerance="exact",
+        dtypes=("float32",),
+        oracle="logits.sample",
+        reads=("logits", "settings"),
+        writes=("logits",),
+    ),
+    OpSpec(
+        name="logprobs",
+        summary="Log-probabilities, ranks and the most likely tokens.",
+        tolerance="reduction",
+        dtypes=("float32",),
+        oracle="logits.logprobs",
+        reads=("logits", "token_ids"),
+    ),
+    OpSpec(
+        name="paged_attention",
+        summary="Attention of new tokens over their paged context.",
+        tolerance="attention",
+        oracle="attention.paged",
+        reads=("q", "k", "v", "cache"),
+        writes=("cache", "out"),
+    ),
 )
 """The specification, one row an operator. `paged_attention` is `AttentionBackend.forward`."""

@@ -1,7 +1,7 @@
 """The order of a device's work: copies and computation, and when the host may look.
 
-A step is: fill staging buffers, `upload` them, `run` the computation, `download` the results, `record` an event.
-On an asynchronous device these return at once; then
+A step is: fill staging buffers, `upload` them, `run` the computation, `download` the results,
+`record` an event. On an asynchronous device these return at once; then
 
     a staging buffer may not be written again before an event recorded after its upload is done
     a downloaded buffer may not be read before an event recorded after its download is done
@@ -42,11 +42,17 @@ class Queue(ABC):
 
     @abstractmethod
     def upload(self, staging: Tensor, target: Tensor) -> None:
-        """Copies `staging` (host, of `Device.make_staging`) to `target` (device), of the same shape and dtype."""
+        """Copies `staging` to `target`, of the same shape and dtype.
+
+        `staging` lies on the host (of `Device.make_staging`), `target` on the device.
+        """
 
     @abstractmethod
     def run(self, work: Callable[[], None]) -> None:
-        """Runs `work`, which touches device tensors alone and leaves its results in buffers that live on."""
+        """Runs `work`.
+
+        It touches device tensors alone and leaves its results in buffers that live on.
+        """
 
     @abstractmethod
     def download(self, source: Tensor, staging: Tensor) -> None:
@@ -69,13 +75,17 @@ class ImmediateQueue(Queue):
     """The queue of a synchronous device: everything has happened on return."""
 
     def upload(self, staging: Tensor, target: Tensor) -> None:
+        """Copies now."""
         target.copy_(staging)
 
     def run(self, work: Callable[[], None]) -> None:
+        """Runs now."""
         work()
 
     def download(self, source: Tensor, staging: Tensor) -> None:
+        """Copies now."""
         staging.copy_(source)
 
     def record(self) -> Event:
+        """A point in the past."""
         return _PastEvent()

@@ -1,12 +1,13 @@
 """The boundary: two plain records and the object that takes one and gives the other.
 
-`StepBatch` goes down, `StepResult` comes up: host data, device-neutral, recordable to a file and replayable on another
-backend. Nothing here knows torch.
+`StepBatch` goes down, `StepResult` comes up: host data, device-neutral, recordable to a file and
+replayable on another backend. Nothing here knows torch.
 
-A worker remembers the requests that it was given. A batch brings new ones whole (`NewRequest`), names those that
-go on by id, and tells which to forget. A preempted request is forgotten; when it resumes it comes as
-new, with all its tokens so far. Tokens that a worker samples it appends to the request itself, so a decode step carries no
-token ids, and the next step can be scheduled before this one is done.
+A worker remembers the requests that it was given. A batch brings new ones whole (`NewRequest`),
+names those that go on by id, and tells which to forget. A preempted request is forgotten; when it
+resumes it comes as new, with all its tokens so far. Tokens that a worker samples it appends to the
+request itself, so a decode step carries no token ids, and the next step can be scheduled before
+this one is done.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from quire.core.interface.contract import check_contract
 from quire.core.interface.errors import Reason, UnsupportedError
 
 NULL_BLOCK = 0
-"""The block that belongs to nobody: fills block tables where a group keeps nothing (before a sliding window),
-and takes what padding tokens write. Never allocated."""
+"""The block that belongs to nobody: fills block tables where a group keeps nothing (before a
+sliding window), and takes what padding tokens write. Never allocated.
+"""
 
 
 class SamplingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -37,7 +39,9 @@ class SamplingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int = 0
-    """Token number i of the output uses random number i of this seed, whatever else is in the batch."""
+    """Token number i of the output uses random number i of this seed, whatever else is in the
+    batch.
+    """
     min_tokens: int = 0
     """Until the output has so many tokens, `min_tokens_forbids` may not be chosen."""
     min_tokens_forbids: tuple[int, ...] = ()
@@ -73,7 +77,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of work: columns, one entry for each scheduled request, in the order of the batch."""
+    """One step of work: columns with one entry for each scheduled request."""
 
     step_id: int
     """Counts up by one."""
@@ -87,7 +91,9 @@ class StepBatch(msgspec.Struct, frozen=True, kw_only=True):
     num_computed_tokens: list[int]
     """Tokens in the cache before this step."""
     new_block_ids: list[list[list[int]] | None]
-    """For each cache group, blocks to append to the request's table; None: none (and for new requests)."""
+    """For each cache group, blocks to append to the request's table; None: none (and for new
+    requests).
+    """
     samples: list[bool]
     """Whether this step reaches the request's last token, so that a token is to be sampled."""
 
@@ -119,10 +125,14 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[list[PositionLogprobs] | None] | None = None
     """One for each sampled token, where asked; None: nobody asked."""
     prompt_logprobs: dict[str, list[PositionLogprobs]] = {}
-    """For the prompt tokens that this step computed, of those who asked: entry i is about the token after
-    position num_computed_tokens + i, as far as the prompt goes."""
+    """For the prompt tokens that this step computed, of those who asked: entry i is about the token
+    after position num_computed_tokens + i, as far as the prompt goes.
+    """
     errors: dict[str, str] = {}
-    """Requests that failed alone (NaN logits, a custom processor that raised), and why. Others are unharmed."""
+    """Requests that failed alone (NaN logits, a custom processor that raised), and why.
+
+    Others are unharmed.
+    """
 
 
 class CacheGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,7 +150,10 @@ class CacheGroup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CachePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """How many blocks each group gets, block 0 included. In the order of `ModelInfo.cache_groups`."""
+    """How many blocks each group gets, block 0 included.
+
+    In the order of `ModelInfo.cache_groups`.
+    """
 
     num_blocks: list[int]
 
@@ -193,7 +206,8 @@ class PendingStep(ABC):
     def result(self) -> StepResult:
         """Waits for the step and returns its result; the same at each call.
 
-        Raises: DeviceOutOfMemory (the step did not happen; the worker lives on), DeviceLost, DeviceError.
+        Raises: DeviceOutOfMemory (the step did not happen; the worker lives on), DeviceLost,
+        DeviceError.
         """
 
 
@@ -209,8 +223,11 @@ class CompletedStep(PendingStep):
 
 
 class Worker(ABC):
-    """Runs steps on one device. Used by one thread. Calls come in the order: load_model, cache_budget_bytes, allocate_cache,
-    warm_up, then execute or submit until close."""
+    """Runs steps on one device.
+
+    Used by one thread. Calls come in the order: load_model, cache_budget_bytes, allocate_cache,
+    warm_up, then execute or submit until close.
+    """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -225,7 +242,7 @@ class Worker(ABC):
 
     @abstractmethod
     def cache_budget_bytes(self) -> int:
-        """Bytes that the cache may take, after weights and the measured peak of the largest step."""
+        """Bytes that the cache may take, beside weights and the measured peak of a step."""
 
     @abstractmethod
     def allocate_cache(self, plan: CachePlan) -> None:
@@ -235,17 +252,24 @@ class Worker(ABC):
         """
 
     def warm_up(self) -> None:  # noqa: B027 - optional
-        """Runs what the first real steps would otherwise wait for: compilation, capture, the largest batch."""
+        """Runs what the first real steps would otherwise wait for.
+
+        Compilation, capture, the largest batch.
+        """
 
     @abstractmethod
     def execute(self, batch: StepBatch) -> StepResult:
         """Runs one step and waits for it.
 
-        Raises: DeviceOutOfMemory (the step did not happen, the worker lives on), DeviceLost, DeviceError.
+        Raises: DeviceOutOfMemory (the step did not happen, the worker lives on), DeviceLost,
+        DeviceError.
         """
 
     def submit(self, batch: StepBatch) -> PendingStep:
-        """Starts one step. Steps complete in the order of submission. By default it is done on return."""
+        """Starts one step.
+
+        Steps complete in the order of submission. By default it is done on return.
+        """
         return CompletedStep(self.execute(batch))
 
     def copy_blocks(self, group: int, source: Sequence[int], target: Sequence[int]) -> None:
@@ -253,7 +277,10 @@ class Worker(ABC):
         raise UnsupportedError([_not_offered("copy_blocks")], what="copying blocks")
 
     def export_blocks(self, group: int, block_ids: Sequence[int]) -> bytes:
-        """Blocks of one group in the canonical layout: float32, little endian, [layers, n, block_size, Hk, D + Dv]."""
+        """Blocks of one group in the canonical layout.
+
+        float32, little endian, [layers, n, block_size, Hk, D + Dv].
+        """
         raise UnsupportedError([_not_offered("export_blocks")], what="exporting blocks")
 
     def import_blocks(self, group: int, block_ids: Sequence[int], blocks: bytes) -> None:

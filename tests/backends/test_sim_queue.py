@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from quire.backends.sim.queue import DeferredQueue
 from quire.core.interface import DeviceError
+
+
+def _times_ten(x: torch.Tensor) -> None:
+    x.mul_(10.0)
 
 
 def test_result_read_before_its_event_is_poison() -> None:
@@ -48,7 +54,7 @@ def test_work_happens_in_order_and_only_when_awaited() -> None:
     x, staging = torch.zeros(1), torch.zeros(1)
     queue.upload(torch.full((1,), 2.0), x)
     first = queue.record()
-    queue.run(lambda: None if x.mul_(10.0) is x else None)
+    queue.run(partial(_times_ten, x))
     queue.download(x, staging)
     second = queue.record()
     first.wait()

@@ -44,7 +44,9 @@ def test_config_out_of_range_says_what_is_allowed(settings: dict[str, object], s
 
 def test_resolve_fills_every_open_setting_and_says_why() -> None:
     """Afterwards nothing is left to choose."""
-    resolved = resolve(EngineConfig(model="m"), Capabilities(dtypes=("bfloat16", "float32")), Facts())
+    resolved = resolve(
+        EngineConfig(model="m"), Capabilities(dtypes=("bfloat16", "float32")), Facts()
+    )
     config = resolved.config
     assert (config.dtype, config.cache_dtype, config.block_size) == ("bfloat16", "float32", 16)
     assert config.max_model_len == 4096

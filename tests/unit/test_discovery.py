@@ -1,4 +1,4 @@
-"""Discovery against plug-ins that are really installed: distributions on sys.path, in a process of their own."""
+"""Discovery against plug-ins that are really installed, in a process of their own."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def install(site: Path) -> Install:
         (site / f"{module}.py").write_text(textwrap.dedent(source))
         info = site / f"{module}-1.2.3.dist-info"
         info.mkdir(exist_ok=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2.3\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2.3\n"
+        )
         (info / "entry_points.txt").write_text(f"[quire.backends]\n{name} = {module}:Plugin\n")
 
     return install_one
@@ -112,7 +114,7 @@ def test_load_backend_of_a_good_package_constructs_it(site: Path, install: Insta
 def test_load_backend_that_fails_at_import_becomes_a_plugin_error(
     site: Path, install: Install, source: str, said: str
 ) -> None:
-    """Whatever a plug-in does when it is imported, the process lives and the user reads which package it was."""
+    """Whatever a plug-in does at import, the process lives and the user reads whose it was."""
     install("acme", source)
     kind, message, _ = ask(site, LOAD.format(name="acme"))
     assert kind == "PluginError"
@@ -128,7 +130,12 @@ def test_load_backend_failure_carries_the_traceback(site: Path, install: Install
 
 @pytest.mark.parametrize(
     ("version", "said"),
-    [("2.0", "upgrade quire"), ("0.9", "upgrade the backend package"), ("one", "MAJOR.MINOR"), ("1.7", "upgrade quire")],
+    [
+        ("2.0", "upgrade quire"),
+        ("0.9", "upgrade the backend package"),
+        ("one", "MAJOR.MINOR"),
+        ("1.7", "upgrade quire"),
+    ],
 )
 def test_load_backend_of_a_wrong_interface_version_says_which_side_to_upgrade(
     site: Path, install: Install, version: str, said: str
@@ -164,7 +171,9 @@ def test_load_backend_unknown_lists_those_installed(site: Path) -> None:
     assert "null" in message
 
 
-def test_list_backends_sees_a_package_installed_in_the_same_process(site: Path, install: Install) -> None:
+def test_list_backends_sees_a_package_installed_in_the_same_process(
+    site: Path, install: Install
+) -> None:
     """No stale list: an installation shows at once, and so does its removal."""
     install("acme", GOOD.format(name="acme", version="1.0", priority=1))
     counts = ask(
@@ -212,7 +221,12 @@ def test_choose_device_never_takes_a_test_device_by_itself(site: Path, install: 
 
 @pytest.mark.parametrize(
     ("asked", "said"),
-    [("acme:7", "has devices 0"), ("acme:x", "whole number"), ("acme:", "acme"), ("nothing", "installed backends")],
+    [
+        ("acme:7", "has devices 0"),
+        ("acme:x", "whole number"),
+        ("acme:", "acme"),
+        ("nothing", "installed backends"),
+    ],
 )
 def test_choose_device_wrong_index_says_what_there_is(
     site: Path, install: Install, asked: str, said: str

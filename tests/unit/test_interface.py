@@ -1,4 +1,4 @@
-"""The contract: what it imports, how it checks a backend's class, and that its surface does not change unseen."""
+"""The contract: what it imports, how it checks classes, and that its surface is kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import quire.core.interface as interface
+from quire.core import interface
 from quire.core.interface import Backend, Device, Ops, PluginError, check_interface_version
 
 SNAPSHOT = Path(__file__).parent / "interface_1_0.json"
@@ -29,8 +29,10 @@ def _members(value: object) -> object:
         if name.startswith("_"):
             continue
         function = getattr(member, "__func__", member)
-        members[name] = str(inspect.signature(function)) if inspect.isfunction(function) else "field"
-    members.update({name: "field" for name in getattr(value, "__annotations__", {})})
+        members[name] = (
+            str(inspect.signature(function)) if inspect.isfunction(function) else "field"
+        )
+    members.update(dict.fromkeys(getattr(value, "__annotations__", {}), "field"))
     return dict(sorted(members.items()))
 
 
@@ -51,7 +53,9 @@ def test_every_public_name_has_a_docstring() -> None:
         bare += [
             f"{name}.{member}"
             for member, function in vars(value).items()
-            if not member.startswith("_") and inspect.isfunction(function) and not inspect.getdoc(getattr(value, member))
+            if not member.startswith("_")
+            and inspect.isfunction(function)
+            and not inspect.getdoc(getattr(value, member))
         ]
     assert not bare
 
@@ -63,7 +67,9 @@ def test_importing_the_interface_loads_neither_torch_nor_a_plugin() -> None:
         "bad = [m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'triton')]; "
         "print(bad)"
     )
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip() == "[]"
 
 

@@ -80,7 +80,11 @@ def test_stop_strings_need_text() -> None:
     stop=st.none() | st.text(min_size=1) | st.lists(st.text(min_size=1)),
 )
 def test_sampling_params_in_range_are_accepted(
-    temperature: float, top_p: float, top_k: int, max_tokens: int | None, stop: str | list[str] | None
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_tokens: int | None,
+    stop: str | list[str] | None,
 ) -> None:
     """Everything that the API allows is taken, and `stop` becomes a tuple."""
     params = SamplingParams(
