@@ -1,7 +1,7 @@
 """Every operator, the paged attention and a device in plain torch: what a vendor subclasses.
 
-`ReferenceOps`, `ReferenceAttention` and `TorchDevice` run on any torch device, so an empty subclass of
-the three already serves every model; a vendor overrides what its hardware does better.
+`ReferenceOps`, `ReferenceAttention` and `TorchDevice` run on any torch device, so an empty subclass
+of the three already serves every model; a vendor overrides what its hardware does better.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ class ReferenceAttention(AttentionBackend):
             RuntimeError
         ) as error:  # torch.OutOfMemoryError is one; the host's allocator raises it bare
             raise DeviceOutOfMemory(
-                f"{num_blocks} blocks of {layout.bytes_per_block} bytes for one layer's cache do not "
-                f"fit on {self._torch_device}: {error}; give the cache less memory",
+                f"one layer's {num_blocks} blocks of {layout.bytes_per_block} bytes do not fit on "
+                f" {self._torch_device}: {error}; give the cache less memory",
                 requested_bytes=num_blocks * layout.bytes_per_block,
                 tag="cache",
             ) from error
@@ -108,7 +108,7 @@ class ReferenceAttention(AttentionBackend):
 
     def import_blocks(self, cache: LayerCache, block_ids: Sequence[int], blocks: Tensor) -> None:
         index = self._index(block_ids)
-        parts = blocks.split((self.spec.head_size, self.spec.v_head_size), dim=-1)
+        parts = torch.split(blocks, [self.spec.head_size, self.spec.v_head_size], dim=-1)
         for name, part in zip(("k", "v"), parts, strict=True):
             tensor = cache.tensors[name]
             tensor.index_copy_(0, index, part.to(device=tensor.device, dtype=tensor.dtype))
@@ -209,6 +209,7 @@ class ReferenceAttention(AttentionBackend):
         if self.spec.soft_cap is not None:
             scores.div_(self.spec.soft_cap).tanh_().mul_(self.spec.soft_cap)
         if alibi_slopes is not None:
+            assert group.distance is not None, "alibi_slopes for a spec without has_alibi"
             scores.sub_(alibi_slopes.view(1, Hk, G, 1, 1) * group.distance)
         if group.bias is not None:
             scores.add_(group.bias)

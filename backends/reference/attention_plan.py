@@ -1,8 +1,9 @@
-"""What a step of attention has in common for all layers of a group: who reads which slots, under which mask.
+"""What all layers of a group share in one step: who reads which slots, under which mask.
 
-Requests with one new token (decode) go together into batches of padded length; requests with more go
-alone. Keys and values are gathered by slot, so only tokens that a query may see are ever read; a padded
-entry repeats the request's own last token, which keeps whatever lies in unused slots out of every sum.
+Requests with one new token (decode) go together into batches of padded length; requests with more
+go alone. Keys and values are gathered by slot, so only tokens that a query may see are ever read; a
+padded entry repeats the request's own last token, which keeps whatever lies in unused slots out of
+every sum.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ _SMALL_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QueryGroup:
-    """Requests that attend together: n requests with Q new tokens each and S gathered tokens of context."""
+    """n requests that attend together: Q new tokens each, S gathered tokens of context."""
 
     rows: Tensor | slice
-    """Their rows in q and out: int64 [n] where Q is 1, or a slice (of n, or of Q for one request)."""
+    """Of q and out: int64 [n] where Q is 1, or a slice (of n, or of Q for one request)."""
     num_requests: int
     num_queries: int
     gather: Tensor
-    """int64 [n * Hk * S]: rows of the cache seen as [slots * Hk, D], ordered by request, head and token."""
+    """int64 [n * Hk * S]: rows of the cache seen as [slots * Hk, D], by request, head, token."""
     bias: Tensor | None
-    """float32 [n, 1, 1, Q, S]: 0 where a query sees a token, -inf elsewhere; None: it sees all, or `is_causal`."""
+    """float32 [n, 1, 1, Q, S]: 0 where a query sees a token, -inf elsewhere.
+    None: it sees all, or `is_causal`."""
     is_causal: bool
     """Q equals S and query i sees the first i + 1 tokens: the mask need not be written down."""
     distance: Tensor | None
@@ -65,11 +67,9 @@ def make_plan(spec: AttentionSpec, batch: AttentionBatch) -> ReferencePlan:
 
 def first_visible(spec: AttentionSpec, position: int) -> int:
     """The first position that the query at `position` sees."""
-    if spec.kind == "sliding_window":
-        assert spec.window is not None, spec
+    if spec.window is not None and spec.kind == "sliding_window":
         return max(0, position - spec.window + 1)
-    if spec.kind == "chunked":
-        assert spec.window is not None, spec
+    if spec.window is not None and spec.kind == "chunked":
         return position - position % spec.window
     return 0
 
@@ -77,7 +77,7 @@ def first_visible(spec: AttentionSpec, position: int) -> int:
 def _split_by_length(
     spec: AttentionSpec, batch: AttentionBatch, requests: list[int]
 ) -> Iterator[list[int]]:
-    """Batches of requests of similar length, so that one long context does not pad all others to it."""
+    """Batches of similar length, so that one long context does not pad all others to it."""
     lengths = {r: _context(spec, batch.seq_lens_host[r]) for r in requests}
     if not requests:
         return
@@ -147,9 +147,9 @@ def _as_slice(rows: list[int]) -> slice | None:
 def _sees(spec: AttentionSpec, queries: Tensor, keys: Tensor) -> Tensor:
     """Which keys each query sees, by position: bool [Q, S]."""
     sees = keys <= queries
-    if spec.kind == "sliding_window":
+    if spec.window is not None and spec.kind == "sliding_window":
         sees &= keys > queries - spec.window
-    elif spec.kind == "chunked":
+    elif spec.window is not None and spec.kind == "chunked":
         sees &= keys >= queries - queries % spec.window
     return sees
 
@@ -159,7 +159,7 @@ def _bias(sees: Tensor) -> Tensor:
 
 
 def _gather_index(spec: AttentionSpec, block_table: Tensor, positions: Tensor) -> Tensor:
-    """Cache rows for tokens `positions` [n, S] of requests with `block_table` [n, blocks]: [n * Hk * S]."""
+    """Cache rows of tokens `positions` [n, S] by `block_table` [n, blocks]: [n * Hk * S]."""
     blocks = block_table.gather(1, positions // spec.block_size)
     slots = blocks.long() * spec.block_size + positions % spec.block_size
     heads = torch.arange(spec.num_kv_heads, device=slots.device).unsqueeze(-1)

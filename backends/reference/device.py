@@ -24,6 +24,8 @@ from quire.core.interface import (
 class TorchDevice(Device):
     """One opened torch device. Vendors override the parts that their hardware does better."""
 
+    torch_device: str
+
     def __init__(
         self,
         *,

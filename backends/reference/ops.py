@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
@@ -10,6 +12,16 @@ from quire.backends.reference import sampling
 from quire.core.interface import Ops, PackedLinear, SampledLogprobs, SamplingTensors
 
 _APPROXIMATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseWeights:
+    """A linear layer as it was loaded: the payload of the reference."""
+
+    weight: Tensor
+    """[N, K]."""
+    bias: Tensor | None
+    """[N]."""
 
 
 class ReferenceOps(Ops):
@@ -34,12 +46,12 @@ class ReferenceOps(Ops):
             dtype=str(weight.dtype).removeprefix("torch."),
             format="dense",
             size_bytes=0,
-            payload=(weight, bias),
+            payload=DenseWeights(weight, bias),
         )
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        weight, bias = packed.payload  # type: ignore[misc]  # opaque to everyone but this class
-        return F.linear(x, weight, bias)
+        assert isinstance(packed.payload, DenseWeights), packed
+        return F.linear(x, packed.payload.weight, packed.payload.bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = _widened(x)

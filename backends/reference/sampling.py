@@ -1,7 +1,7 @@
 """How a token is chosen from logits, in plain torch and without waiting for the device.
 
-Sums over the vocabulary are kept in float64: in float32 the running sum of 150 000 probabilities is off
-by more than most of them, and a token's chance would depend on its id.
+Sums over the vocabulary are kept in float64: in float32 the running sum of 150 000 probabilities is
+off by more than most of them, and a token's chance would depend on its id.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ _SUM_BLOCK = 256
 def most_likely(logits: Tensor) -> Tensor:
     """The id of the largest logit of each row of [R, V], the lowest on a tie: int64 [R].
 
-    torch documents that argmax returns the first of several maxima; the conformance suite holds every
-    device to it.
+    Torch documents that argmax returns the first of several maxima.
     """
     return logits.argmax(dim=-1)
 
@@ -27,8 +26,8 @@ def most_likely(logits: Tensor) -> Tensor:
 def filter_probabilities(probabilities: Tensor, logits: Tensor, settings: SamplingTensors) -> None:
     """Sets to zero, in place, what top-k, top-p and min-p exclude. Both float32 [R, V].
 
-    Orders by the logits: two different ones may have the same probability after rounding, and the
-    order between them decides who is kept.
+    Orders by the logits: two different ones may have the same probability after rounding, and
+    the order between them decides who is kept.
     """
     order = logits.argsort(dim=-1, descending=True, stable=True)
     ranked = probabilities.gather(-1, order)
@@ -40,7 +39,7 @@ def filter_probabilities(probabilities: Tensor, logits: Tensor, settings: Sampli
 def is_kept(ranked: Tensor, ranked_logits: Tensor, settings: SamplingTensors) -> Tensor:
     """Which of each row's tokens survive the filters, the most likely first: bool [R, n].
 
-    `ranked` [R, n] are probabilities of the n most likely tokens, or of all, and `ranked_logits` their logits.
+    ranked [R, n] holds the probabilities of the n most likely tokens, ranked_logits their logits.
     """
     last = settings.top_k.clamp(1, ranked.shape[-1]).unsqueeze(-1) - 1
     kept = ranked_logits >= ranked_logits.gather(-1, last)
@@ -56,8 +55,8 @@ def is_kept(ranked: Tensor, ranked_logits: Tensor, settings: SamplingTensors) ->
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """The first id at which the running sum of a row exceeds uniform * its sum: int64 [R].
 
-    weights float32 [R, V], at least 0; uniform [R] in [0, 1). Two levels, blocks and then the ids of one
-    block, take one pass over the vocabulary where a running sum of all of it would take many.
+    weights float32 [R, V], at least 0; uniform [R] in [0, 1). Two levels, blocks and then the ids
+    of one block, need one cheap pass over the vocabulary, and a running sum over few.
     """
     num_rows, vocab_size = weights.shape
     whole = vocab_size // _SUM_BLOCK * _SUM_BLOCK
@@ -88,10 +87,10 @@ def _last_positive(weights: Tensor) -> Tensor:
 
 
 def top_ids(logits: Tensor, num_top: int) -> Tensor:
-    """The ids of the `num_top` largest logits of each row, best first, ties by lowest id: int64 [R, n].
+    """The ids of the largest logits of each row, best first, ties by lowest id: int64 [R, n].
 
-    torch.topk promises nothing about ties, so it gets keys that have none: the logit in the upper half, the
-    id, negated, in the lower.
+    Torch's topk promises nothing about ties, so it gets keys that have none: the logit in the upper
+    half, the id, negated, in the lower.
     """
     num_top = min(num_top, logits.shape[-1])
     if num_top == 0:
