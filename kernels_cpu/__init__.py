@@ -1,30 +1,42 @@
-"""C++ kernels for CPUs, one source compiled for several ISA levels and chosen at run time.
+"""C++ kernels for CPUs: one source, compiled for several ISA levels and chosen at run time.
 
-A machine that had no compiler when Quire was installed has no compiled module: HAVE_NATIVE is then
-False and every function here raises a RuntimeError that says so.
+Where Quire was installed without a C++ compiler, HAVE_NATIVE is False, WHY_NOT_NATIVE says so in
+words, and every function raises that as a RuntimeError.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from quire.kernels_cpu.attention import paged_attention, write_cache
+from quire.kernels_cpu.elementwise import (
+    add_rms_norm,
+    gated_activation,
+    gelu_and_mul,
+    gelu_tanh_and_mul,
+    rms_norm,
+    rotary,
+    silu_and_mul,
+)
+from quire.kernels_cpu.native import (
+    HAVE_NATIVE,
+    WHY_NOT_NATIVE,
+    available_isas,
+    isa,
+    use_isa,
+)
 
-HAVE_NATIVE: bool = find_spec("quire.kernels_cpu._cpu") is not None
-"""Whether the compiled module is part of this installation."""
-
-if HAVE_NATIVE:
-    from quire.kernels_cpu import _cpu
-
-
-def isa() -> str:
-    """The ISA level in use, for example "avx512"."""
-    return _cpu.isa()
-
-
-def available_isas() -> list[str]:
-    """The levels that this machine can run, the best first."""
-    return _cpu.available_isas()
-
-
-def use_isa(name: str) -> None:
-    """Use one level for every later call; for tests and comparisons. Raises: ValueError."""
-    _cpu.use_isa(name)
+__all__ = [
+    "HAVE_NATIVE",
+    "WHY_NOT_NATIVE",
+    "add_rms_norm",
+    "available_isas",
+    "gated_activation",
+    "gelu_and_mul",
+    "gelu_tanh_and_mul",
+    "isa",
+    "paged_attention",
+    "rms_norm",
+    "rotary",
+    "silu_and_mul",
+    "use_isa",
+    "write_cache",
+]

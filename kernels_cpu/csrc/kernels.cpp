@@ -1,6 +1,15 @@
-// Compiled once for each ISA level. Everything lives in namespace QUIRE_ISA or is static, and nothing of the standard
-// library is called: an inline function compiled for AVX-512 and merged by the linker would crash older machines.
+// Compiled once for each ISA level. Everything lives in namespace QUIRE_ISA or is static, and no inline function of the
+// standard library is called: one that was compiled for AVX-512 and merged by the linker would crash older machines.
 #include "kernels.h"
+
+#include <cstddef>
+#include <utility>
+#if defined(__x86_64__) && defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #define QUIRE_CAT_(a, b) a##b
 #define QUIRE_CAT(a, b) QUIRE_CAT_(a, b)
@@ -9,19 +18,33 @@
 
 namespace quire {
 namespace QUIRE_ISA {
-static void rms_norm(DType, const void* x_, const void* w_, void* out_, int64_t rows, int64_t n, int64_t xs, int64_t os,
-                     float eps) {
-  const float* x = static_cast<const float*>(x_);
-  const float* w = static_cast<const float*>(w_);
-  float* out = static_cast<float*>(out_);
-  for (int64_t r = 0; r < rows; ++r) {
-    float s = 0.f;
-    for (int64_t i = 0; i < n; ++i) s += x[r * xs + i] * x[r * xs + i];
-    const float q = 1.f / __builtin_sqrtf(s / n + eps);
-    for (int64_t i = 0; i < n; ++i) out[r * os + i] = x[r * xs + i] * q * w[i];
-  }
+#include "vectors.h"
+// vectors.h comes first.
+#include "attention.h"
+#include "elementwise.h"
+
+static void rms_norm(const NormArgs& a) {
+  if (a.dtype == DType::f32) return rms_norm_of<float>(a);
+  if (a.dtype == DType::bf16) return rms_norm_of<bf16>(a);
+  rms_norm_of<f16>(a);
+}
+
+static void gated_activation(const GateArgs& a) {
+  if (a.dtype == DType::f32) return gated_of<float>(a);
+  if (a.dtype == DType::bf16) return gated_of<bf16>(a);
+  gated_of<f16>(a);
+}
+
+static void rotary(const RotaryArgs& a) {
+  if (a.dtype == DType::f32) return rotary_of<float>(a);
+  if (a.dtype == DType::bf16) return rotary_of<bf16>(a);
+  rotary_of<f16>(a);
 }
 }  // namespace QUIRE_ISA
+
 extern const Table QUIRE_CAT(table_, QUIRE_ISA);
-const Table QUIRE_CAT(table_, QUIRE_ISA) = {QUIRE_STR(QUIRE_ISA), QUIRE_ISA::rms_norm};
+const Table QUIRE_CAT(table_, QUIRE_ISA) = {
+    QUIRE_STR(QUIRE_ISA),   QUIRE_ISA::paged_attention,  QUIRE_ISA::write_cache,
+    QUIRE_ISA::rms_norm,    QUIRE_ISA::gated_activation, QUIRE_ISA::rotary,
+};
 }  // namespace quire

@@ -1,8 +1,10 @@
-// The Python module: integers in, kernels called, nothing of torch's ABI. The checks are in kernels_cpu/__init__.py.
+// The Python module: addresses and numbers in, one kernel called, nothing of torch's ABI.
+// Shapes, dtypes and strides are checked in Python (kernels_cpu/checks.py); what only the contents can tell, here.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,7 +16,7 @@ namespace nb = nanobind;
 namespace quire {
 extern const Table table_generic;
 #ifdef QUIRE_HAVE_avx2
-extern const Table table_avx2, table_avx512, table_avx512bf16;
+extern const Table table_avx2, table_avx512;
 #endif
 
 // Best first. Every entry runs on this machine.
@@ -23,10 +25,9 @@ static std::vector<const Table*> available() {
 #ifdef QUIRE_HAVE_avx2
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&table_avx512bf16);
-  if (avx512) tables.push_back(&table_avx512);
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    tables.push_back(&table_avx512);
   if (avx2) tables.push_back(&table_avx2);
 #endif
   tables.push_back(&table_generic);
@@ -43,15 +44,126 @@ static void use_isa(const std::string& name) {
     }
   throw std::invalid_argument("this machine or this build has no ISA level named '" + name + "'");
 }
+
+template <class T>
+static T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A wrong index would read or write outside the cache; finding it costs less than a thousandth of the attention.
+static void check_batch(const AttentionArgs& a, int64_t num_tokens, int64_t num_blocks, int64_t max_blocks) {
+  if (a.query_start_loc[0] != 0 || a.query_start_loc[a.num_requests] != num_tokens)
+    throw std::invalid_argument("query_start_loc must start with 0 and end with the number of rows of q");
+  for (int64_t r = 0; r < a.num_requests; ++r) {
+    const int64_t num_new = a.query_start_loc[r + 1] - a.query_start_loc[r];
+    if (num_new < 0) throw std::invalid_argument("query_start_loc decreases at request " + std::to_string(r));
+    if (num_new == 0) continue;
+    if (a.seq_lens[r] < num_new || a.seq_lens[r] > max_blocks * a.block_size)
+      throw std::invalid_argument("seq_lens[" + std::to_string(r) + "] = " + std::to_string(a.seq_lens[r]) +
+                                  " is less than its new tokens or more than its row of block_table holds");
+    const int64_t first_position = a.seq_lens[r] - num_new;
+    int64_t first_key = a.window > 0 && first_position >= a.window ? first_position - a.window + 1 : 0;
+    if (a.chunk > 0 && first_position / a.chunk * a.chunk > first_key)
+      first_key = first_position / a.chunk * a.chunk;
+    for (int64_t b = first_key / a.block_size; b * a.block_size < a.seq_lens[r]; ++b) {
+      const int64_t block = a.block_table[r * a.table_stride + b];
+      if (block < 0 || block >= num_blocks)
+        throw std::out_of_range("block_table[" + std::to_string(r) + ", " + std::to_string(b) + "] = " +
+                                std::to_string(block) + " but the cache has " + std::to_string(num_blocks) + " blocks");
+    }
+  }
+}
+
+using Sizes = std::vector<int64_t>;
+
+// sizes: requests, heads, kv heads, head size, v head size, block size, tokens, blocks, columns of the block table;
+// strides: q (token, head), out (token, head), k (block, slot, head), v (block, slot, head), block table (row).
+static void paged_attention(int dtype, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr_t out,
+                            uintptr_t block_table, uintptr_t seq_lens, uintptr_t query_start_loc, uintptr_t sinks,
+                            uintptr_t alibi_slopes, const Sizes& sizes, const Sizes& strides, float scale,
+                            int64_t window, int64_t chunk, float soft_cap) {
+  if (sizes.size() != 9 || strides.size() != 11) throw std::invalid_argument("nine sizes and eleven strides");
+  AttentionArgs a{};
+  a.dtype = DType(dtype);
+  a.q = at<const void>(q), a.k_cache = at<const void>(k_cache), a.v_cache = at<const void>(v_cache);
+  a.out = at<void>(out);
+  a.block_table = at<const int32_t>(block_table), a.seq_lens = at<const int32_t>(seq_lens);
+  a.query_start_loc = at<const int32_t>(query_start_loc);
+  a.sinks = at<const float>(sinks), a.alibi_slopes = at<const float>(alibi_slopes);
+  a.num_requests = sizes[0], a.num_heads = sizes[1], a.num_kv_heads = sizes[2];
+  a.head_size = sizes[3], a.v_head_size = sizes[4], a.block_size = sizes[5];
+  a.q_token_stride = strides[0], a.q_head_stride = strides[1];
+  a.out_token_stride = strides[2], a.out_head_stride = strides[3];
+  a.k_block_stride = strides[4], a.k_slot_stride = strides[5], a.k_head_stride = strides[6];
+  a.v_block_stride = strides[7], a.v_slot_stride = strides[8], a.v_head_stride = strides[9];
+  a.table_stride = strides[10];
+  a.scale = scale, a.window = window, a.chunk = chunk, a.soft_cap = soft_cap;
+  check_batch(a, sizes[6], sizes[7], sizes[8]);
+  bool has_memory;
+  {
+    nb::gil_scoped_release released;
+    has_memory = chosen->paged_attention(a);
+  }
+  if (!has_memory) throw std::bad_alloc();
+}
+
+// sizes: tokens, heads, head size, block size, blocks; strides: source (token, head), cache (block, slot, head).
+static void write_cache(int64_t element_size, uintptr_t source, uintptr_t cache, uintptr_t slots, const Sizes& sizes,
+                        const Sizes& strides) {
+  if (sizes.size() != 5 || strides.size() != 5) throw std::invalid_argument("five sizes and five strides");
+  CacheWriteArgs a{};
+  a.element_size = element_size;
+  a.source = at<const void>(source), a.cache = at<void>(cache), a.slots = at<const int64_t>(slots);
+  a.num_tokens = sizes[0], a.num_heads = sizes[1], a.head_size = sizes[2], a.block_size = sizes[3];
+  a.token_stride = strides[0], a.head_stride = strides[1];
+  a.block_stride = strides[2], a.slot_stride = strides[3], a.cache_head_stride = strides[4];
+  const int64_t num_slots = sizes[3] * sizes[4];
+  for (int64_t token = 0; token < a.num_tokens; ++token)
+    if (a.slots[token] < 0 || a.slots[token] >= num_slots)
+      throw std::out_of_range("slot_mapping[" + std::to_string(token) + "] = " + std::to_string(a.slots[token]) +
+                              " but the cache has " + std::to_string(num_slots) + " slots");
+  nb::gil_scoped_release released;
+  chosen->write_cache(a);
+}
+
+static void rms_norm(int dtype, uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, int64_t rows,
+                     int64_t n, int64_t x_stride, int64_t residual_stride, int64_t out_stride, float eps) {
+  const NormArgs a{DType(dtype), at<const void>(x), at<void>(residual), at<const void>(weight), at<void>(out),
+                   rows,         n,                 x_stride,           residual_stride,        out_stride,
+                   eps};
+  nb::gil_scoped_release released;
+  chosen->rms_norm(a);
+}
+
+static void gated_activation(int dtype, int gate, uintptr_t x, uintptr_t out, int64_t rows, int64_t n,
+                             int64_t x_stride, int64_t out_stride) {
+  const GateArgs a{DType(dtype), Gate(gate), at<const void>(x), at<void>(out), rows, n, x_stride, out_stride};
+  nb::gil_scoped_release released;
+  chosen->gated_activation(a);
+}
+
+static void rotary(int dtype, uintptr_t x, uintptr_t cos, uintptr_t sin, int64_t num_tokens, int64_t num_heads,
+                   int64_t num_pairs, int64_t token_stride, int64_t head_stride, int64_t cos_stride,
+                   int64_t sin_stride, bool is_interleaved) {
+  const RotaryArgs a{DType(dtype), at<void>(x),  at<const float>(cos), at<const float>(sin),
+                     num_tokens,   num_heads,    num_pairs,            token_stride,
+                     head_stride,  cos_stride,   sin_stride,           is_interleaved};
+  nb::gil_scoped_release released;
+  chosen->rotary(a);
+}
 }  // namespace quire
 
 NB_MODULE(_cpu, m) {
-  using namespace quire;
-  m.def("isa", [] { return std::string(chosen->name); });
+  m.def("isa", [] { return std::string(quire::chosen->name); });
   m.def("available_isas", [] {
     std::vector<std::string> names;
-    for (const Table* table : available()) names.emplace_back(table->name);
+    for (const quire::Table* table : quire::available()) names.emplace_back(table->name);
     return names;
   });
-  m.def("use_isa", &use_isa);
+  m.def("use_isa", &quire::use_isa);
+  m.def("paged_attention", &quire::paged_attention);
+  m.def("write_cache", &quire::write_cache);
+  m.def("rms_norm", &quire::rms_norm);
+  m.def("gated_activation", &quire::gated_activation);
+  m.def("rotary", &quire::rotary);
 }

@@ -1,0 +1,131 @@
+"""Paged attention and the writing of the paged cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quire.kernels_cpu import checks, native
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+if native.HAVE_NATIVE:
+    from quire.kernels_cpu import _cpu
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    out: Tensor,
+    *,
+    chunk: int = 0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> None:
+    """Causal attention of new tokens over their paged context, this step's keys included.
+
+    q [T, Hq, D], out [T, Hq, Dv]; k_cache [N, B, Hk, D], v_cache [N, B, Hk, Dv], Hq a multiple of
+    Hk; all of one dtype (float32, bfloat16 or float16), on the CPU, the last dimension dense.
+    block_table int32 [R, max_blocks], seq_lens int32 [R], query_start_loc int32 [R + 1]. Request r
+    owns rows [query_start_loc[r], query_start_loc[r + 1]), the last of its seq_lens[r] tokens.
+
+    out[t] = sum_j softmax_j(cap(scale * q[t] . k[j])) v[j], over the j that the position p of t
+    sees: j <= p; j > p - window unless window is 0; j >= p // chunk * chunk unless chunk is 0.
+    cap(s) = soft_cap * tanh(s / soft_cap) unless soft_cap is 0. `sinks` float32 [Hq] adds one score
+    a head with no value; `alibi_slopes` float32 [Hq] adds slope * (j - p).
+
+    Accumulates in float32 and rounds once. A row's result is bitwise the same whoever is in the
+    batch, however its prompt was cut into chunks, and with any number of threads. Writes all of
+    `out`; right whatever the slots that no row sees hold, NaN included.
+    Raises: ValueError, TypeError, IndexError for arguments that do not fit each other.
+    Source: Vaswani et al. 2017, eq. 1; block-wise softmax: Milakov & Gimelshein 2018.
+    """
+    native.require_native()
+    dtype = q.dtype
+    q_strides = checks.check_dense("q", q, dtype, 3)
+    k_strides = checks.check_dense("k_cache", k_cache, dtype, 4)
+    v_strides = checks.check_dense("v_cache", v_cache, dtype, 4)
+    out_strides = checks.check_dense("out", out, dtype, 3)
+    num_tokens, num_heads, head_size = q.shape
+    num_blocks, block_size, num_kv_heads, _ = k_cache.shape
+    v_head_size = v_cache.shape[3]
+    checks.check_shape("k_cache", k_cache, (num_blocks, block_size, num_kv_heads, head_size))
+    checks.check_shape("v_cache", v_cache, (num_blocks, block_size, num_kv_heads, v_head_size))
+    checks.check_shape("out", out, (num_tokens, num_heads, v_head_size))
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key heads evenly")
+    num_requests = seq_lens.shape[0]
+    checks.check_table("block_table", block_table)
+    checks.check_list("seq_lens", seq_lens, "int32")
+    checks.check_list("query_start_loc", query_start_loc, "int32", num_requests + 1)
+    if block_table.shape[0] < num_requests:
+        raise ValueError(f"block_table has {block_table.shape[0]} rows for {num_requests} requests")
+    for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if per_head is not None:
+            checks.check_list(name, per_head, "float32", num_heads)
+    _cpu.paged_attention(
+        checks.dtype_code(dtype),
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        out.data_ptr(),
+        block_table.data_ptr(),
+        seq_lens.data_ptr(),
+        query_start_loc.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(),
+        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
+        (
+            *(num_requests, num_heads, num_kv_heads, head_size, v_head_size, block_size),
+            *(num_tokens, num_blocks, block_table.shape[1]),
+        ),
+        (
+            *(*q_strides[:2], *out_strides[:2]),
+            *(*k_strides[:3], *v_strides[:3], block_table.stride(0)),
+        ),
+        scale,
+        window,
+        chunk,
+        soft_cap,
+    )
+
+
+def write_cache(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Puts the keys and values of a step where they belong.
+
+    k [T, Hk, D], v [T, Hk, Dv] with a dense last dimension; k_cache [N, B, Hk, D], v_cache
+    [N, B, Hk, Dv] of the same dtype; slot_mapping int64 (or int32) [T], distinct: token t goes to
+    block slot // B at offset slot % B. Mutates those slots of the caches and nothing else.
+    Raises: ValueError, TypeError, IndexError for arguments that do not fit each other.
+    """
+    native.require_native()
+    slots = slot_mapping.long()
+    checks.check_list("slot_mapping", slots, "int64", k.shape[0])
+    _write("k", k, k_cache, slots)
+    _write("v", v, v_cache, slots)
+
+
+def _write(name: str, source: Tensor, cache: Tensor, slots: Tensor) -> None:
+    source_strides = checks.check_dense(name, source, source.dtype, 3)
+    cache_strides = checks.check_dense(f"{name}_cache", cache, source.dtype, 4)
+    num_tokens, num_heads, head_size = source.shape
+    num_blocks, block_size = cache.shape[:2]
+    checks.check_shape(f"{name}_cache", cache, (num_blocks, block_size, num_heads, head_size))
+    if slots.shape[0] != num_tokens:
+        raise ValueError(f"{name} has {num_tokens} tokens for {slots.shape[0]} slots")
+    _cpu.write_cache(
+        source.element_size(),
+        source.data_ptr(),
+        cache.data_ptr(),
+        slots.data_ptr(),
+        (num_tokens, num_heads, head_size, block_size, num_blocks),
+        (*source_strides[:2], *cache_strides[:3]),
+    )

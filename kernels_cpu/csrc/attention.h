@@ -1,0 +1,483 @@
+// Paged attention. Only for kernels.cpp to include, inside namespace QUIRE_ISA.
+//
+// An Item is one tile of query rows (some tokens times the query heads that share one key head) against its whole context.
+// The context is cut at absolute positions, into spans of SPAN keys and within them into tiles of KEYS keys, and the spans
+// are merged in order. So a row's result depends neither on the other rows of its tile, nor on the batch, nor on how a
+// prompt was cut into chunks, nor on the number of threads: only whether spans are computed by one thread or by several.
+//
+// Source: block-wise softmax: Milakov & Gimelshein 2018; the merge of spans: Dao et al. 2023 (Flash-Decoding).
+
+constexpr int KEYS = 64;   // keys of a tile: the packed tile of keys and that of values stay in the first cache
+constexpr int SPAN = 512;  // keys of a span: the unit of work when one long context is shared by threads
+constexpr int ROWS = 64;   // rows of a query tile, at most
+
+struct Item {
+  int32_t request;
+  int32_t kv_head;
+  int32_t first_head, num_heads;    // the query heads of this tile, all of kv_head's group
+  int32_t first_token, num_tokens;  // within the request's new tokens
+  int64_t first_key, end_key;       // what at least one row sees
+  int64_t first_span, num_spans;    // first_span counts over all items: where the partial results lie
+};
+
+// What the rows of a tile see: keys [begin, end).
+struct Visible {
+  int64_t begin, end;
+};
+
+static inline Visible visible_at(const AttentionArgs& a, int64_t position) {
+  int64_t begin = 0;
+  if (a.window > 0 && position - a.window + 1 > begin) begin = position - a.window + 1;
+  if (a.chunk > 0 && position / a.chunk * a.chunk > begin) begin = position / a.chunk * a.chunk;
+  return {begin, position + 1};
+}
+
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// The state of the softmax of some rows: max, sum of exp, and the weighted sum of values, not yet divided.
+struct Partial {
+  float* max;  // [ROWS]
+  float* sum;  // [ROWS]
+  float* out;  // [ROWS, padded v_head_size]
+};
+
+static inline int64_t partial_floats(const AttentionArgs& a) { return ROWS * (2 + round_up(a.v_head_size, W)); }
+static inline Partial partial_at(float* memory) { return {memory, memory + ROWS, memory + 2 * ROWS}; }
+
+struct Scratch {
+  float* q;       // [ROWS, padded head_size], scaled
+  float* keys;    // [padded head_size, KEYS]: transposed
+  float* values;  // [KEYS, padded v_head_size]
+  float* scores;  // [ROWS, KEYS]
+  Partial span, total;
+};
+
+static inline int64_t scratch_floats(const AttentionArgs& a) {
+  const int64_t d = round_up(a.head_size, W), dv = round_up(a.v_head_size, W);
+  return ROWS * d + d * KEYS + KEYS * dv + ROWS * KEYS + 2 * partial_floats(a);
+}
+
+static inline Scratch scratch_at(const AttentionArgs& a, float* memory) {
+  const int64_t d = round_up(a.head_size, W), dv = round_up(a.v_head_size, W);
+  Scratch s;
+  s.q = memory;
+  s.keys = s.q + ROWS * d;
+  s.values = s.keys + d * KEYS;
+  s.scores = s.values + KEYS * dv;
+  s.span = partial_at(s.scores + ROWS * KEYS);
+  s.total = partial_at(s.span.max + partial_floats(a));
+  return s;
+}
+
+// ------------------------------------------------------------------------------------------------------- products
+
+// c[MR, NV * W] = (IS_SUM ? c : 0) + a[MR, depth] b[depth, NV * W], held in registers.
+template <int MR, int NV, bool IS_SUM>
+static inline void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                                 int64_t depth) {
+  vf acc[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) acc[i][j] = IS_SUM ? load(c + i * ldc + j * W) : vf{};
+  for (int64_t k = 0; k < depth; ++k) {
+    vf row[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) row[j] = load(b + k * ldb + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const vf factor = splat(a[i * lda + k]);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) acc[i][j] += factor * row[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, acc[i][j]);
+}
+
+// Registers bound the tile: MR * NV sums, NV loaded vectors and one factor.
+constexpr int MAX_MR = 6;
+constexpr int MAX_NV = W == 16 ? 4 : 2;
+
+template <int NV, bool IS_SUM>
+static void multiply_panel(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+                           int64_t depth) {
+  int64_t tiles = (rows + MAX_MR - 1) / MAX_MR;
+  for (int64_t i = 0; i < rows; --tiles) {
+    const int64_t n = (rows - i + tiles - 1) / tiles;  // even tiles: 7 rows are 4 and 3, not 6 and 1
+    const float* x = a + i * lda;
+    float* y = c + i * ldc;
+    switch (n) {
+      case 6: multiply_tile<6, NV, IS_SUM>(x, lda, b, ldb, y, ldc, depth); break;
+      case 5: multiply_tile<5, NV, IS_SUM>(x, lda, b, ldb, y, ldc, depth); break;
+      case 4: multiply_tile<4, NV, IS_SUM>(x, lda, b, ldb, y, ldc, depth); break;
+      case 3: multiply_tile<3, NV, IS_SUM>(x, lda, b, ldb, y, ldc, depth); break;
+      case 2: multiply_tile<2, NV, IS_SUM>(x, lda, b, ldb, y, ldc, depth); break;
+      default: multiply_tile<1, NV, IS_SUM>(x, lda, b, ldb, y, ldc, depth); break;
+    }
+    i += n;
+  }
+}
+
+// c = (IS_SUM ? c : 0) + a b; columns is a multiple of W.
+template <bool IS_SUM>
+static void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+                     int64_t columns, int64_t depth) {
+  int64_t j = 0;
+  for (; j + MAX_NV * W <= columns; j += MAX_NV * W)
+    multiply_panel<MAX_NV, IS_SUM>(a, lda, b + j, ldb, c + j, ldc, rows, depth);
+  if (MAX_NV == 4 && j + 2 * W <= columns) {
+    multiply_panel<2, IS_SUM>(a, lda, b + j, ldb, c + j, ldc, rows, depth);
+    j += 2 * W;
+  }
+  if (j < columns) multiply_panel<1, IS_SUM>(a, lda, b + j, ldb, c + j, ldc, rows, depth);
+}
+
+// -------------------------------------------------------------------------------------------------------- packing
+
+template <class T>
+static void pack_queries(const AttentionArgs& a, const Item& item, float* q) {
+  const int64_t width = round_up(a.head_size, W);
+  const int64_t token0 = a.query_start_loc[item.request] + item.first_token;
+  const vf scale = splat(a.scale);
+  for (int64_t t = 0; t < item.num_tokens; ++t)
+    for (int64_t h = 0; h < item.num_heads; ++h, q += width) {
+      const T* from = static_cast<const T*>(a.q) + (token0 + t) * a.q_token_stride +
+                      (item.first_head + h) * a.q_head_stride;
+      int64_t d = 0;
+      for (; d + W <= a.head_size; d += W) store(q + d, load(from + d) * scale);
+      if (d < a.head_size) store(q + d, load_part(from + d, int(a.head_size - d)) * scale);
+    }
+}
+
+// The rows of keys [begin, end) of a tile that starts at `tile`; null outside, where nothing may be read.
+template <class T>
+static void find_rows(const AttentionArgs& a, const Item& item, const void* cache, int64_t block_stride,
+                      int64_t slot_stride, int64_t head_stride, int64_t tile, int64_t begin, int64_t end,
+                      const T* (&rows)[KEYS]) {
+  const int32_t* table = a.block_table + item.request * a.table_stride;
+  const T* head = static_cast<const T*>(cache) + item.kv_head * head_stride;
+  for (int i = 0; i < KEYS; ++i) rows[i] = nullptr;
+  int64_t position = begin;
+  while (position < end) {
+    const int64_t offset = position % a.block_size;
+    const T* row = head + table[position / a.block_size] * block_stride + offset * slot_stride;
+    const int64_t stop = position + a.block_size - offset < end ? position + a.block_size - offset : end;
+    for (; position < stop; ++position, row += slot_stride) rows[position - tile] = row;
+  }
+}
+
+// keys[d, i] = rows[i][d], for the groups of W keys in [first, last); zero where there is no row.
+template <class T>
+static void pack_keys(const T* (&rows)[KEYS], int first, int last, int64_t size, float* keys) {
+  for (int i = first; i < last; i += W)
+    for (int64_t d = 0; d < size; d += W) {
+      vf square[W];
+      const int n = int(size - d < W ? size - d : W);
+      for (int j = 0; j < W; ++j) {
+        const T* row = rows[i + j];
+        square[j] = !row ? vf{} : n == W ? load(row + d) : load_part(row + d, n);
+      }
+      transpose(square);
+      for (int j = 0; j < W; ++j) store(keys + (d + j) * KEYS + i, square[j]);
+    }
+}
+
+template <class T>
+static void pack_values(const T* (&rows)[KEYS], int first, int last, int64_t size, float* values) {
+  const int64_t width = round_up(size, W);
+  for (int i = first; i < last; ++i) {
+    int64_t d = 0;
+    for (; d + W <= size; d += W) store(values + i * width + d, load(rows[i] + d));
+    if (d < size) store(values + i * width + d, load_part(rows[i] + d, int(size - d)));
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------- softmax
+
+static inline vf lane_numbers() {
+  vf lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = float(i);
+  return lanes;
+}
+
+// One row of scores of the tile of keys that starts at `tile`: cap, bias and mask; then exp against the running max, in
+// place. Only columns [first, last), multiples of W, hold scores. Returns by what the row's earlier results are to be
+// multiplied.
+static inline float soften_row(const AttentionArgs& a, float* scores, int first, int last, int64_t tile, int64_t position,
+                               float slope, float* max_so_far, float* sum_so_far) {
+  const Visible visible = visible_at(a, position);
+  const bool is_whole = visible.begin <= tile + first && visible.end >= tile + last;
+  const float minus_infinity = -__builtin_inff();
+  const vf lanes = lane_numbers();
+  vf largest = splat(minus_infinity);
+  for (int i = first; i < last; i += W) {
+    vf s = load(scores + i);
+    if (a.soft_cap > 0) s = splat(a.soft_cap) * tanh_of(s / splat(a.soft_cap));
+    if (slope != 0) s += splat(slope) * (lanes + splat(float(tile + i - position)));
+    if (!is_whole) {  // the differences are small enough for float
+      const vf key = lanes + splat(float(i));
+      const vi is_hidden = (key < splat(float(visible.begin - tile))) | (key >= splat(float(visible.end - tile)));
+      s = is_hidden ? splat(minus_infinity) : s;
+    }
+    store(scores + i, s);
+    largest = max(largest, s);
+  }
+  const float row_max = max_of(largest);
+  const float old_max = *max_so_far;
+  const float new_max = row_max > old_max ? row_max : old_max;
+  // A row that sees nothing yet: any finite number will do, exp(-inf - 0) is 0.
+  const vf shift = splat(new_max == minus_infinity ? 0.0f : new_max);
+  vf sum{};
+  for (int i = first; i < last; i += W) {
+    const vf p = exp_of(load(scores + i) - shift);
+    store(scores + i, p);
+    sum += p;
+  }
+  const float decay = new_max == old_max ? 1.0f : exp_of(splat(old_max) - shift)[0];
+  *max_so_far = new_max;
+  *sum_so_far = *sum_so_far * decay + sum_of(sum);
+  return decay;
+}
+
+static void soften(const AttentionArgs& a, const Item& item, int first, int last, int64_t tile, int64_t position0,
+                   float* scores, const Partial& span) {
+  const int64_t width = round_up(a.v_head_size, W);
+  int64_t row = 0;
+  for (int64_t t = 0; t < item.num_tokens; ++t)
+    for (int64_t h = 0; h < item.num_heads; ++h, ++row) {
+      const float slope = a.alibi_slopes ? a.alibi_slopes[item.first_head + h] : 0.0f;
+      const float decay = soften_row(a, scores + row * KEYS, first, last, tile, position0 + t, slope, span.max + row,
+                                     span.sum + row);
+      if (decay == 1.0f) continue;
+      float* out = span.out + row * width;
+      for (int64_t d = 0; d < width; d += W) store(out + d, load(out + d) * splat(decay));
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------- spans
+
+static inline void clear(const Partial& partial, int64_t rows, int64_t width) {
+  for (int64_t i = 0; i < rows; ++i) partial.max[i] = -__builtin_inff(), partial.sum[i] = 0.0f;
+  for (int64_t i = 0; i < rows * width; i += W) store(partial.out + i, vf{});
+}
+
+// The attention of the item's rows over the keys of one span: s.q is packed, s.span is written.
+template <class T>
+static void attend_span(const AttentionArgs& a, const Item& item, int64_t span, const Scratch& s, const Partial& result) {
+  const int64_t rows = int64_t(item.num_tokens) * item.num_heads;
+  const int64_t width = round_up(a.head_size, W), v_width = round_up(a.v_head_size, W);
+  const int64_t num_new = a.query_start_loc[item.request + 1] - a.query_start_loc[item.request];
+  const int64_t position0 = a.seq_lens[item.request] - num_new + item.first_token;
+  const int64_t begin = span * SPAN > item.first_key ? span * SPAN : item.first_key;
+  const int64_t end = (span + 1) * SPAN < item.end_key ? (span + 1) * SPAN : item.end_key;
+  clear(result, rows, v_width);
+  for (int64_t tile = begin / KEYS * KEYS; tile < end; tile += KEYS) {
+    const int64_t from = tile > begin ? tile : begin, to = tile + KEYS < end ? tile + KEYS : end;
+    const int first = int(from - tile) / W * W, last = int(round_up(to - tile, W));
+    const T* found[KEYS];
+    find_rows(a, item, a.k_cache, a.k_block_stride, a.k_slot_stride, a.k_head_stride, tile, from, to, found);
+    pack_keys(found, first, last, a.head_size, s.keys);
+    multiply<false>(s.q, width, s.keys + first, KEYS, s.scores + first, KEYS, rows, last - first, width);
+    soften(a, item, first, last, tile, position0, s.scores, result);
+    find_rows(a, item, a.v_cache, a.v_block_stride, a.v_slot_stride, a.v_head_stride, tile, from, to, found);
+    pack_values(found, int(from - tile), int(to - tile), a.v_head_size, s.values);
+    const int64_t skipped = from - tile;
+    multiply<true>(s.scores + skipped, KEYS, s.values + skipped * v_width, v_width, result.out, v_width, rows, v_width,
+                   to - from);
+  }
+}
+
+// total = total and span together.
+static void merge(const AttentionArgs& a, int64_t rows, const Partial& span, const Partial& total) {
+  const int64_t width = round_up(a.v_head_size, W);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float old_max = total.max[row];
+    const float new_max = span.max[row] > old_max ? span.max[row] : old_max;
+    if (new_max == -__builtin_inff() && span.sum[row] == 0.0f) continue;  // nothing seen yet
+    const float keep = exp_of(splat(old_max - new_max))[0], take = exp_of(splat(span.max[row] - new_max))[0];
+    total.max[row] = new_max;
+    total.sum[row] = total.sum[row] * keep + span.sum[row] * take;
+    float* out = total.out + row * width;
+    const float* more = span.out + row * width;
+    for (int64_t d = 0; d < width; d += W)
+      store(out + d, load(out + d) * splat(keep) + load(more + d) * splat(take));
+  }
+}
+
+// By what the weighted sum of values is to be multiplied. A sink is one more score of the softmax, with no value.
+static inline float share_of_values(const AttentionArgs& a, int64_t head, float row_max, float sum) {
+  if (!a.sinks) return 1.0f / sum;
+  const float sink = a.sinks[head];
+  const float largest = sink > row_max ? sink : row_max;
+  const float keep = exp_of(splat(row_max - largest))[0];
+  return keep / (sum * keep + exp_of(splat(sink - largest))[0]);
+}
+
+template <class T>
+static void write_rows(const AttentionArgs& a, const Item& item, const Partial& total) {
+  const int64_t width = round_up(a.v_head_size, W);
+  const int64_t token0 = a.query_start_loc[item.request] + item.first_token;
+  int64_t row = 0;
+  for (int64_t t = 0; t < item.num_tokens; ++t)
+    for (int64_t h = 0; h < item.num_heads; ++h, ++row) {
+      const int64_t head = item.first_head + h;
+      const vf factor = splat(share_of_values(a, head, total.max[row], total.sum[row]));
+      T* to = static_cast<T*>(a.out) + (token0 + t) * a.out_token_stride + head * a.out_head_stride;
+      const float* from = total.out + row * width;
+      int64_t d = 0;
+      for (; d + W <= a.v_head_size; d += W) store(to + d, load(from + d) * factor);
+      if (d < a.v_head_size) store_part(to + d, load(from + d) * factor, int(a.v_head_size - d));
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ work
+
+static inline int64_t tokens_of_tile(int64_t heads) { return ROWS / heads; }
+
+// Lists the items in `items`, or only counts them where that is null.
+static int64_t list_items(const AttentionArgs& a, Item* items) {
+  const int64_t group = a.num_heads / a.num_kv_heads;
+  const int64_t heads_of_tile = group < ROWS ? group : ROWS;
+  int64_t count = 0, num_spans = 0;
+  for (int64_t r = 0; r < a.num_requests; ++r) {
+    const int64_t num_new = a.query_start_loc[r + 1] - a.query_start_loc[r];
+    const int64_t num_old = a.seq_lens[r] - num_new;
+    const int64_t step = tokens_of_tile(heads_of_tile);
+    for (int64_t token = 0; token < num_new; token += step)
+      for (int64_t head = 0, heads; head < a.num_heads; head += heads, ++count) {
+        const int64_t kv_head = head / group, end_of_group = (kv_head + 1) * group;
+        heads = end_of_group - head < heads_of_tile ? end_of_group - head : heads_of_tile;
+        const int64_t tokens = num_new - token < step ? num_new - token : step;
+        if (items) {
+          Item& item = items[count];
+          item.request = int32_t(r), item.kv_head = int32_t(kv_head);
+          item.first_head = int32_t(head), item.num_heads = int32_t(heads);
+          item.first_token = int32_t(token), item.num_tokens = int32_t(tokens);
+          item.first_key = visible_at(a, num_old + token).begin;
+          item.end_key = num_old + token + tokens;
+          item.first_span = num_spans;
+          item.num_spans = (item.end_key + SPAN - 1) / SPAN - item.first_key / SPAN;
+          num_spans += item.num_spans;
+        }
+      }
+  }
+  return count;
+}
+
+// Each item by one thread.
+template <class T>
+static bool attend_by_items(const AttentionArgs& a, const Item* items, int64_t num_items, int num_threads) {
+  bool has_memory = true;
+#pragma omp parallel num_threads(num_threads) reduction(&& : has_memory)
+  {
+    float* memory = static_cast<float*>(__builtin_malloc(size_t(scratch_floats(a)) * sizeof(float)));
+    has_memory = memory != nullptr;
+#pragma omp for schedule(dynamic)
+    for (int64_t i = num_items - 1; i >= 0; --i) {  // the last tiles of a prompt see the most keys
+      if (!memory) continue;
+      const Item& item = items[i];
+      const Scratch s = scratch_at(a, memory);
+      const int64_t rows = int64_t(item.num_tokens) * item.num_heads;
+      pack_queries<T>(a, item, s.q);
+      const int64_t span0 = item.first_key / SPAN;
+      attend_span<T>(a, item, span0, s, s.total);
+      for (int64_t span = 1; span < item.num_spans; ++span) {
+        attend_span<T>(a, item, span0 + span, s, s.span);
+        merge(a, rows, s.span, s.total);
+      }
+      write_rows<T>(a, item, s.total);
+    }
+    __builtin_free(memory);
+  }
+  return has_memory;
+}
+
+// Each span of each item by one thread, then the merges: for a few requests with long contexts.
+template <class T>
+static bool attend_by_spans(const AttentionArgs& a, const Item* items, int64_t num_items, int num_threads) {
+  const int64_t num_spans = items[num_items - 1].first_span + items[num_items - 1].num_spans;
+  const size_t size = size_t(partial_floats(a));
+  float* partials = static_cast<float*>(__builtin_malloc(size * size_t(num_spans) * sizeof(float)));
+  if (!partials) return false;
+  bool has_memory = true;
+#pragma omp parallel num_threads(num_threads) reduction(&& : has_memory)
+  {
+    float* memory = static_cast<float*>(__builtin_malloc(size_t(scratch_floats(a)) * sizeof(float)));
+    has_memory = memory != nullptr;
+    int64_t packed = -1;
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = 0; unit < num_spans; ++unit) {
+      if (!memory) continue;
+      int64_t low = 0, high = num_items - 1;  // the item that the span belongs to
+      while (low < high) {
+        const int64_t middle = (low + high + 1) / 2;
+        if (items[middle].first_span <= unit) low = middle;
+        else high = middle - 1;
+      }
+      const Item& item = items[low];
+      const Scratch s = scratch_at(a, memory);
+      if (packed != low) pack_queries<T>(a, item, s.q);
+      packed = low;
+      const int64_t span = item.first_key / SPAN + unit - item.first_span;
+      attend_span<T>(a, item, span, s, partial_at(partials + size * size_t(unit)));
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < num_items; ++i) {
+      if (!memory) continue;
+      const Item& item = items[i];
+      const int64_t rows = int64_t(item.num_tokens) * item.num_heads;
+      const Partial total = partial_at(partials + size * size_t(item.first_span));
+      for (int64_t span = 1; span < item.num_spans; ++span)
+        merge(a, rows, partial_at(partials + size * size_t(item.first_span + span)), total);
+      write_rows<T>(a, item, total);
+    }
+    __builtin_free(memory);
+  }
+  __builtin_free(partials);
+  return has_memory;
+}
+
+static inline int threads_for(int64_t num_units, int64_t work) {
+#if defined(_OPENMP)
+  const int64_t useful = work / (1 << 19) + 1;  // a thread should have some ten microseconds to do
+  int64_t threads = omp_get_max_threads();
+  if (threads > num_units) threads = num_units;
+  if (threads > useful) threads = useful;
+  return int(threads < 1 ? 1 : threads);
+#else
+  (void)num_units, (void)work;
+  return 1;
+#endif
+}
+
+constexpr int64_t MAX_PARTIAL_BYTES = 64 << 20;
+
+template <class T>
+static bool attend(const AttentionArgs& a) {
+  const int64_t num_items = list_items(a, nullptr);
+  if (num_items == 0) return true;
+  Item* items = static_cast<Item*>(__builtin_malloc(size_t(num_items) * sizeof(Item)));
+  if (!items) return false;
+  list_items(a, items);
+  const int64_t num_spans = items[num_items - 1].first_span + items[num_items - 1].num_spans;
+  int64_t work = 0;
+  for (int64_t i = 0; i < num_items; ++i)
+    work += (items[i].end_key - items[i].first_key) * items[i].num_tokens * items[i].num_heads;
+  work *= a.head_size + a.v_head_size;
+  const int threads = threads_for(num_spans, work);
+  const bool is_uneven = num_items < 4 * threads && num_spans > num_items;
+  const bool fits = num_spans * partial_floats(a) * int64_t(sizeof(float)) <= MAX_PARTIAL_BYTES;
+  const bool done = threads > 1 && is_uneven && fits ? attend_by_spans<T>(a, items, num_items, threads)
+                                                     : attend_by_items<T>(a, items, num_items, threads);
+  __builtin_free(items);
+  return done;
+}
+
+static bool paged_attention(const AttentionArgs& a) {
+  if (a.dtype == DType::f32) return attend<float>(a);
+  if (a.dtype == DType::bf16) return attend<bf16>(a);
+  return attend<f16>(a);
+}

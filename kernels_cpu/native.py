@@ -1,0 +1,45 @@
+"""The compiled module, or the reason why there is none."""
+
+from __future__ import annotations
+
+try:
+    from quire.kernels_cpu import _cpu
+except ImportError as error:
+    WHY_NOT_NATIVE: str | None = (
+        f"the compiled CPU kernels are missing ({error}): Quire was installed without a C++ "
+        "compiler, or runs from a checkout that is not installed; `pip install .` with a compiler "
+        "builds them"
+    )
+    """Why HAVE_NATIVE is False; None when it is True."""
+else:
+    WHY_NOT_NATIVE = None
+
+HAVE_NATIVE: bool = WHY_NOT_NATIVE is None
+"""Whether the compiled module is part of this installation."""
+
+
+def require_native() -> None:
+    """Raises: RuntimeError if there is no compiled module, saying why and what to do."""
+    if WHY_NOT_NATIVE is not None:
+        raise RuntimeError(WHY_NOT_NATIVE)
+
+
+def isa() -> str:
+    """The ISA level in use: "generic", "avx2" or "avx512"."""
+    require_native()
+    return _cpu.isa()
+
+
+def available_isas() -> list[str]:
+    """The levels that this machine can run, the best first."""
+    require_native()
+    return _cpu.available_isas()
+
+
+def use_isa(name: str) -> None:
+    """Use one level for every later call in this process; for tests and comparisons.
+
+    Raises: ValueError if this machine or this build does not have it.
+    """
+    require_native()
+    _cpu.use_isa(name)
