@@ -1,0 +1,146 @@
+"""A checkpoint's safetensors files: found, checked as a whole, then read a tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from quire.core.errors import CheckpointError
+from quire.core.models.model_config import read_json
+from quire.core.models.weight_layout import TensorShape
+
+_INDEX = "model.safetensors.index.json"
+_MAX_LISTED = 40
+"""Problems shown of each kind; a wrong config makes hundreds of the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    path: Path
+    name: str
+    """As the file calls it."""
+    shape: tuple[int, ...]
+
+
+class CheckpointFiles:
+    """The tensors of a checkpoint by the names that its family gives them.
+
+    Raises: CheckpointError if there are no files that can be read.
+    """
+
+    def __init__(self, directory: Path, rename: Callable[[str], str | None]) -> None:
+        self._directory = directory
+        self._stored: dict[str, StoredTensor] = {}
+        for path in find_weight_files(directory):
+            for stored in _read_header(path):
+                name = rename(stored.name)
+                if name is not None:
+                    self._stored[name] = stored
+
+    def check(self, expected: Iterable[TensorShape], *, may_have: tuple[str, ...] = ()) -> None:
+        """Compares with what the model needs. Names in `may_have` are ignored if they are there.
+
+        Raises: CheckpointError that lists all that is missing, unexpected or of another shape.
+        """
+        wanted = {tensor.name: tensor.shape for tensor in expected}
+        missing = [name for name in wanted if name not in self._stored]
+        unexpected = [
+            f"{stored.name} ({stored.path.name})"
+            for name, stored in self._stored.items()
+            if name not in wanted and name not in may_have
+        ]
+        misshaped = [
+            f"{stored.name} is {list(stored.shape)}, not {list(wanted[name])} ({stored.path.name})"
+            for name, stored in self._stored.items()
+            if name in wanted and stored.shape != wanted[name]
+        ]
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+        if any(kinds.values()):
+            problems = "".join(_list(kind, names) for kind, names in kinds.items() if names)
+            raise CheckpointError(
+                f"the weights in {self._directory} do not fit its config.json:{problems}\n"
+                "Download the model again, or give the config.json that belongs to these weights."
+            )
+
+    def read(self, tensor: TensorShape) -> Tensor:
+        """One tensor in the checkpoint's dtype: a view of the mapped file, unmapped when dropped.
+
+        Raises: CheckpointError if the file cannot be read.
+        """
+        stored = self._stored[tensor.name]
+        # Opened anew each time: one mapping of a whole shard would keep all its pages resident.
+        with _open(stored.path) as file:
+            content: Tensor = file.get_tensor(stored.name)
+        return content
+
+
+def find_weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, shards in order.
+
+    Raises: CheckpointError that says what is there instead.
+    """
+    if (directory / _INDEX).is_file():
+        return _shards(directory)
+    single = directory / "model.safetensors"
+    files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    files = [path for path in files if not path.name.startswith("consolidated")]
+    if files:
+        return files
+    others = sorted(
+        p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf"}
+    )
+    if others:
+        raise CheckpointError(
+            f"{directory} has weights as {', '.join(others)}; Quire reads safetensors alone, since "
+            "pickled files can run code. Load the model with transformers and save it again with "
+            "save_pretrained, or use a repository that has *.safetensors"
+        )
+    raise CheckpointError(
+        f"{directory} has no *.safetensors file; download the weights, or pass --load-format dummy"
+    )
+
+
+def _shards(directory: Path) -> list[Path]:
+    weight_map = read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{directory / _INDEX} has no weight_map; download it again")
+    shards = [directory / name for name in sorted(set(weight_map.values()))]
+    absent = [path.name for path in shards if not path.is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{directory} lacks {', '.join(absent)}, which {_INDEX} names; download them"
+        )
+    return shards
+
+
+def _read_header(path: Path) -> Iterator[StoredTensor]:
+    with _open(path) as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            yield StoredTensor(path, name, tuple(file.get_slice(name).get_shape()))
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise CheckpointError(
+            f"{path} ({size} bytes) is truncated or corrupt: {error}; "
+            "delete it and download it again"
+        ) from error
+
+
+def _list(kind: str, names: list[str]) -> str:
+    shown = "".join(f"\n    {name}" for name in names[:_MAX_LISTED])
+    rest = len(names) - _MAX_LISTED
+    return f"\n  {kind} ({len(names)}):{shown}" + (f"\n    and {rest} more" if rest > 0 else "")

@@ -1,0 +1,90 @@
+"""What is known of a model before its weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quire.core.interface.ops import OP_SPECS
+from quire.core.models.attention_groups import AttentionGroup, attention_groups_of
+from quire.core.models.decoder_spec import DecoderSpec
+from quire.core.models.model_config import ModelConfig, read_model_config
+from quire.core.models.weight_layout import lay_out
+
+__all__ = ["AttentionGroup", "ModelDescription", "describe_model", "size_of_dtype"]
+
+_DTYPE_SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDescription:
+    """A model as its config.json describes it."""
+
+    architecture: str
+    checkpoint_dtype: str
+    dtype: str
+    """What it runs in: as asked, or the checkpoint's."""
+    cache_dtype: str
+    vocab_size: int
+    max_model_len: int
+    """The most tokens that the model was made for."""
+    hidden_size: int
+    num_layers: int
+    num_parameters: int
+    attention_groups: tuple[AttentionGroup, ...]
+    ops: tuple[str, ...]
+    """Names of the `OP_SPECS` that its forward and the sampling after it may use."""
+    eos_token_ids: tuple[int, ...]
+    decoder: DecoderSpec
+
+    def weight_bytes(self, dtype: str | None = None) -> int:
+        """Memory of the plain weights in `dtype` (None: the model's); packing may add to it."""
+        return self.num_parameters * size_of_dtype(dtype or self.dtype)
+
+
+def describe_model(
+    directory: Path, *, dtype: str = "auto", cache_dtype: str = "auto", block_size: int = 16
+) -> ModelDescription:
+    """Describes the model in `directory` from its JSON files alone.
+
+    Raises: CheckpointError, UnsupportedError, as `read_model_config` does.
+    """
+    config = read_model_config(Path(directory))
+    dtype = config.dtype if dtype == "auto" else dtype
+    cache_dtype = dtype if cache_dtype == "auto" else cache_dtype
+    return describe_config(config, dtype=dtype, cache_dtype=cache_dtype, block_size=block_size)
+
+
+def describe_config(
+    config: ModelConfig, *, dtype: str, cache_dtype: str, block_size: int
+) -> ModelDescription:
+    """The description that follows from a config; dtypes are resolved."""
+    decoder = config.decoder
+    return ModelDescription(
+        architecture=config.family.architecture,
+        checkpoint_dtype=config.dtype,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        vocab_size=decoder.vocab_size,
+        max_model_len=decoder.max_model_len,
+        hidden_size=decoder.hidden_size,
+        num_layers=decoder.num_layers,
+        num_parameters=lay_out(decoder, config.family.names).num_parameters,
+        attention_groups=attention_groups_of(
+            decoder, dtype=dtype, cache_dtype=cache_dtype, block_size=block_size
+        ),
+        ops=_ops_of(decoder),
+        eos_token_ids=config.eos_token_ids,
+        decoder=decoder,
+    )
+
+
+def size_of_dtype(dtype: str) -> int:
+    """Bytes of one element."""
+    return _DTYPE_SIZES[dtype]
+
+
+def _ops_of(decoder: DecoderSpec) -> tuple[str, ...]:
+    """Every operator but the soft cap of the logits, which few models have."""
+    unused = set() if decoder.logit_soft_cap is not None else {"soft_cap"}
+    return tuple(spec.name for spec in OP_SPECS if spec.name not in unused)

@@ -1,0 +1,112 @@
+"""Reads a model's config.json and the token ids that end a text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quire.core.errors import CheckpointError, QuireError, Reason, UnsupportedError
+from quire.core.models.decoder_spec import DecoderSpec
+from quire.core.models.families import Family, family_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What the JSON files of a model say."""
+
+    family: Family
+    decoder: DecoderSpec
+    dtype: str
+    """In which the checkpoint stores its weights."""
+    eos_token_ids: tuple[int, ...]
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """Reads config.json and generation_config.json; no weights.
+
+    Raises: CheckpointError for missing or broken files and unknown architectures, UnsupportedError
+    for features of a known architecture that Quire lacks.
+    """
+    directory = Path(directory)
+    raw = read_json(directory / "config.json")
+    family = family_of(raw, where=directory)
+    _refuse_quantized(raw, directory)
+    config = _load_config(directory)
+    return ModelConfig(
+        family=family,
+        decoder=_describe(family, config, directory),
+        dtype=_dtype_of(config),
+        eos_token_ids=_eos_token_ids(directory, config),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file.
+
+    Raises: CheckpointError if it is missing or broken.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist; a model is a directory with config.json and *.safetensors"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; download it again")
+    return content
+
+
+def _load_config(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    # Any field may be wrong in any way, and each check of transformers raises its own.
+    except Exception as error:
+        raise CheckpointError(f"{directory / 'config.json'} is not valid: {error}") from error
+
+
+def _describe(family: Family, config: Any, directory: Path) -> DecoderSpec:
+    try:
+        return family.describe(config)
+    except QuireError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory / 'config.json'} lacks what {family.architecture} needs: {error!r}"
+        ) from error
+
+
+def _refuse_quantized(raw: dict[str, Any], directory: Path) -> None:
+    quantization = raw.get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "?"
+    reason = Reason(
+        code="model.quantization",
+        need=f"weights quantized by {method}",
+        have="plain float32, float16 and bfloat16 checkpoints",
+        remedy="use the model's unquantized checkpoint",
+    )
+    raise UnsupportedError([reason], what=f"the checkpoint in {directory}")
+
+
+def _dtype_of(config: Any) -> str:
+    text_config = config.get_text_config(decoder=True)
+    dtype = getattr(text_config, "dtype", None) or getattr(config, "dtype", None) or "float32"
+    return str(dtype).removeprefix("torch.")
+
+
+def _eos_token_ids(directory: Path, config: Any) -> tuple[int, ...]:
+    """The generation config's where it has some, since it lists the ends of a turn as well."""
+    path = directory / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    if ids is None:
+        ids = config.get_text_config(decoder=True).eos_token_id
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (ids,)
