@@ -105,19 +105,16 @@ def epoch_windows(
     of a window is the first of the next, so that every token is predicted once.
     """
     rng = np.random.default_rng([seed, epoch])
-    stream = np.concatenate(_epoch_documents(corpus, mix, rng))
-    num_windows = (len(stream) - 1) // context
-    starts = np.arange(num_windows) * context
-    windows = stream[starts[:, None] + np.arange(context + 1)[None, :]]
-    return windows[rng.permutation(num_windows)].astype(np.int64)
+    windows = cut_windows(_epoch_documents(corpus, mix, rng), context=context)
+    return windows[rng.permutation(len(windows))]
 
 
-def held_out_windows(documents: Sequence[Tokens], *, context: int) -> NDArray[np.int64]:
-    """Held-out documents end to end in windows [W, context + 1]; the remainder is dropped."""
-    stream = np.concatenate(documents)
+def cut_windows(documents: Sequence[Tokens], *, context: int) -> NDArray[np.int64]:
+    """Documents end to end in windows [W, context + 1]; the remainder is dropped."""
+    stream = np.concatenate(documents).astype(np.int64)
     num_windows = (len(stream) - 1) // context
     starts = np.arange(num_windows) * context
-    return stream[starts[:, None] + np.arange(context + 1)[None, :]].astype(np.int64)
+    return np.take(stream, starts[:, None] + np.arange(context + 1)[None, :])
 
 
 def iterate_batches(

@@ -40,14 +40,13 @@ CONVERSATION_PROMPTS = (
     "Write a Python function to return the length of a list.",
     "Write the function `is_directory`: Return True if the path is a directory.",
     "What does `str.upper` do in Python?",
-    'Explain this code:\n```python\ndef close(self):\n    """Close the file."""\n'
-    "    self.file.close()\n```",
+    'Explain this code:\n```python\ndef close(self):\n    """Close the file."""\n```',
 )
 MAX_NEW_TOKENS = 64
+MAX_ANSWER_TOKENS = 200
 OPENERS, CLOSERS = "([{", ")]}"
 
 
-@torch.inference_mode()
 def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -56,30 +55,23 @@ def complete(
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> str:
     """The greedy continuation of a text, without the prompt and special tokens."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new_tokens = output[0, inputs["input_ids"].shape[1] :]
+    new_tokens = _generate(model, tokenizer(prompt)["input_ids"], max_new_tokens)
     return str(tokenizer.decode(new_tokens, skip_special_tokens=True))
 
 
-@torch.inference_mode()
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     question: str,
     *,
-    max_new_tokens: int = 200,
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
 ) -> tuple[str, bool]:
     """The greedy answer to one question, and whether the model ended its turn itself."""
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
-    inputs = tokenizer(
-        rendered, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False
-    )
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new_tokens = output[0, inputs["input_ids"].shape[1] :]
-    has_ended = int(new_tokens[-1]) in model.generation_config.eos_token_id
+    turns = [{"role": "user", "content": question}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    prompt_ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    new_tokens = _generate(model, prompt_ids, max_new_tokens)
+    has_ended = new_tokens[-1] in model.generation_config.eos_token_id
     return str(tokenizer.decode(new_tokens, skip_special_tokens=True)), has_ended
 
 
@@ -115,6 +107,19 @@ def parses(prompt: str, completion: str) -> bool:
         if kept.strip() and _is_program(prompt + kept + "\n"):
             return True
     return False
+
+
+@torch.inference_mode()
+def _generate(model: PreTrainedModel, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+    inputs = torch.tensor([prompt_ids])
+    output = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    new_tokens: list[int] = output[0, len(prompt_ids) :].tolist()
+    return new_tokens
 
 
 def _is_program(source: str) -> bool:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from train_demo.batches import Mix, Tokens, held_out_windows
+from train_demo.batches import Mix, Tokens, cut_windows
 from train_demo.completions import (
     BLOCK_PROMPTS,
     BRACKET_PROMPTS,
@@ -75,7 +75,7 @@ def measure_loss(
 
     Bits per byte spread the nats of all tokens, the special ones included, over the text's bytes.
     """
-    windows = held_out_windows(documents, context=model.config.max_position_embeddings)
+    windows = cut_windows(documents, context=model.config.max_position_embeddings)
     nats_per_token = evaluate(model, windows, batch_size=8, use_bfloat16=False)
     num_tokens, num_bytes = sum(map(len, documents)), sum(len(text.encode()) for text in texts)
     return {
@@ -153,7 +153,7 @@ def _machine() -> dict[str, Any]:
     return {
         "processor": _processor_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "has_avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "has_avx512_bf16": torch.cpu.get_capabilities().get("avx512_bf16", False),
         "system": platform.system(),
     }
 

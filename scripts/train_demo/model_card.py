@@ -1,4 +1,5 @@
 """The model card, filled from the record of the training and nothing else."""
+# ruff: noqa: E501  (a Markdown table has one line a row)
 
 from __future__ import annotations
 

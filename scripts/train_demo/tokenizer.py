@@ -55,6 +55,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     return _wrap(tokenizer)
 
 
+def special_token_id(token: str) -> int:
+    """The id of one of `SPECIAL_TOKENS`, which stand first in the vocabulary."""
+    return SPECIAL_TOKENS.index(token)
+
+
 def render(tokenizer: PreTrainedTokenizerFast, messages: Iterable[Message]) -> str:
     """A whole conversation as the text that the model is trained on, without the final EOS."""
     turns = [{"role": message.role, "content": message.content} for message in messages]

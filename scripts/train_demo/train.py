@@ -28,25 +28,21 @@ from rich.console import Console
 if __package__ in (None, ""):  # started as a file: its package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train_demo.batches import Mix, held_out_windows
+from train_demo.batches import Mix, cut_windows
+from train_demo.keeper import RunKeeper
 from train_demo.preparation import Preparation, prepare
 from train_demo.progress import ProgressDisplay
 from train_demo.schedule import Budget, next_time_of_day
-from train_demo.tokenizer import BOS, END, EOS, PAD
+from train_demo.tokenizer import BOS, END, EOS, PAD, special_token_id
 from train_demo.training import (
     Recipe,
     Run,
-    evaluate,
     load_checkpoint,
     make_run,
-    save_checkpoint,
     train,
 )
 
 CHECKPOINT_NAME = "checkpoint.pt"
-CHECKPOINT_INTERVAL_S = 180.0
-EVALUATION_INTERVAL_S = 300.0
-NUM_EVALUATION_WINDOWS = 48
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -65,16 +61,22 @@ def run_command(
 ) -> None:
     """Train until the budget is used up; Ctrl-C or SIGTERM saves a checkpoint and stops."""
     torch.set_num_threads(threads)
-    display = ProgressDisplay(Console())
     recipe = Recipe(seed=seed)
     preparation = prepare(vocab_size=recipe.vocab_size)
-    run = make_run_for(preparation, recipe)
+    run = make_run_for(recipe)
     checkpoint = out / CHECKPOINT_NAME
     facts = load_checkpoint(run, checkpoint) if resume else _first_facts(preparation)
     facts["commands"].append(f"{shlex.join(['python', *sys.argv])}  # {threads} threads")
     out.mkdir(parents=True, exist_ok=True)
-    budget = make_budget(tokens, minutes, until, run.progress)
-    _train_and_save(run, preparation, budget, checkpoint, facts, display)
+    keeper = RunKeeper(
+        run=run,
+        windows=cut_windows(preparation.held_out.documents, context=recipe.context),
+        checkpoint=checkpoint,
+        facts=facts,
+        display=ProgressDisplay(Console()),
+    )
+    keeper.display.note(f"{run.model.num_parameters()} parameters, text: {preparation.facts}")
+    _train_until_stopped(keeper, preparation, make_budget(tokens, minutes, until, run.progress))
 
 
 @app.command("export")
@@ -87,19 +89,22 @@ def export_command(
     from train_demo.export import export_model  # it reads the held-out text through the model
 
     torch.set_num_threads(threads)
-    recipe = Recipe(seed=torch_seed_of(out / CHECKPOINT_NAME))
+    recipe = Recipe(seed=seed_of(out / CHECKPOINT_NAME))
     preparation = prepare(vocab_size=recipe.vocab_size)
-    run = make_run_for(preparation, recipe)
+    run = make_run_for(recipe)
     facts = load_checkpoint(run, out / CHECKPOINT_NAME)
     record = export_model(run, preparation, facts, to)
     Console().print_json(data=record)
 
 
-def make_run_for(preparation: Preparation, recipe: Recipe) -> Run:
+def make_run_for(recipe: Recipe) -> Run:
     """A fresh run whose model knows the ids of the tokenizer's special tokens."""
-    tokenizer = preparation.tokenizer
-    bos, eos, pad, end = tokenizer.convert_tokens_to_ids([BOS, EOS, PAD, END])
-    return make_run(recipe, eos_token_ids=[eos, end], bos_token_id=bos, pad_token_id=pad)
+    return make_run(
+        recipe,
+        eos_token_ids=[special_token_id(EOS), special_token_id(END)],
+        bos_token_id=special_token_id(BOS),
+        pad_token_id=special_token_id(PAD),
+    )
 
 
 def make_budget(
@@ -122,7 +127,7 @@ def make_budget(
     )
 
 
-def torch_seed_of(checkpoint: Path) -> int:
+def seed_of(checkpoint: Path) -> int:
     """The seed of the run that a checkpoint holds."""
     with torch.serialization.safe_globals([Recipe]):
         recipe: Recipe = torch.load(checkpoint, weights_only=True)["recipe"]
@@ -138,39 +143,13 @@ def _first_facts(preparation: Preparation) -> dict[str, Any]:
     }
 
 
-def _train_and_save(
-    run: Run,
-    preparation: Preparation,
-    budget: Budget,
-    checkpoint: Path,
-    facts: dict[str, Any],
-    display: ProgressDisplay,
-) -> None:
-    windows = held_out_windows(preparation.held_out.documents, context=run.recipe.context)
-    windows = windows[:: max(1, len(windows) // NUM_EVALUATION_WINDOWS)]
-    saved_s = evaluated_s = time.monotonic()
-
-    def measure() -> None:
-        loss = evaluate(run.model, windows, batch_size=8, use_bfloat16=run.recipe.use_bfloat16)
-        facts["held_out_history"].append([run.num_tokens, loss])
-        display.note(f"held-out sample after {run.num_tokens} tokens: {loss:.4f} nats per token")
-
-    display.note(f"{run.model.num_parameters()} parameters, text: {preparation.facts}")
+def _train_until_stopped(keeper: RunKeeper, preparation: Preparation, budget: Budget) -> None:
     with _stop_requests() as stop:
-        for _ in display.follow(train(run, preparation.train, Mix(), budget)):
-            now = time.monotonic()
-            if now - evaluated_s > EVALUATION_INTERVAL_S:
-                measure()
-                evaluated_s = time.monotonic()
-            if now - saved_s > CHECKPOINT_INTERVAL_S:
-                save_checkpoint(run, checkpoint, facts)
-                saved_s = time.monotonic()
+        for _ in keeper.display.follow(train(keeper.run, preparation.train, Mix(), budget)):
+            keeper.tend()
             if stop:
                 break
-    measure()
-    save_checkpoint(run, checkpoint, facts)
-    state = "finished" if run.progress >= 1.0 else "stopped; go on with --resume"
-    display.note(f"{state} at step {run.step}, {run.trained_s:.0f} s trained")
+    keeper.finish()
 
 
 @contextmanager
