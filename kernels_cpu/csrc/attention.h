@@ -9,7 +9,7 @@
 
 constexpr int KEYS = 64;   // keys of a tile: the packed tile of keys and that of values stay in the first cache
 constexpr int SPAN = 512;  // keys of a span: the unit of work when one long context is shared by threads
-constexpr int ROWS = 64;   // rows of a query tile, at most
+constexpr int ROWS = 128;  // rows of a query tile, at most
 
 struct Item {
   int32_t request;

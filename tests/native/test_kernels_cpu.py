@@ -83,7 +83,7 @@ def oracle(p, *, scale, window=0, soft_cap=0.0, chunk=0, sinks=None, alibi_slope
     for r, (k, v) in enumerate(p.contexts):
         start, stop = p.query_start_loc[r : r + 2].tolist()
         group = p.q.shape[1] // k.shape[1]
-        k, v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
+        keys, values = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
         context = k.shape[0]
         for row in range(start, stop):
             position = context - (stop - row)
@@ -91,7 +91,7 @@ def oracle(p, *, scale, window=0, soft_cap=0.0, chunk=0, sinks=None, alibi_slope
                 0, position - window + 1 if window else 0, position // chunk * chunk if chunk else 0
             )
             seen = slice(first, position + 1)
-            s = scale * torch.einsum("hd,jhd->hj", p.q[row].double(), k[seen])
+            s = scale * torch.einsum("hd,jhd->hj", p.q[row].double(), keys[seen])
             s = soft_cap * torch.tanh(s / soft_cap) if soft_cap else s
             if alibi_slopes is not None:
                 s = s + alibi_slopes.double()[:, None] * (
@@ -100,7 +100,7 @@ def oracle(p, *, scale, window=0, soft_cap=0.0, chunk=0, sinks=None, alibi_slope
             if sinks is not None:
                 s = torch.cat([s, sinks.double()[:, None]], dim=1)
             weights = torch.softmax(s, dim=1)[:, : position + 1 - first]
-            rows.append(torch.einsum("hj,jhd->hd", weights, v[seen]))
+            rows.append(torch.einsum("hj,jhd->hd", weights, values[seen]))
     return torch.stack(rows)
 
 
