@@ -16,6 +16,8 @@ from quire.core.discovery import ChosenDevice, choose_device
 from quire.core.errors import ConfigError, Reason, UnsupportedError
 from quire.core.interface.ops import OP_SPECS
 from quire.core.interface.worker import WorkerConfig
+from quire.core.models.description import describe_model, size_of_dtype
+from quire.core.models.source import resolve_model_directory
 
 if TYPE_CHECKING:
     from quire.core.interface.attention import AttentionSpec
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from quire.core.interface.capabilities import Capabilities
     from quire.core.models.description import ModelDescription
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _ACTIVATION_COPIES = 12
 """Tensors of [tokens, hidden] that a step holds at once, the wide ones of the MLP counted in; an
 estimate.
@@ -91,8 +92,6 @@ def plan_engine(user: EngineConfig) -> PlannedEngine:
 
     Raises: ConfigError, PluginError, CheckpointError; UnsupportedError with every reason.
     """
-    from quire.core.models.source import resolve_model_directory
-
     chosen = choose_device(user.device)
     directory = resolve_model_directory(user.model, user.revision)
     device = chosen.backend.open(chosen.index)
@@ -107,25 +106,29 @@ def make_plan(
 
     Raises: UnsupportedError with every reason; ConfigError; CheckpointError.
     """
-    from quire.core.models.description import describe_model
-
     capabilities = device.capabilities
     resolved = resolve(user, capabilities, describe_model(directory))
     config = resolved.config
     worker_config = make_worker_config(config, directory)
+    refused = list(_setting_reasons(config, worker_config, capabilities))
+    if refused:  # what they need of memory and attention cannot be said
+        raise UnsupportedError(refused, what=f"{user.model} on {chosen.name}")
     description = describe_model(
         directory,
         dtype=config.dtype,
         cache_dtype=config.cache_dtype,
         block_size=worker_config.block_size,
     )
-    specs = [group.spec for group in description.attention_groups]
-    reasons = [
-        *reasons_against(config, worker_config, specs, capabilities),
-        *device.reasons_against(worker_config),
-    ]
     memory = _memory(description, config, worker_config, device)
-    reasons += _memory_reasons(memory, device)
+    reasons = [
+        *(
+            r
+            for g in description.attention_groups
+            for r in _attention_reasons(g.spec, capabilities)
+        ),
+        *device.reasons_against(worker_config),
+        *_memory_reasons(memory, device),
+    ]
     if reasons:
         raise UnsupportedError(reasons, what=f"{user.model} on {chosen.name}")
     cache = _cache_rows(description, device)
@@ -170,19 +173,6 @@ def make_worker_config(config: EngineConfig, directory: Path) -> WorkerConfig:
         logits_processors=dict(config.logits_processors),
         options=options,
     )
-
-
-def reasons_against(
-    config: EngineConfig,
-    worker_config: WorkerConfig,
-    specs: Sequence[AttentionSpec],
-    capabilities: Capabilities,
-) -> list[Reason]:
-    """Every claim of the device that the configuration or the model's attention exceeds."""
-    return [
-        *_setting_reasons(config, worker_config, capabilities),
-        *(reason for spec in specs for reason in _attention_reasons(spec, capabilities)),
-    ]
 
 
 def _setting_reasons(
@@ -252,7 +242,7 @@ def _memory(
 def _activation_bytes(description: ModelDescription, config: EngineConfig) -> int:
     tokens = config.max_num_batched_tokens * description.hidden_size * _ACTIVATION_COPIES
     logits = config.max_num_seqs * description.vocab_size * _LOGIT_COPIES * 4
-    return tokens * DTYPE_BYTES.get(config.dtype, 4) + logits
+    return tokens * size_of_dtype(config.dtype) + logits
 
 
 def _memory_reasons(memory: Sequence[MemoryRow], device: Device) -> Iterator[Reason]:
@@ -269,7 +259,7 @@ def _memory_reasons(memory: Sequence[MemoryRow], device: Device) -> Iterator[Rea
 
 def _bytes_per_token(spec: AttentionSpec, num_layers: int) -> int:
     width = spec.num_kv_heads * (spec.head_size + spec.v_head_size)
-    return width * DTYPE_BYTES.get(spec.cache_dtype, 1) * num_layers
+    return width * size_of_dtype(spec.cache_dtype) * num_layers
 
 
 def _cache_rows(description: ModelDescription, device: Device) -> tuple[CacheRow, ...]:
