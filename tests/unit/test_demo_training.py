@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import datetime as dt
+import io
 import itertools
 from pathlib import Path
 
@@ -16,10 +17,13 @@ pytest.importorskip("tokenizers")
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from train_demo import batches, conversations, corpus
 from train_demo.batches import Mix, Texts, TokenizedCorpus
 from train_demo.completions import closes_brackets, opens_block, parses
 from train_demo.corpus import SourceFile, Topic
+from train_demo.keeper import RunKeeper
+from train_demo.progress import ProgressDisplay
 from train_demo.schedule import Budget, learning_rate_factor, next_time_of_day
 from train_demo.tokenizer import (
     ASSISTANT,
@@ -36,6 +40,7 @@ from train_demo.tokenizer import (
 from train_demo.training import (
     Recipe,
     Run,
+    StepReport,
     evaluate,
     load_checkpoint,
     make_run,
@@ -458,6 +463,43 @@ def test_evaluate_is_the_mean_over_all_windows(tokenized: TokenizedCorpus) -> No
         ]
     mean = evaluate(run.model, windows, batch_size=2, use_bfloat16=False)
     assert mean == pytest.approx(np.mean(one_by_one), rel=1e-5)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_display_passes_every_report_on(is_terminal: bool) -> None:
+    """A bar on a terminal, lines in a log, and the run itself sees no difference."""
+    reports = [
+        StepReport(step=n, num_tokens=n * 32, progress=n / 50, loss=4.0, learning_rate_factor=1.0)
+        for n in range(1, 51)
+    ]
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=is_terminal, width=120)
+    assert list(ProgressDisplay(console).follow(reports)) == reports
+    shown = screen.getvalue()
+    assert "step 50" in shown
+    assert "loss 4.000" in shown
+    assert ("\x1b[" in shown) == is_terminal
+    assert is_terminal or shown.count("\n") == 2
+
+
+def test_keeper_finish_measures_saves_and_says_how_to_go_on(
+    tokenized: TokenizedCorpus, tmp_path: Path
+) -> None:
+    """A run that was stopped leaves a checkpoint, a measurement and the way to continue."""
+    run, screen = _tiny_run(), io.StringIO()
+    keeper = RunKeeper(
+        run=run,
+        windows=batches.cut_windows(tokenized.documents[:2], context=TINY.context),
+        checkpoint=tmp_path / "checkpoint.pt",
+        facts={"held_out_history": []},
+        display=ProgressDisplay(Console(file=screen, width=120)),
+    )
+    keeper.finish()
+    assert "--resume" in screen.getvalue()
+    saved = load_checkpoint(_tiny_run(), keeper.checkpoint)
+    ((num_tokens, loss),) = saved["held_out_history"]
+    assert num_tokens == 0
+    assert loss == pytest.approx(np.log(TINY.vocab_size), rel=0.05)
 
 
 # -------------------------------------------------------------------------------------------- what is measured
