@@ -48,6 +48,40 @@ def paged_attention(
     Source: Vaswani et al. 2017, eq. 1; block-wise softmax: Milakov & Gimelshein 2018.
     """
     native.require_native()
+    sizes, strides = _check(q, k_cache, v_cache, out, block_table, seq_lens, query_start_loc)
+    for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if per_head is not None:
+            checks.check_list(name, per_head, "float32", q.shape[1])
+    _cpu.paged_attention(
+        checks.dtype_code(q.dtype),
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        out.data_ptr(),
+        block_table.data_ptr(),
+        seq_lens.data_ptr(),
+        query_start_loc.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(),
+        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
+        sizes,
+        strides,
+        scale,
+        window,
+        chunk,
+        soft_cap,
+    )
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes and strides, in the order in which the compiled module takes them."""
     dtype = q.dtype
     q_strides = checks.check_dense("q", q, dtype, 3)
     k_strides = checks.check_dense("k_cache", k_cache, dtype, 4)
@@ -67,33 +101,10 @@ def paged_attention(
     checks.check_list("query_start_loc", query_start_loc, "int32", num_requests + 1)
     if block_table.shape[0] < num_requests:
         raise ValueError(f"block_table has {block_table.shape[0]} rows for {num_requests} requests")
-    for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        if per_head is not None:
-            checks.check_list(name, per_head, "float32", num_heads)
-    _cpu.paged_attention(
-        checks.dtype_code(dtype),
-        q.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        out.data_ptr(),
-        block_table.data_ptr(),
-        seq_lens.data_ptr(),
-        query_start_loc.data_ptr(),
-        0 if sinks is None else sinks.data_ptr(),
-        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
-        (
-            *(num_requests, num_heads, num_kv_heads, head_size, v_head_size, block_size),
-            *(num_tokens, num_blocks, block_table.shape[1]),
-        ),
-        (
-            *(*q_strides[:2], *out_strides[:2]),
-            *(*k_strides[:3], *v_strides[:3], block_table.stride(0)),
-        ),
-        scale,
-        window,
-        chunk,
-        soft_cap,
-    )
+    heads = (num_heads, num_kv_heads, head_size, v_head_size)
+    sizes = (num_requests, *heads, block_size, num_tokens, num_blocks, block_table.shape[1])
+    strides = (*q_strides[:2], *out_strides[:2], *k_strides[:3], *v_strides[:3])
+    return sizes, (*strides, block_table.stride(0))
 
 
 def write_cache(

@@ -58,7 +58,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "core.outputs": _LEAVES,
     "core.config": _LEAVES,
     "core.discovery": _BASE,
-    "core.planning": (*_BASE, "core.discovery", "core.kv_cache"),
+    "core.planning": (
+        *_BASE,
+        "core.discovery",
+        "core.kv_cache",
+        "core.models.description",
+        "core.models.source",
+    ),
     "core.kv_cache": _BASE,
     "core.scheduler": (*_BASE, "core.kv_cache"),
     "core.executor": (*_BASE, "core.discovery", "core.planning"),
@@ -114,7 +120,12 @@ WITHOUT_TORCH = (
     "core.executor",
     "core.interface.worker",
 )
-TORCH_FAMILY = {"torch", "transformers", "triton", "torchvision", "safetensors"}
+TORCH_FAMILY = {"torch", "torchvision", "triton"}
+"""What those never import, not even inside a function."""
+
+SLOW_TO_IMPORT = {"transformers", "safetensors", "ray", "fastapi"}
+"""What those import inside the function that needs it alone, if at all."""
+
 
 READS_ENVIRONMENT = ("core.env",)
 ENVIRONMENT_FREE_ROOMS = tuple(room for room in ROOMS if room != "benchmarks")

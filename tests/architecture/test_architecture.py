@@ -28,7 +28,7 @@ PLANTED = [
     ("import-relative", "core/engine/a.py", "from . import b\n"),
     ("torch-free", "core/scheduler/a.py", "def f():\n    import torch\n"),
     ("torch-free", "core/interface/worker.py", "from torch import Tensor\n"),
-    ("torch-free", "core/engine/a.py", "from transformers import AutoConfig\n"),
+    ("torch-free", "core/engine/a.py", "import torch.nn as nn\n"),
     ("device-word", "core/worker/a.py", "import torch\ntorch.cuda.synchronize()\n"),
     ("device-word", "core/worker/a.py", "x = tensor.is_cuda\n"),
     ("device-word", "core/worker/a.py", "class CudaGraphRunner: ...\n"),
@@ -125,7 +125,9 @@ def modules_without_torch() -> list[str]:
 
 def test_host_side_modules_import_without_torch():
     """Not even through others do the engine, the scheduler or the listing of backends load torch."""
-    blocked = ", ".join(repr(name) for name in sorted(architecture.TORCH_FAMILY))
+    blocked = ", ".join(
+        repr(name) for name in sorted(architecture.TORCH_FAMILY | architecture.SLOW_TO_IMPORT)
+    )
     lines = [
         "import sys",
         f"sys.modules.update(dict.fromkeys([{blocked}]))",  # None makes an import fail
