@@ -1,0 +1,52 @@
+"""What one request holds of the cache."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+NEVER = sys.maxsize
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class BlockTable:
+    """The blocks of one request, for each cache group. The manager writes it; others read."""
+
+    root: bytes
+    """The parent hash of the first block."""
+    block_ids: list[list[int]]
+    """For each group; `NULL_BLOCK` where the group keeps nothing any more."""
+    hashes: list[list[bytes]]
+    """For each distinct block size, the hashes of the full blocks that were asked for so far."""
+    num_dead: list[int]
+    """For each group, leading entries that were given back."""
+    num_registered: list[int]
+    """For each group, leading blocks that need not be made findable any more."""
+    capacity: int = 0
+    """Tokens up to which no group needs another block."""
+    next_register_at: int = NEVER
+    """Computed tokens at which another block is full and can be made findable."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixHit:
+    """Blocks that hold the first `num_tokens` tokens of a request already. Good until the pools change."""
+
+    num_tokens: int
+    block_ids: list[list[int]]
+    """For each group, tables that reach `num_tokens`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PrefixCacheStatistics:
+    """How often the prefix cache helped, since the start."""
+
+    num_requests: int = 0
+    """Admissions that looked."""
+    num_query_tokens: int = 0
+    num_hit_tokens: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Hit tokens for each queried token."""
+        return self.num_hit_tokens / self.num_query_tokens if self.num_query_tokens else 0.0

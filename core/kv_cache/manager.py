@@ -1,0 +1,276 @@
+"""Owns the blocks of the cache: hands them to requests, shares prefixes, takes them back.
+
+Each cache group has a pool of its own, since its blocks differ in size; a policy object knows what the group's kind
+needs. The manager knows block ids and hashes, never requests: a request holds a `BlockTable` and passes it in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence, Set
+
+from quire.core.interface.worker import NULL_BLOCK, CacheGroup, CachePlan
+from quire.core.kv_cache.block_pool import BlockPool
+from quire.core.kv_cache.block_table import (
+    NEVER,
+    BlockTable,
+    PrefixCacheStatistics,
+    PrefixHit,
+)
+from quire.core.kv_cache.group_policy import GroupPolicy, make_group_policy
+from quire.core.kv_cache.prefix_hashing import hash_blocks, root_hash
+
+
+class KVCacheManager:
+    """Blocks for requests, all or nothing: a call that finds too few blocks in one group takes none in any."""
+
+    def __init__(
+        self, groups: Sequence[CacheGroup], plan: CachePlan, *, enable_prefix_caching: bool = True
+    ) -> None:
+        assert len(groups) == len(plan.num_blocks), f"{len(groups)} groups, plan {plan}"
+        self.groups = tuple(groups)
+        self.enable_prefix_caching = enable_prefix_caching
+        self.prefix_statistics = PrefixCacheStatistics()
+        self._pools = [BlockPool(num_blocks) for num_blocks in plan.num_blocks]
+        self._policies: list[GroupPolicy] = [make_group_policy(group) for group in groups]
+        self._hash_sizes = sorted({group.block_size for group in groups})
+        self._hashes_of_group = [self._hash_sizes.index(group.block_size) for group in groups]
+        self._tables: set[BlockTable] = set()
+
+    # ------------------------------------------------------------------------------- questions
+
+    @property
+    def num_free_blocks(self) -> list[int]:
+        """For each group, blocks that nobody holds."""
+        return [pool.num_free for pool in self._pools]
+
+    @property
+    def usage(self) -> float:
+        """The share of the blocks that is held, 0 to 1, of the fullest group."""
+        return max(1.0 - pool.num_free / max(1, pool.num_usable) for pool in self._pools)
+
+    def can_ever_hold(self, num_tokens: int, max_chunk: int) -> bool:
+        """Whether a request can reach `num_tokens` in steps of at most `max_chunk` when it is alone."""
+        return all(
+            policy.max_held_blocks(num_tokens, max_chunk) <= pool.num_usable
+            for policy, pool in zip(self._policies, self._pools, strict=True)
+        )
+
+    # ------------------------------------------------------------------------ a request's blocks
+
+    def make_table(self, salt: str | None = None, extra_keys: Sequence[str] = ()) -> BlockTable:
+        """An empty table. Prefixes are shared only between tables of the same salt and keys."""
+        num_groups = len(self.groups)
+        return BlockTable(
+            root=root_hash(salt, extra_keys),
+            block_ids=[[] for _ in range(num_groups)],
+            hashes=[[] for _ in self._hash_sizes],
+            num_dead=[0] * num_groups,
+            num_registered=[0] * num_groups,
+        )
+
+    def find_prefix(self, table: BlockTable, token_ids: Sequence[int]) -> PrefixHit:
+        """The longest prefix of `token_ids` on which all groups agree. At least one token stays to be computed."""
+        if not self.enable_prefix_caching:
+            return self.no_prefix()
+        num_tokens = len(token_ids) - 1
+        self._extend_hashes(table, token_ids, num_tokens)
+        group = 0
+        num_agreed = 0
+        while num_agreed < len(self._pools) and num_tokens > 0:
+            block_size = self._policies[group].block_size
+            hashes = table.hashes[self._hashes_of_group[group]]
+            num_blocks = self._policies[group].longest_hit(
+                self._pools[group], hashes, num_tokens // block_size
+            )
+            # A shorter hit must be put to the groups that agreed to the longer one again.
+            num_agreed = num_agreed + 1 if num_blocks * block_size == num_tokens else 1
+            num_tokens = num_blocks * block_size
+            group = (group + 1) % len(self._pools)
+        return self._hit(table, num_tokens)
+
+    def no_prefix(self) -> PrefixHit:
+        """The hit of a request that starts from nothing."""
+        return PrefixHit(num_tokens=0, block_ids=[[] for _ in self.groups])
+
+    def admit(
+        self,
+        table: BlockTable,
+        hit: PrefixHit,
+        *,
+        num_tokens: int,
+        num_new_tokens: int,
+        num_spare_blocks: int = 0,
+    ) -> bool:
+        """Gives an empty table the blocks of `hit` and of the `num_new_tokens` after it.
+
+        Only if the whole of `num_tokens` fits and leaves `num_spare_blocks` of each group to others; else
+        nothing changes and the answer is False.
+        """
+        assert table not in self._tables, "the table holds blocks already"
+        end = hit.num_tokens + num_new_tokens
+        counts = []
+        for policy, pool, shared in zip(self._policies, self._pools, hit.block_ids, strict=True):
+            count = policy.num_admission_blocks(num_tokens, end) - len(shared)
+            most = policy.max_held_blocks(num_tokens, num_new_tokens)
+            num_held = sum(map(pool.is_held, shared))
+            num_null = shared.count(NULL_BLOCK)
+            taken = max(count + len(shared) - num_null, most) - num_held
+            if taken + num_spare_blocks > pool.num_free:
+                return False
+            counts.append(count)
+        self._take(table, hit, counts)
+        self._count_query(num_tokens, hit.num_tokens)
+        return True
+
+    def allocate(
+        self, table: BlockTable, num_computed: int, num_new_tokens: int
+    ) -> list[list[int]] | None:
+        """The blocks that each group adds to the table for `num_new_tokens` after `num_computed`; None if they do not fit.
+
+        Blocks that no later token can see are given back first. Need not be called while
+        `table.capacity` suffices.
+        """
+        self._drop_dead_blocks(table, num_computed)
+        end = num_computed + num_new_tokens
+        counts = []
+        for policy, pool, block_ids in zip(
+            self._policies, self._pools, table.block_ids, strict=True
+        ):
+            count = max(0, policy.num_blocks(end) - len(block_ids))
+            if count > pool.num_free:
+                return None
+            counts.append(count)
+        return self._append(table, counts)
+
+    def register(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
+        """Makes the blocks findable that `num_computed` tokens fill: their keys and values have been written."""
+        self._extend_hashes(table, token_ids, num_computed)
+        next_at = NEVER
+        for group, pool in enumerate(self._pools):
+            block_size = self._policies[group].block_size
+            hashes = table.hashes[self._hashes_of_group[group]]
+            block_ids = table.block_ids[group]
+            num_full = num_computed // block_size
+            for index in range(table.num_registered[group], num_full):
+                if block_ids[index] != NULL_BLOCK:
+                    pool.register(block_ids[index], hashes[index])
+            table.num_registered[group] = max(num_full, table.num_registered[group])
+            next_at = min(next_at, (table.num_registered[group] + 1) * block_size)
+        table.next_register_at = next_at
+
+    def free(self, table: BlockTable) -> None:
+        """Takes all blocks back and leaves the table empty. The tail is evicted before the head."""
+        if table not in self._tables:
+            return
+        self._tables.remove(table)
+        for group, pool in enumerate(self._pools):
+            pool.free([block for block in reversed(table.block_ids[group]) if block != NULL_BLOCK])
+            table.block_ids[group] = []
+            table.num_dead[group] = 0
+            table.num_registered[group] = 0
+        table.capacity = 0
+        table.next_register_at = NEVER
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what blocks hold, as after a change of weights. Requests that run keep their blocks, unfindable."""
+        for pool in self._pools:
+            pool.forget_hashes()
+        for table in self._tables:
+            table.next_register_at = NEVER
+
+    # --------------------------------------------------------------------------------- helpers
+
+    def _extend_hashes(self, table: BlockTable, token_ids: Sequence[int], num_tokens: int) -> None:
+        """Hashes the blocks that the first `num_tokens` fill, as far as that is not done."""
+        for block_size, hashes in zip(self._hash_sizes, table.hashes, strict=True):
+            start, end = len(hashes) * block_size, num_tokens // block_size * block_size
+            if start < end:
+                parent = hashes[-1] if hashes else table.root
+                hashes.extend(hash_blocks(token_ids[start:end], block_size, parent))
+
+    def _hit(self, table: BlockTable, num_tokens: int) -> PrefixHit:
+        tables = []
+        for group, policy in enumerate(self._policies):
+            num_dead = policy.num_dead_blocks(num_tokens)
+            hashes = table.hashes[self._hashes_of_group[group]]
+            found = [
+                self._pools[group].find(block_hash)
+                for block_hash in hashes[num_dead : num_tokens // policy.block_size]
+            ]
+            blocks = [block for block in found if block is not None]
+            assert len(blocks) == len(found), f"group {group} lacks blocks of a hit: {found}"
+            tables.append([NULL_BLOCK] * num_dead + blocks)
+        return PrefixHit(num_tokens=num_tokens, block_ids=tables)
+
+    def _take(self, table: BlockTable, hit: PrefixHit, counts: list[int]) -> None:
+        self._tables.add(table)
+        for group, pool in enumerate(self._pools):
+            shared = hit.block_ids[group]
+            for block in shared:
+                if block != NULL_BLOCK:
+                    pool.share(block)
+            table.block_ids[group] = list(shared)
+            table.num_dead[group] = shared.count(NULL_BLOCK)
+            table.num_registered[group] = len(shared)
+        self._append(table, counts)
+        if self.enable_prefix_caching:
+            table.next_register_at = min(
+                hit.num_tokens + block_size for block_size in self._hash_sizes
+            )
+
+    def _append(self, table: BlockTable, counts: list[int]) -> list[list[int]]:
+        added = []
+        capacity = NEVER
+        for group, (pool, count) in enumerate(zip(self._pools, counts, strict=True)):
+            blocks = pool.allocate(count)
+            block_ids = table.block_ids[group]
+            block_ids += blocks
+            added.append(blocks)
+            capacity = min(capacity, len(block_ids) * self._policies[group].block_size)
+        table.capacity = capacity
+        return added
+
+    def _drop_dead_blocks(self, table: BlockTable, num_computed: int) -> None:
+        for group, policy in enumerate(self._policies):
+            first = table.num_dead[group]
+            num_dead = policy.num_dead_blocks(num_computed)
+            if num_dead > first:
+                block_ids = table.block_ids[group]
+                self._pools[group].free(block_ids[first:num_dead])
+                block_ids[first:num_dead] = [NULL_BLOCK] * (num_dead - first)
+                table.num_dead[group] = num_dead
+
+    def _count_query(self, num_tokens: int, num_hit_tokens: int) -> None:
+        if self.enable_prefix_caching:
+            self.prefix_statistics.num_requests += 1
+            self.prefix_statistics.num_query_tokens += num_tokens
+            self.prefix_statistics.num_hit_tokens += num_hit_tokens
+
+    def check_integrity(self, holders: Set[BlockTable] | None = None) -> None:
+        """Recomputes all counts from the tables; AssertionError names what is wrong.
+
+        `holders`, where given, are all the tables that may hold blocks: any other has leaked.
+        """
+        if holders is not None:
+            assert self._tables <= holders, f"{len(self._tables - holders)} tables leaked"
+        for group, pool in enumerate(self._pools):
+            num_holders: Counter[int] = Counter()
+            for table in self._tables:
+                held = [block for block in table.block_ids[group] if block != NULL_BLOCK]
+                assert len(set(held)) == len(held), f"a table holds a block twice: {held}"
+                num_holders.update(held)
+            pool.check_integrity(num_holders)
+        for table in self._tables:
+            self._check_table(table)
+
+    def _check_table(self, table: BlockTable) -> None:
+        capacity = min(
+            len(block_ids) * policy.block_size
+            for block_ids, policy in zip(table.block_ids, self._policies, strict=True)
+        )
+        assert table.capacity == capacity, f"capacity {table.capacity}, blocks for {capacity}"
+        for group, num_dead in enumerate(table.num_dead):
+            block_ids = table.block_ids[group]
+            assert all(block == NULL_BLOCK for block in block_ids[:num_dead]), block_ids
+            assert all(block != NULL_BLOCK for block in block_ids[num_dead:]), block_ids

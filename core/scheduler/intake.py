@@ -1,0 +1,65 @@
+"""From a request as the front hands it over to one that the scheduler can run, or the reason why not."""
+
+from __future__ import annotations
+
+from quire.core.errors import RequestError
+from quire.core.kv_cache.manager import KVCacheManager
+from quire.core.scheduler.request import Request, RequestSpec
+from quire.core.scheduler.settings import SchedulerSettings
+
+
+def make_request(
+    spec: RequestSpec, arrival_index: int, max_model_len: int, cache: KVCacheManager
+) -> Request:
+    """A request that waits for its first step. Owns a copy of the prompt."""
+    num_prompt = len(spec.prompt_token_ids)
+    eos = frozenset(spec.eos_token_ids)
+    return Request(
+        request_id=spec.request_id,
+        token_ids=list(spec.prompt_token_ids),
+        num_prompt_tokens=num_prompt,
+        max_total_tokens=min(num_prompt + spec.max_tokens, max_model_len),
+        min_total_tokens=num_prompt + spec.sampling.min_tokens,
+        eos_token_ids=eos,
+        end_token_ids=eos.union(spec.stop_token_ids),
+        sampling=spec.sampling,
+        priority=spec.priority,
+        arrival_index=arrival_index,
+        table=cache.make_table(spec.cache_salt),
+        num_tokens=num_prompt,
+    )
+
+
+def refuse_what_never_fits(
+    spec: RequestSpec, settings: SchedulerSettings, cache: KVCacheManager
+) -> None:
+    """Looks for everything that would keep the request from ever running.
+
+    Raises: RequestError that names what is too much and what there is.
+    """
+    num_prompt = len(spec.prompt_token_ids)
+    if num_prompt == 0:
+        raise RequestError("the prompt has no tokens; give at least one", param="prompt")
+    if spec.max_tokens < 1:
+        raise RequestError(
+            f"max_tokens is {spec.max_tokens}; it must be at least 1", param="max_tokens"
+        )
+    if num_prompt >= settings.max_model_len:
+        raise RequestError(
+            f"the prompt has {num_prompt} tokens; with one token of output the context of "
+            f"{settings.max_model_len} is exceeded; shorten the prompt",
+            param="prompt",
+        )
+    if not settings.enable_chunked_prefill and num_prompt > settings.max_num_batched_tokens:
+        raise RequestError(
+            f"the prompt has {num_prompt} tokens; a step computes at most {settings.max_num_batched_tokens} and "
+            "chunked prefill is off; shorten the prompt, or raise max_num_batched_tokens",
+            param="prompt",
+        )
+    num_total = min(num_prompt + spec.max_tokens, settings.max_model_len)
+    if not cache.can_ever_hold(num_total - 1, settings.max_num_batched_tokens):
+        raise RequestError(
+            f"prompt and output of {num_total} tokens need more blocks than the whole KV cache has; "
+            "shorten the prompt or max_tokens, or give the cache more memory",
+            param="prompt",
+        )
