@@ -1,0 +1,129 @@
+"""Log-probabilities in the shapes of the two completion endpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quire.core.outputs import Logprob, TokenLogprobs
+from quire.core.serving.protocol.chat import ChatLogprobs, ChatTokenLogprob, ChatTopLogprob
+from quire.core.serving.protocol.completions import CompletionLogprobs, PromptLogprobs
+
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenNames:
+    """How tokens are written."""
+
+    as_ids: bool
+    """As `token_id:123`, since several tokens may read the same."""
+
+    def of(self, token_id: int, entry: Logprob) -> str:
+        """The token's name."""
+        if self.as_ids or entry.decoded_token is None:
+            return f"token_id:{token_id}"
+        return entry.decoded_token
+
+
+def completion_logprobs(
+    token_ids: Sequence[int],
+    positions: Sequence[TokenLogprobs | None],
+    *,
+    num_top: int,
+    text_offset: int,
+    names: TokenNames,
+) -> CompletionLogprobs:
+    """Columns for `token_ids`; a position is None where nothing predicts the token.
+
+    `text_offset` is where the first token begins in the choice's text.
+    """
+    columns = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
+    for token_id, position in zip(token_ids, positions, strict=True):
+        entry = None if position is None else position.get(token_id)
+        name = f"token_id:{token_id}" if entry is None else names.of(token_id, entry)
+        columns.text_offset.append(text_offset)
+        columns.tokens.append(name)
+        columns.token_logprobs.append(None if entry is None else finite(entry.logprob))
+        columns.top_logprobs.append(_top_by_name(token_id, position, num_top, names))
+        text_offset += len(name) if entry is None else len(entry.decoded_token or "")
+    return columns
+
+
+def chat_logprobs(
+    token_ids: Sequence[int],
+    positions: Sequence[TokenLogprobs],
+    *,
+    num_top: int,
+    names: TokenNames,
+) -> ChatLogprobs:
+    """One entry for each of `token_ids`, with its `num_top` most likely rivals."""
+    content = []
+    for token_id, position in zip(token_ids, positions, strict=True):
+        chosen = position[token_id]
+        top = [_chat_entry(i, e, names) for i, e in _most_likely(position, num_top)]
+        name = names.of(token_id, chosen)
+        content.append(
+            ChatTokenLogprob(
+                token=name,
+                logprob=finite(chosen.logprob),
+                bytes=_bytes_of(chosen, name),
+                top_logprobs=top,
+            )
+        )
+    return ChatLogprobs(content=content, refusal=None)
+
+
+def prompt_logprobs_body(positions: Sequence[TokenLogprobs | None]) -> PromptLogprobs:
+    """As vLLM writes them: by token id, everything that is known."""
+    return [
+        None if position is None else {str(i): _as_record(e) for i, e in position.items()}
+        for position in positions
+    ]
+
+
+def finite(logprob: float) -> float:
+    """The number, or the lowest that is written."""
+    return logprob if math.isfinite(logprob) else LOWEST
+
+
+def _top_by_name(
+    token_id: int, position: TokenLogprobs | None, num_top: int, names: TokenNames
+) -> dict[str, float] | None:
+    """The most likely ones, and the chosen one even if it is not among them."""
+    if position is None:
+        return None
+    entries = dict(_most_likely(position, num_top))
+    if token_id in position:
+        entries.setdefault(token_id, position[token_id])
+    top: dict[str, float] = {}
+    for other_id, entry in entries.items():
+        # Of tokens that read the same the likelier one is told.
+        top.setdefault(names.of(other_id, entry), finite(entry.logprob))
+    return top
+
+
+def _most_likely(position: TokenLogprobs, num_top: int) -> Iterator[tuple[int, Logprob]]:
+    ranked = sorted(position.items(), key=lambda item: -finite(item[1].logprob))
+    yield from ranked[:num_top]
+
+
+def _chat_entry(token_id: int, entry: Logprob, names: TokenNames) -> ChatTopLogprob:
+    name = names.of(token_id, entry)
+    return ChatTopLogprob(token=name, logprob=finite(entry.logprob), bytes=_bytes_of(entry, name))
+
+
+def _bytes_of(entry: Logprob, name: str) -> list[int]:
+    """UTF-8 of the token's text; of its name where it has no text."""
+    return list((entry.decoded_token or name).encode("utf-8", "replace"))
+
+
+def _as_record(entry: Logprob) -> dict[str, Any]:
+    return {
+        "logprob": finite(entry.logprob),
+        "rank": entry.rank,
+        "decoded_token": entry.decoded_token,
+    }

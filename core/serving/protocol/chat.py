@@ -1,0 +1,242 @@
+"""`/v1/chat/completions`: its request, response and chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from quire.core.errors import RequestError
+from quire.core.sampling_params import SamplingParams
+from quire.core.serving.protocol.base import Count, RequestBody, ResponseBody
+from quire.core.serving.protocol.completions import PromptLogprobs
+from quire.core.serving.protocol.sampling import SamplingFields
+from quire.core.serving.protocol.usage import Usage
+
+
+class TextPart(RequestBody):
+    """A piece of a message. Images, audio and files are refused by their type."""
+
+    type: str
+    text: str
+
+
+class ChatMessage(RequestBody):
+    """One turn of the conversation, with the empty fields that clients send back from an answer."""
+
+    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "refusal": (),
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "tool_calls": ([],),
+        "tool_call_id": (),
+        "reasoning": (),
+        "reasoning_content": (),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[dict[str, Any]]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one string; several parts stand on lines of their own.
+
+        Raises: RequestError for a part that is not text.
+        """
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(_text_of(part) for part in self.content)
+
+    def to_template(self) -> dict[str, str]:
+        """The message as chat templates take it; `developer` means `system`, which all of them know."""
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": self.text}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+class TemplateFields(RequestBody):
+    """How a conversation becomes a prompt."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    """None: yes, unless the last message is to be continued."""
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    """None: no, since templates write them."""
+
+    @property
+    def adds_generation_prompt(self) -> bool:
+        """Whether the prompt ends with the opening of the assistant's turn."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
+    def check_template_fields(self) -> None:
+        """Raises: RequestError for fields that contradict each other."""
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError(
+                "add_generation_prompt and continue_final_message exclude each other; set one",
+                param="continue_final_message",
+            )
+
+
+class ChatRequest(SamplingFields, TemplateFields):
+    """A conversation to continue."""
+
+    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "verbosity": (),
+        "web_search_options": (),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "use_beam_search": (False,),
+        "length_penalty": (1.0, 1),
+        "echo": (False,),
+        "documents": ([],),
+        "structured_outputs": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "mm_processor_kwargs": (),
+        "kv_transfer_params": (),
+        "best_of": (1,),
+        "suffix": ("",),
+    }
+    ignored_fields: ClassVar[frozenset[str]] = frozenset(
+        {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    )
+
+    model: str | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Count | None = None
+
+    def to_sampling_params(self) -> SamplingParams:
+        """What the engine is asked for.
+
+        Raises: RequestError naming the field.
+        """
+        self.check_template_fields()
+        settings = self.sampling_settings()
+        settings["max_tokens"] = self._max_tokens()
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(
+                "top_logprobs is given without logprobs=true; set it or leave top_logprobs out",
+                param="top_logprobs",
+            )
+        settings["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
+        return SamplingParams(**settings)
+
+    def _max_tokens(self) -> int | None:
+        if self.max_completion_tokens is None:
+            return self.max_tokens
+        if self.max_tokens not in (None, self.max_completion_tokens):
+            raise RequestError(
+                f"max_tokens is {self.max_tokens} and max_completion_tokens "
+                f"{self.max_completion_tokens}; give one of them",
+                param="max_completion_tokens",
+            )
+        return self.max_completion_tokens
+
+
+class ChatTopLogprob(ResponseBody):
+    """A token that could have stood at a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(ChatTopLogprob):
+    """The token that stands at a position, and the most likely ones."""
+
+    top_logprobs: list[ChatTopLogprob]
+
+
+class ChatLogprobs(ResponseBody):
+    """Log-probabilities of a message's tokens."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class AnswerMessage(ResponseBody):
+    """The assistant's turn, or in a stream what was added to it."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None = None
+    refusal: None = None
+
+
+class ChatChoice(ResponseBody):
+    """One whole answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
+
+
+class ChatChunkChoice(ResponseBody):
+    """What was added to one answer."""
+
+    index: int
+    delta: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatResponse(ResponseBody):
+    """All answers to a conversation."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class ChatChunk(ResponseBody):
+    """One event of a streamed answer."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+def _text_of(part: dict[str, Any]) -> str:
+    kind = part.get("type")
+    if kind != "text":
+        raise RequestError(
+            f"a content part of type {str(kind)[:40]!r} is not supported; this server takes text",
+            param="messages",
+        )
+    return TextPart.model_validate(part).text

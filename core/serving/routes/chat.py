@@ -1,0 +1,66 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from quire.core.errors import RequestError
+from quire.core.serving.answers import AnswerHead
+from quire.core.serving.bodies import read_body
+from quire.core.serving.chat_answers import ChatWriter
+from quire.core.serving.disconnect import run_while_connected
+from quire.core.serving.generation import Generation
+from quire.core.serving.protocol.chat import ChatRequest, TemplateFields
+from quire.core.serving.protocol.sampling import check_logprobs
+from quire.core.serving.server_state import Server, ServerState, make_names
+from quire.core.serving.sse import EventStream
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request, server: Server) -> Response:
+    """Answers a conversation."""
+    body = await read_body(request, ChatRequest)
+    server.check_model(body.model)
+    params = body.to_sampling_params()
+    check_logprobs(params, server.settings.max_logprobs)
+    names = make_names(request, "chatcmpl", body.request_id)
+    generation = await Generation.begin(
+        server.engine,
+        server.metrics,
+        [await render(body, server)],
+        params,
+        request_id=names.engine_id,
+        output_kind="delta" if body.is_streaming else "final",
+        add_special_tokens=bool(body.add_special_tokens),
+    )
+    head = AnswerHead(id=names.answer_id, model=server.model_name)
+    writer = ChatWriter(request=body, head=head)
+    if body.is_streaming:
+        return EventStream(writer.chunks(generation), owner=generation)
+    async with generation:
+        answer = await run_while_connected(request.receive, writer.whole(generation))
+    return Response(answer.to_json(), media_type="application/json")
+
+
+async def render(body: TemplateFields, server: ServerState) -> str:
+    """The prompt text of a conversation.
+
+    Raises: RequestError for messages that the template refuses, and for a template of the client's
+    own where the server does not trust one.
+    """
+    if body.chat_template is not None and not server.settings.trust_request_chat_template:
+        raise RequestError(
+            "chat_template in a request is a program, and this server runs only its own; "
+            "start it with --trust-request-chat-template to allow it",
+            param="chat_template",
+        )
+    body.check_template_fields()
+    return await server.engine.render_chat(
+        [message.to_template() for message in body.messages],
+        chat_template=body.chat_template,
+        add_generation_prompt=body.adds_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        template_variables=body.chat_template_kwargs,
+    )

@@ -1,0 +1,54 @@
+"""What the HTTP server can be told; the engine has its own configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Settings of the HTTP side, complete before the server exists."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any free one."""
+    api_keys: tuple[str, ...] = ()
+    """Clients must send one of these; empty: nobody is asked."""
+    max_body_bytes: int = 32 * 2**20
+    max_prompts: int = 4096
+    """The most prompts in one request."""
+    max_logprobs: int = 20
+    """The most log-probabilities a position that a client may ask for."""
+    shutdown_timeout_s: float = 30.0
+    """How long requests in flight may take to finish after a signal to end."""
+    retry_after_s: int = 1
+    """What a client is told to wait when the queue is full."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose pages may call the server from a browser; `*`: all."""
+    trust_request_chat_template: bool = False
+    """Whether clients may bring a chat template, which is a program."""
+    exit_on_engine_death: bool = False
+    """End with status 1 when the engine dies, instead of answering 503 to everything."""
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 <= self.port <= 65535:
+            problems.append(f"port is {self.port}; it must be in [0, 65535]")
+        if self.max_body_bytes < 1:
+            problems.append(f"max_body_bytes is {self.max_body_bytes}; it must be at least 1")
+        if self.max_logprobs < 0:
+            problems.append(f"max_logprobs is {self.max_logprobs}; it must be at least 0")
+        if self.shutdown_timeout_s < 0:
+            problems.append(
+                f"shutdown_timeout_s is {self.shutdown_timeout_s}; it must not be negative"
+            )
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            problems.append("ssl_certfile and ssl_keyfile belong together; give both")
+        if any(not key for key in self.api_keys):
+            problems.append("an API key is empty; leave it out to ask for none")
+        if problems:
+            raise ConfigError("; ".join(problems))
