@@ -142,9 +142,10 @@ class _WeightBuilder:
 
     def _pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         packed = self._ops.pack_linear(weight, bias)
-        # 0: it keeps `weight` itself, which counts here unless it is the embedding.
-        is_tied = weight is self._embedding
-        self._size_bytes += packed.size_bytes or (0 if is_tied else weight.nbytes)
+        # 0: it keeps what it was given, which counts here unless it is the embedding.
+        given = 0 if weight is self._embedding else weight.nbytes
+        given += 0 if bias is None else bias.nbytes
+        self._size_bytes += packed.size_bytes or given
         return packed
 
     def _stack(self, parts: tuple[TensorShape, ...]) -> Tensor:

@@ -39,8 +39,7 @@ def resolve_model_directory(model: str, revision: str | None = None) -> Path:
 
 
 def _demo_directory() -> Path:
-    package = find_spec("quire")
-    locations = list(package.submodule_search_locations or ()) if package else []
+    locations = _package_locations()
     for location in locations:
         directory = Path(location) / DEMO
         if (directory / "config.json").is_file():
@@ -49,6 +48,11 @@ def _demo_directory() -> Path:
         f"the demo model is not part of this installation (looked in {', '.join(locations)}); "
         "install a released wheel, or give a directory or a hub id"
     )
+
+
+def _package_locations() -> list[str]:
+    package = find_spec("quire")
+    return list(package.submodule_search_locations or ()) if package else []
 
 
 def _download(model: str, revision: str | None) -> Path:

@@ -60,7 +60,6 @@ _LONGROPE = _rope(
     "longrope",
     short_factor=[1.0 + 0.05 * i for i in range(6)],
     long_factor=[1.5 + 0.7 * i for i in range(6)],
-    original_max_position_embeddings=128,
     partial_rotary_factor=0.75,
 )
 _SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
@@ -136,7 +135,11 @@ TINY_VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {}),
     "phi3-swa": ("phi3", {"sliding_window": 32}),
     "phi3-partial": ("phi3", {"rope_parameters": _rope("default", partial_rotary_factor=0.5)}),
-    "phi3-longrope": ("phi3", {"rope_parameters": _LONGROPE}),
+    # Its short factors, which transformers takes for a short text, need a max_model_len of at most 128.
+    "phi3-longrope": (
+        "phi3",
+        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 128},
+    ),
     "phi3-tied": ("phi3", {"tie_word_embeddings": True}),
 }
 """Name of a variant to its `model_type` and what differs from the base configuration."""
