@@ -1,0 +1,281 @@
+"""The requests that a worker remembers, in columns that persist from step to step.
+
+A step changes a few rows and reads the scheduled ones, so preparing it costs a fixed number of
+numpy calls. A step that fails is undone: the batch is then as if it had never come.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.core.errors import QuireError
+from quire.core.interface import NULL_BLOCK, NewRequest, StepBatch
+from quire.core.worker.logits_processors import LogitsProcessors
+from quire.core.worker.request_state import RequestState, make_request_state
+from quire.core.worker.sampling_settings import READS_HISTORY, SamplingSettings
+from quire.core.worker.step_arrays import Array, Int64s, StepRows
+
+
+@dataclass(slots=True)
+class BatchChange:
+    """What one step changed, so that it can be undone, and rows be reused once it cannot."""
+
+    forgotten: list[RequestState] = field(default_factory=list)
+    added: list[RequestState] = field(default_factory=list)
+    grown: list[tuple[int, int, int]] = field(default_factory=list)
+    """(group, row, number of blocks before)."""
+    sampled: list[RequestState] = field(default_factory=list)
+    """Those to which a token on its way was appended."""
+
+
+class InputBatch:
+    """Columns with a row for each remembered request. Used by one thread."""
+
+    def __init__(
+        self,
+        *,
+        capacity: int,
+        max_model_len: int,
+        block_sizes: Sequence[int],
+        vocab_size: int,
+        processors: LogitsProcessors,
+        index_dtype: str = "int32",
+    ) -> None:
+        self.block_sizes = tuple(block_sizes)
+        self.settings = SamplingSettings(capacity, vocab_size)
+        self.block_tables = [
+            np.full((capacity, -(-max_model_len // size)), NULL_BLOCK, index_dtype)
+            for size in block_sizes
+        ]
+        """[rows, blocks] for each cache group."""
+        self._vocab_size = vocab_size
+        self._processors = processors
+        self._num_blocks = np.zeros((len(self.block_sizes), capacity), np.int64)
+        self._num_tokens = np.zeros(capacity, np.int64)
+        self._num_prompt_tokens = np.zeros(capacity, np.int64)
+        self._last_token = np.zeros(capacity, np.int64)
+        self._is_on_its_way = np.zeros(capacity, np.bool_)
+        """The last token was sampled by a step whose result has not been read."""
+        self._state_of_row: list[RequestState | None] = [None] * capacity
+        self._row_of: dict[str, int] = {}
+        self._free_rows = list(range(capacity))
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    # --- changes --------------------------------------------------------------------------------
+
+    def apply(self, batch: StepBatch) -> BatchChange:
+        """Forgets, adds and appends what a step says. All or nothing.
+
+        Raises: QuireError if the batch does not fit what the worker knows.
+        """
+        change = BatchChange()
+        try:
+            for request_id in batch.finished_request_ids:
+                self._forget(request_id, change)
+            for new in batch.new_requests:
+                self._forget(new.request_id, change)
+                self._add(new, change)
+            for request_id, blocks in zip(batch.request_ids, batch.new_block_ids, strict=True):
+                if blocks is not None:
+                    self._append_blocks(self._known_row(request_id), blocks, change)
+        except BaseException:
+            self.undo(change)
+            raise
+        return change
+
+    def undo(self, change: BatchChange) -> None:
+        """Takes a change back. Of several, the last one first."""
+        for state in change.sampled:
+            state.tokens.pop()
+            state.num_on_their_way -= 1
+            self._note_tokens(state)
+        for group, row, num_blocks in reversed(change.grown):
+            self._num_blocks[group, row] = num_blocks
+        for state in reversed(change.added):
+            del self._row_of[state.request_id]
+            self._release(state)
+        for state in change.forgotten:
+            self._row_of[state.request_id] = state.row
+
+    def settle(self, change: BatchChange) -> None:
+        """Says that a change will not be undone: the rows of forgotten requests are free."""
+        for state in change.forgotten:
+            self._release(state)
+
+    def forget_all(self) -> None:
+        """Forgets every request. No step may be in flight."""
+        change = BatchChange()
+        for request_id in list(self._row_of):
+            self._forget(request_id, change)
+        self.settle(change)
+
+    def append_sampled(self, rows: Int64s, change: BatchChange) -> None:
+        """Gives the requests in `rows` one more token, whose value is on its way."""
+        self._num_tokens[rows] += 1
+        self._is_on_its_way[rows] = True
+        self._last_token[rows] = 0
+        for state in self.states(rows):
+            state.tokens.append(0)
+            state.num_on_their_way += 1
+            change.sampled.append(state)
+
+    def fill_sampled(self, change: BatchChange, tokens: Array) -> None:
+        """Writes the values of the tokens that a step sampled. Steps settle in their order."""
+        values = tokens[: len(change.sampled)].tolist()
+        for state, token in zip(change.sampled, values, strict=True):
+            place = len(state.tokens) - state.num_on_their_way
+            state.tokens[place] = token
+            state.num_on_their_way -= 1
+            if state.seen is not None:
+                state.seen.append(token)
+            if self._state_of_row[state.row] is state:
+                self._note_tokens(state)
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def scheduled(self, batch: StepBatch) -> StepRows:
+        """The rows of a step and what it computes of each.
+
+        Raises: QuireError if it computes tokens that a request does not have.
+        """
+        step = StepRows(
+            rows=np.array([self._row_of[name] for name in batch.request_ids], np.int64),
+            num_computed=np.array(batch.num_computed_tokens, np.int64),
+            num_new=np.array(batch.num_new_tokens, np.int64),
+        )
+        has = self._num_tokens[step.rows]
+        reaches_end = step.ends == has
+        is_wrong = (step.ends > has) | (step.num_new < 1) | (batch.samples & ~reaches_end)
+        if is_wrong.any():
+            raise QuireError(self._mismatch(batch, int(np.flatnonzero(is_wrong)[0])))
+        return step
+
+    def token_ids(self, step: StepRows, last_tokens: Int64s, num_tokens: int) -> Int64s:
+        """The tokens that a step computes, flat [num_tokens], 0 for padding and for those on their way."""
+        flat = np.zeros(num_tokens, np.int64)
+        is_decode = (step.num_new == 1) & (step.ends == self._num_tokens[step.rows])
+        flat[last_tokens[is_decode]] = self._last_token[step.rows[is_decode]]
+        for request in np.flatnonzero(~is_decode).tolist():
+            state = self._state_of_row[step.rows[request]]
+            assert state is not None, request
+            begin = int(step.num_computed[request])
+            end = begin + int(step.num_new[request])
+            start = int(last_tokens[request]) + 1 - (end - begin)
+            flat[start : start + end - begin] = state.tokens[begin:end]
+        return flat
+
+    def on_their_way(self, step: StepRows) -> Int64s:
+        """Which requests of a step compute a token whose value only the device has."""
+        is_last = step.ends == self._num_tokens[step.rows]
+        return np.flatnonzero(self._is_on_its_way[step.rows] & is_last)
+
+    def must_settle(self, request_ids: Sequence[str]) -> bool:
+        """Whether a request needs the values of tokens that are still on their way."""
+        if not self._is_on_its_way.any():
+            return False
+        known = [self._row_of[name] for name in request_ids if name in self._row_of]
+        rows = np.array(known, np.int64)
+        reads = (self.settings.features[rows] & READS_HISTORY) != 0
+        return bool((reads & self._is_on_its_way[rows]).any())
+
+    def output_indices(self, rows: Int64s) -> Int64s:
+        """The place in the output of the next token of each row."""
+        return self._num_tokens[rows] - self._num_prompt_tokens[rows]
+
+    def states(self, rows: npt.NDArray[np.int64]) -> list[RequestState]:
+        """The requests in `rows`."""
+        found = [self._state_of_row[row] for row in rows.tolist()]
+        return [state for state in found if state is not None]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if rows are lost, shared, or disagree with their requests."""
+        used = sorted(self._row_of.values())
+        assert len(set(used)) == len(used), used
+        held = [row for row, state in enumerate(self._state_of_row) if state is not None]
+        assert sorted(held + self._free_rows) == list(range(len(self._state_of_row))), held
+        for request_id, row in self._row_of.items():
+            state = self._state_of_row[row]
+            assert state is not None, request_id
+            assert (state.request_id, state.row) == (request_id, row), state
+            assert self._num_tokens[row] == len(state.tokens), state
+            assert self._last_token[row] == state.tokens[-1], state
+
+    # --- rows -----------------------------------------------------------------------------------
+
+    def _forget(self, request_id: str, change: BatchChange) -> None:
+        row = self._row_of.pop(request_id, None)
+        if row is None:
+            return
+        state = self._state_of_row[row]
+        assert state is not None, request_id
+        change.forgotten.append(state)
+
+    def _add(self, new: NewRequest, change: BatchChange) -> None:
+        if not self._free_rows:
+            raise QuireError(
+                f"request {new.request_id!r} is one more than the worker was built for; "
+                "schedule at most max_num_seqs requests and name those that finished"
+            )
+        if not new.token_ids:
+            raise QuireError(f"request {new.request_id!r} has no tokens; send at least one")
+        row = heapq.heappop(self._free_rows)
+        state = make_request_state(
+            new, row=row, vocab_size=self._vocab_size, processors=self._processors
+        )
+        self._state_of_row[row] = state
+        self._row_of[new.request_id] = row
+        change.added.append(state)
+        self._num_prompt_tokens[row] = new.num_prompt_tokens
+        self._num_blocks[:, row] = 0
+        self._note_tokens(state)
+        self.settings.set(row, state.sampling)
+        self._append_blocks(row, new.block_ids, change)
+
+    def _note_tokens(self, state: RequestState) -> None:
+        """Brings the columns up to a request's tokens."""
+        self._num_tokens[state.row] = len(state.tokens)
+        self._last_token[state.row] = state.tokens[-1]
+        self._is_on_its_way[state.row] = state.num_on_their_way > 0
+
+    def _append_blocks(self, row: int, blocks: list[list[int]], change: BatchChange) -> None:
+        for group, ids in enumerate(blocks):
+            if not ids:
+                continue
+            begin = int(self._num_blocks[group, row])
+            table = self.block_tables[group]
+            if begin + len(ids) > table.shape[1]:
+                raise QuireError(
+                    f"a request has {begin + len(ids)} blocks in cache group {group}; "
+                    f"max_model_len holds {table.shape[1]}"
+                )
+            change.grown.append((group, row, begin))
+            table[row, begin : begin + len(ids)] = ids
+            self._num_blocks[group, row] = begin + len(ids)
+
+    def _release(self, state: RequestState) -> None:
+        self._state_of_row[state.row] = None
+        heapq.heappush(self._free_rows, state.row)
+
+    def _known_row(self, request_id: str) -> int:
+        row = self._row_of.get(request_id)
+        if row is None:
+            raise QuireError(
+                f"request {request_id!r} is scheduled but unknown to the worker; bring it as new"
+            )
+        return row
+
+    def _mismatch(self, batch: StepBatch, index: int) -> str:
+        request_id = batch.request_ids[index]
+        has = self._num_tokens[self._row_of[request_id]]
+        begin, count = batch.num_computed_tokens[index], batch.num_new_tokens[index]
+        return (
+            f"request {request_id!r} has {has} tokens; the step asks for {count} from {begin} on"
+            f"{' and samples' if batch.samples[index] else ''}"
+        )

@@ -1,0 +1,294 @@
+"""One step of a model on one device.
+
+    StepBatch -> columns (InputBatch) -> flat arrays -> one upload
+    -> attention plans -> model -> logits of the sampled rows -> Sampler -> one download -> StepResult
+
+Everything between the copies touches device tensors alone and runs in the device's queue, so an
+asynchronous device has the next step waiting while it computes this one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.core.interface import (
+    AttentionBatch,
+    Device,
+    LayerCache,
+    StepBatch,
+    WorkerConfig,
+)
+from quire.core.models.decoder import CausalLM
+from quire.core.models.step_context import StepContext
+from quire.core.worker.buckets import Buckets
+from quire.core.worker.device_errors import device_errors
+from quire.core.worker.input_batch import BatchChange, InputBatch
+from quire.core.worker.logits_processors import LogitsProcessors
+from quire.core.worker.prompt_logprobs import make_prompt_rows, run_prompt_logprobs
+from quire.core.worker.running_step import RunningStep
+from quire.core.worker.sampler import Sampler
+from quire.core.worker.sampling_arrays import Array, make_sampling_arrays
+from quire.core.worker.staging import Field, StagingBuffer
+from quire.core.worker.step_arrays import Int64s, StepArrays, StepRows, make_step_arrays
+from quire.core.worker.step_results import StepOutline
+
+
+@dataclass(slots=True)
+class StepBuffers:
+    """The buffers of one step in flight."""
+
+    inputs: StagingBuffer
+    outputs: StagingBuffer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepWork:
+    """The device's part of one step: everything it needs, in device tensors and host facts."""
+
+    runner: ModelRunner
+    arrays: StepArrays
+    outline: StepOutline
+    tensors: Mapping[str, Tensor]
+    out: Mapping[str, Tensor]
+
+    def __call__(self) -> None:
+        """Runs the step. Mutates `out`, the cache and the runner's last tokens."""
+        with torch.inference_mode(), device_errors("activations"):
+            self.runner.run(self)
+
+
+class ModelRunner:
+    """Runs steps of one model. Used by one thread."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        device: Device,
+        caches: Sequence[LayerCache],
+        config: WorkerConfig,
+        processors: LogitsProcessors,
+    ) -> None:
+        """`caches` has one for each layer.
+
+        Raises: UnsupportedError if the device has no bucket for the largest step.
+        """
+        claims = device.capabilities
+        self._model = model
+        self._device = device
+        self._caches = caches
+        self._buckets = Buckets.of(
+            claims, max_tokens=config.max_num_batched_tokens, max_requests=config.max_num_seqs
+        )
+        depth = 2 if claims.is_asynchronous else 1
+        self._ring = deque(
+            StepBuffers(StagingBuffer(device), StagingBuffer(device)) for _ in range(depth)
+        )
+        self._in_flight: deque[RunningStep] = deque()
+        # A row is free again when the step that forgot its request is done.
+        capacity = config.max_num_seqs * (1 + depth)
+        self.requests = InputBatch(
+            capacity=capacity,
+            max_model_len=model.max_model_len,
+            block_sizes=[group.spec.block_size for group in model.attention_groups],
+            vocab_size=model.description.vocab_size,
+            processors=processors,
+            index_dtype=claims.index_dtype,
+        )
+        self._sampler = Sampler(
+            device,
+            processors,
+            vocab_size=model.description.vocab_size,
+            max_rows=max([config.max_num_seqs, *claims.request_buckets]),
+        )
+        # One more: where the tokens of padding rows go.
+        self._last_tokens = torch.zeros(capacity + 1, dtype=torch.int64, device=device.torch_device)
+
+    # --- on the host ----------------------------------------------------------------------------
+
+    def submit(self, batch: StepBatch) -> RunningStep:
+        """Starts one step. If it cannot be started, the batch of requests is as it was before.
+
+        Raises: QuireError for a batch that does not fit; DeviceOutOfMemory, DeviceLost.
+        """
+        if self.requests.must_settle(batch.request_ids):
+            self.finish_steps(0)
+        self.finish_steps(len(self._ring) - 1)
+        change = self.requests.apply(batch)
+        try:
+            with torch.inference_mode(), device_errors("workspace"):
+                step = self._start(batch, change)
+        except BaseException:
+            self.requests.undo(change)
+            raise
+        self._in_flight.append(step)
+        return step
+
+    def finish_steps(self, num_left: int) -> None:
+        """Waits for the oldest steps until at most `num_left` are in flight.
+
+        Raises: what a step raised; it and those after it have then not happened.
+        """
+        while len(self._in_flight) > num_left:
+            step = self._in_flight.popleft()
+            try:
+                step.finish()
+            except Exception as error:
+                self._cancel(step, error)
+                raise
+
+    def finish_until(self, step: RunningStep) -> None:
+        """Finishes steps in their order, up to and with this one. Raises as `finish_steps` does."""
+        behind = list(self._in_flight).index(step)
+        self.finish_steps(len(self._in_flight) - behind - 1)
+
+    def forget_all(self) -> None:
+        """Forgets every request; waits for the steps in flight."""
+        self.finish_steps(0)
+        self.requests.forget_all()
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory of the buffers on the device."""
+        buffers = [b for pair in self._ring for b in (pair.inputs, pair.outputs)]
+        return sum(buffer.size_bytes for buffer in buffers)
+
+    def _cancel(self, failed: RunningStep, error: Exception) -> None:
+        """Takes back a step that failed, and those that were built on it."""
+        later = list(self._in_flight)
+        self._in_flight.clear()
+        for step in reversed(later):
+            step.cancel(error, is_cause=False)
+        failed.cancel(error, is_cause=True)
+        for step in (failed, *later):
+            step.drain()
+
+    def _start(self, batch: StepBatch, change: BatchChange) -> RunningStep:
+        requests = self.requests
+        step = requests.scheduled(batch)
+        arrays = make_step_arrays(step, requests.block_tables, requests.block_sizes, self._buckets)
+        sampled = np.flatnonzero(batch.samples)
+        sampled_rows = step.rows[sampled]
+        num_logits = len(sampled)
+        if num_logits and self._buckets.pads_requests:
+            num_logits = arrays.num_requests
+        outline = StepOutline(
+            batch=batch,
+            states=requests.states(step.rows),
+            sampled=sampled.tolist(),
+            sampling=make_sampling_arrays(requests, sampled_rows, num_logits),
+            prompt=make_prompt_rows(requests, step, arrays.last_tokens),
+        )
+        inputs = self._inputs(step, arrays, sampled, outline)
+        buffers = self._ring[0]
+        fields = self._outputs(outline)
+        work = StepWork(
+            runner=self,
+            arrays=arrays,
+            outline=outline,
+            tensors=buffers.inputs.upload(inputs),
+            out=buffers.outputs.outputs(fields),
+        )
+        queue = self._device.queue()
+        queue.run(work)
+        result = buffers.outputs.download(fields)
+        event = queue.record()
+        self._ring.rotate(-1)
+        requests.append_sampled(sampled_rows, change)
+        return RunningStep(self, outline, change, result, event)
+
+    def _outputs(self, outline: StepOutline) -> list[Field]:
+        fields = self._sampler.outputs(outline.sampling)
+        if outline.prompt is not None:
+            fields += outline.prompt.fields(self._model.description.vocab_size)
+        return fields
+
+    def _inputs(
+        self, step: StepRows, arrays: StepArrays, sampled: Int64s, outline: StepOutline
+    ) -> dict[str, Array]:
+        """All that goes to the device, by name."""
+        inputs: dict[str, Array] = {
+            "token_ids": self.requests.token_ids(step, arrays.last_tokens, arrays.num_tokens),
+            "positions": arrays.positions,
+            "query_start_loc": arrays.query_start_loc,
+            "seq_lens": arrays.seq_lens,
+        }
+        for group, table in enumerate(arrays.block_tables):
+            inputs[f"block_table.{group}"] = table
+            inputs[f"slot_mapping.{group}"] = arrays.slot_mappings[group]
+        num_logits = outline.sampling.num_rows
+        inputs["logit_rows"] = _padded(arrays.last_tokens[sampled], num_logits, 0)
+        if len(self._ring) > 1:
+            nobody = len(self._last_tokens) - 1
+            inputs["sampled_rows"] = _padded(step.rows[sampled], num_logits, nobody)
+            waiting = self.requests.on_their_way(step)
+            inputs["waiting_tokens"] = arrays.last_tokens[waiting]
+            inputs["waiting_rows"] = step.rows[waiting]
+        inputs |= outline.sampling.arrays
+        if outline.prompt is not None:
+            inputs |= outline.prompt.arrays
+        return inputs
+
+    # --- on the device --------------------------------------------------------------------------
+
+    def run(self, work: StepWork) -> None:
+        """The device's part of a step; `StepWork` calls it when its turn in the queue comes."""
+        tensors, out, outline = work.tensors, work.out, work.outline
+        self._fetch_waiting_tokens(tensors)
+        hidden = self._forward(work.arrays, tensors)
+        if outline.sampling.num_rows:
+            logits = self._model.logits(hidden.index_select(0, tensors["logit_rows"]))
+            self._sampler.run(logits, outline.sampling, tensors, out, outline.failures)
+            if "sampled_rows" in tensors:
+                self._last_tokens.index_copy_(0, tensors["sampled_rows"], out["tokens"])
+        if outline.prompt is not None:
+            run_prompt_logprobs(self._model, self._device.ops(), hidden, tensors, out)
+
+    def _fetch_waiting_tokens(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fills in tokens that the step before sampled and that the host has not seen."""
+        rows = tensors.get("waiting_rows")
+        if rows is not None and len(rows):
+            tokens = self._last_tokens.index_select(0, rows)
+            tensors["token_ids"].index_copy_(0, tensors["waiting_tokens"], tokens)
+
+    def _forward(self, arrays: StepArrays, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states [T, H] of a step."""
+        plans = [
+            backend.plan(_attention_batch(arrays, tensors, group))
+            for group, backend in enumerate(self._model.attention_backends)
+        ]
+        context = StepContext(
+            token_ids=tensors["token_ids"],
+            positions=tensors["positions"],
+            caches=self._caches,
+            plans=plans,
+        )
+        return self._model.forward(context)
+
+
+def _attention_batch(
+    arrays: StepArrays, tensors: Mapping[str, Tensor], group: int
+) -> AttentionBatch:
+    return AttentionBatch(
+        query_start_loc=tensors["query_start_loc"],
+        seq_lens=tensors["seq_lens"],
+        block_table=tensors[f"block_table.{group}"],
+        slot_mapping=tensors[f"slot_mapping.{group}"],
+        query_start_loc_host=arrays.query_start_loc.tolist(),
+        seq_lens_host=arrays.seq_lens.tolist(),
+        num_requests=arrays.num_requests,
+        num_tokens=arrays.num_tokens,
+        max_query_len=arrays.max_query_len,
+        max_seq_len=arrays.max_seq_len,
+    )
+
+
+def _padded(column: Int64s, size: int, value: int) -> Int64s:
+    if len(column) == size:
+        return column
+    return np.concatenate([column, np.full(size - len(column), value, column.dtype)])

@@ -1,0 +1,177 @@
+"""What the sampler needs of a step, prepared on the host: arrays to upload, and facts that save work.
+
+Only what some row asks for is prepared: a step of greedy rows uploads nothing for its sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quire.core.worker import sampling_settings as settings_of
+from quire.core.worker.input_batch import InputBatch
+from quire.core.worker.random_numbers import uniform
+from quire.core.worker.request_state import RequestState
+from quire.core.worker.step_arrays import Array, Int64s
+
+
+_MOST_BIAS = 1e30
+"""A larger bias adds no certainty, and infinity would leave nothing finite to choose."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CustomRow:
+    """One row that custom processors change."""
+
+    row: int
+    request_id: str
+    names: tuple[str, ...]
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingArrays:
+    """Arrays by name, and facts about the R rows that are sampled."""
+
+    num_rows: int
+    """R, padding included."""
+    arrays: dict[str, Array] = field(default_factory=dict)
+    is_all_greedy: bool = True
+    needs_filter: bool = False
+    custom_rows: list[CustomRow] = field(default_factory=list)
+    logprob_rows: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
+    """Rows that want log-probabilities."""
+    num_top: int = 0
+    """The most that any of them wants."""
+
+    @property
+    def may_forbid_all(self) -> bool:
+        """Whether a row could be left without any token."""
+        return bool(self.custom_rows) or "bias" in self.arrays or "keep_rows" in self.arrays
+
+
+def make_sampling_arrays(requests: InputBatch, rows: Int64s, num_rows: int) -> SamplingArrays:
+    """Prepares the sampling of `rows` of the batch, padded with greedy rows to `num_rows`."""
+    sampling = SamplingArrays(num_rows=num_rows)
+    features = requests.settings.features[rows]
+    union = int(np.bitwise_or.reduce(features)) if len(rows) else 0
+    if union & settings_of.SAMPLES:
+        _add_settings(sampling, requests, rows, has_filter=bool(union & settings_of.FILTERS))
+    if union & ~(settings_of.SAMPLES | settings_of.FILTERS | settings_of.PROMPT_LOGPROBS):
+        _add_features(sampling, requests, rows, features)
+    return sampling
+
+
+def _add_settings(
+    sampling: SamplingArrays, requests: InputBatch, rows: Int64s, *, has_filter: bool
+) -> None:
+    columns = requests.settings.gather(rows, sampling.num_rows)
+    numbers = np.zeros(sampling.num_rows, np.float32)
+    numbers[: len(rows)] = uniform(columns.seeds, requests.output_indices(rows))
+    sampling.arrays |= {"temperature": columns.temperature, "uniform": numbers}
+    if has_filter:
+        sampling.arrays |= {
+            "top_k": columns.top_k,
+            "top_p": columns.top_p,
+            "min_p": columns.min_p,
+        }
+    sampling.is_all_greedy = False
+    sampling.needs_filter = has_filter
+
+
+def _add_features(
+    sampling: SamplingArrays, requests: InputBatch, rows: Int64s, features: Array
+) -> None:
+    states = requests.states(rows)
+    chosen = {
+        bit: np.flatnonzero(features & bit)
+        for bit in (
+            settings_of.PROCESSES,
+            settings_of.KEEPS,
+            settings_of.BIASES,
+            settings_of.PENALISES,
+            settings_of.LOGPROBS,
+        )
+    }
+    sampling.custom_rows = [
+        _custom_row(row, states[row]) for row in chosen[settings_of.PROCESSES].tolist()
+    ]
+    _add_kept(sampling, [(row, states[row]) for row in chosen[settings_of.KEEPS].tolist()])
+    _add_biases(sampling, [(row, states[row]) for row in chosen[settings_of.BIASES].tolist()])
+    penalised = chosen[settings_of.PENALISES]
+    if len(penalised):
+        _add_penalties(sampling, [(row, states[row]) for row in penalised.tolist()])
+        table = np.tile(np.array([1, 0, 0], np.float32), (sampling.num_rows, 1))
+        table[penalised] = requests.settings.penalties[rows[penalised]]
+        sampling.arrays["penalty_settings"] = table
+    wanted = chosen[settings_of.LOGPROBS]
+    if len(wanted):
+        sampling.logprob_rows = wanted
+        sampling.num_top = max(states[row].sampling.num_logprobs or 0 for row in wanted.tolist())
+        sampling.arrays["logprob_rows"] = wanted
+
+
+def _custom_row(row: int, state: RequestState) -> CustomRow:
+    return CustomRow(
+        row=row,
+        request_id=state.request_id,
+        names=state.sampling.logits_processors,
+        prompt_ids=state.prompt_ids,
+        output_ids=state.output_ids(),
+    )
+
+
+def _add_kept(sampling: SamplingArrays, chosen: list[tuple[int, RequestState]]) -> None:
+    if not chosen:
+        return
+    kept = [sorted(set(state.sampling.allowed_token_ids or ())) for _, state in chosen]
+    rows = np.array([row for row, _ in chosen], np.int64)
+    sampling.arrays |= {
+        "keep_rows": rows,
+        "keep_row_of_entry": np.repeat(rows, [len(ids) for ids in kept]),
+        "keep_token_ids": _joined(kept),
+    }
+
+
+def _add_biases(sampling: SamplingArrays, chosen: list[tuple[int, RequestState]]) -> None:
+    biases = [(row, _biases(state)) for row, state in chosen]
+    biases = [(row, bias) for row, bias in biases if bias]
+    if not biases:
+        return
+    rows = np.array([row for row, _ in biases], np.int64)
+    sampling.arrays |= {
+        "bias_rows": np.repeat(rows, [len(bias) for _, bias in biases]),
+        "bias_token_ids": _joined(bias for _, bias in biases),
+        "bias": np.concatenate([np.array(list(bias.values()), np.float32) for _, bias in biases]),
+    }
+
+
+def _biases(state: RequestState) -> dict[int, float]:
+    """What to add to which token of a row now: -inf for a token that is forbidden."""
+    spec = state.sampling
+    biases: dict[int, float] = {}
+    for token, bias in spec.logit_bias:
+        biases[token] = min(biases.get(token, 0.0) + bias, _MOST_BIAS)
+    forbidden = [word[-1] for word, prefix in state.bad_words if state.ends_with(prefix)]
+    if state.num_output_tokens < spec.min_tokens:
+        forbidden += spec.min_tokens_forbids
+    biases.update(dict.fromkeys(forbidden, -np.inf))
+    return biases
+
+
+def _add_penalties(sampling: SamplingArrays, chosen: list[tuple[int, RequestState]]) -> None:
+    seen = [state.seen for _, state in chosen if state.seen is not None]
+    assert len(seen) == len(chosen), chosen
+    rows = np.array([row for row, _ in chosen], np.int64)
+    sampling.arrays |= {
+        "penalty_rows": np.repeat(rows, [len(tokens.token_ids) for tokens in seen]),
+        "penalty_token_ids": np.concatenate([tokens.token_ids for tokens in seen]),
+        "penalty_counts": np.concatenate([tokens.output_counts for tokens in seen]),
+    }
+
+
+def _joined(lists: Iterable[Iterable[int]]) -> Int64s:
+    return np.array([item for items in lists for item in items], np.int64)

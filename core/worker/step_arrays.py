@@ -1,0 +1,135 @@
+"""The flat arrays of one step, built with numpy from the batch's columns.
+
+rows of the step     [ request 0 | request 1 | ... | padding ]
+token_ids [T]        each request's new tokens, one after the other
+query_start_loc      where each request's tokens begin, and the end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.core.interface import NULL_BLOCK
+from quire.core.worker.buckets import Buckets
+
+Int32s = npt.NDArray[np.int32]
+Int64s = npt.NDArray[np.int64]
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRows:
+    """The real requests of a step, R of them."""
+
+    rows: Int64s
+    """[R] in the batch's columns."""
+    num_computed: Int64s
+    num_new: Int64s
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of the step."""
+        return int(self.num_new.sum())
+
+    @property
+    def ends(self) -> Int64s:
+        """[R]: how many tokens each request has computed after the step."""
+        return self.num_computed + self.num_new
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepArrays:
+    """What attention and the model need of a step: T tokens and R requests, padding included."""
+
+    positions: Int64s
+    """[T]."""
+    query_start_loc: Int32s
+    """[R + 1]."""
+    seq_lens: Int32s
+    """[R]."""
+    last_tokens: Int64s
+    """[real R]: the flat index of each real request's last token."""
+    block_tables: list[Array]
+    """[R, max_blocks] for each cache group."""
+    slot_mappings: list[Int64s]
+    """[T] for each cache group."""
+    max_query_len: int
+    max_seq_len: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, padding included."""
+        return len(self.positions)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests, padding included."""
+        return len(self.seq_lens)
+
+
+def make_step_arrays(
+    step: StepRows,
+    tables: Sequence[Array],
+    block_sizes: Sequence[int],
+    buckets: Buckets,
+) -> StepArrays:
+    """The flat arrays of a step, padded to the next bucket. `tables` are those of all rows, [rows, blocks]."""
+    lengths = buckets.pad(step.num_new) if buckets.are_any else step.num_new
+    num_computed = _extended(step.num_computed, len(lengths))
+    query_start_loc = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=query_start_loc[1:])
+    seq_lens = num_computed + lengths
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.arange(query_start_loc[-1]) + (num_computed - query_start_loc[:-1])[owner]
+    max_seq_len = int(seq_lens.max())
+    num_tokens = step.num_tokens
+    block_tables, slot_mappings = [], []
+    for table, block_size in zip(tables, block_sizes, strict=True):
+        width = -(-max_seq_len // block_size)
+        block_tables.append(_gathered(table, step.rows, len(lengths), width))
+        slot_mappings.append(_slots(block_tables[-1], owner, positions, num_tokens, block_size))
+    positions[num_tokens:] = 0
+    return StepArrays(
+        positions=positions,
+        query_start_loc=query_start_loc.astype(np.int32),
+        seq_lens=seq_lens.astype(np.int32),
+        last_tokens=query_start_loc[: len(step.rows)] + step.num_new - 1,
+        block_tables=block_tables,
+        slot_mappings=slot_mappings,
+        max_query_len=int(lengths.max()),
+        max_seq_len=max_seq_len,
+    )
+
+
+def _extended(column: Int64s, size: int) -> Int64s:
+    if len(column) == size:
+        return column
+    return np.concatenate([column, np.zeros(size - len(column), column.dtype)])
+
+
+def _gathered(table: Array, rows: Int64s, num_rows: int, width: int) -> Array:
+    """The block table of the step: the rows' blocks, NULL_BLOCK for padding and past a row's end."""
+    known = min(width, table.shape[1])
+    if len(rows) == num_rows and known == width:
+        return table[:, :width].take(rows, axis=0)
+    gathered = np.full((num_rows, width), NULL_BLOCK, table.dtype)
+    gathered[: len(rows), :known] = table[:, :known].take(rows, axis=0)
+    return gathered
+
+
+def _slots(
+    table: Array,
+    owner: Int64s,
+    positions: Int64s,
+    num_tokens: int,
+    block_size: int,
+) -> Int64s:
+    """Where each token's key and value go; those of padding into NULL_BLOCK."""
+    block, offset = np.divmod(positions, block_size)
+    slots: Int64s = table[owner, block] * np.int64(block_size) + offset
+    slots[num_tokens:] = NULL_BLOCK * block_size + offset[num_tokens:]
+    return slots

@@ -1,0 +1,287 @@
+"""The worker that every device of torch's uses; what differs between them is in their capabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from quire.core.errors import DeviceLost, QuireError, Reason, UnsupportedError
+from quire.core.interface import (
+    CacheGroup,
+    CachePlan,
+    Device,
+    LayerCache,
+    ModelInfo,
+    SamplingSpec,
+    StepBatch,
+    StepResult,
+    Worker,
+    WorkerConfig,
+)
+from quire.core.models.decoder import CausalLM
+from quire.core.models.loading import load_model
+from quire.core.worker.cache_budget import (
+    cache_bytes_per_block,
+    estimate_step_bytes,
+    make_dummy_batch,
+)
+from quire.core.worker.device_errors import device_errors
+from quire.core.worker.logits_processors import LogitsProcessors
+from quire.core.worker.model_runner import ModelRunner
+from quire.core.worker.running_step import RunningStep
+
+
+class DefaultWorker(Worker):
+    """Runs a model of ours on a device that torch knows.
+
+    `logits_processors` takes further functions at any time (`register`). The device is the caller's: `close`
+    gives back what the worker holds of it and leaves it open.
+    """
+
+    def __init__(self, device: Device, config: WorkerConfig) -> None:
+        """Raises: UnsupportedError, ConfigError for logits processors that cannot be imported."""
+        reasons = _reasons_against(device, config)
+        if reasons:
+            raise UnsupportedError(reasons, what=f"the default worker on {device.info.name}")
+        self.logits_processors = LogitsProcessors(config.logits_processors)
+        self._device = device
+        self._config = config
+        self._free_at_start = device.memory().free_bytes
+        self._model: CausalLM | None = None
+        self._runner: ModelRunner | None = None
+        self._caches: list[LayerCache] = []
+        self._activation_bytes = 0
+        self._lost: DeviceLost | None = None
+
+    # --- from loading to the first step ---------------------------------------------------------
+
+    def load_model(self) -> ModelInfo:
+        with device_errors("weights"):
+            model = self._model = load_model(self._config, self._device)
+        description = model.description
+        return ModelInfo(
+            architecture=description.architecture,
+            vocab_size=description.vocab_size,
+            max_model_len=model.max_model_len,
+            cache_groups=_cache_groups(model),
+            num_parameters=model.num_parameters,
+            weight_bytes=model.weight_bytes,
+            dtype=description.dtype,
+            providers=model.providers(),
+        )
+
+    def cache_budget_bytes(self) -> int:
+        if self._config.cache_memory_bytes is not None:
+            return self._config.cache_memory_bytes
+        model = self._loaded()
+        if self._device.capabilities.copy_mode == "unified":
+            # Memory that the rest of the machine uses too tells nothing when it is measured.
+            self._activation_bytes = estimate_step_bytes(model.description, self._config)
+        else:
+            self._activation_bytes = self._measured_step_bytes()
+        allowed = int(self._config.device_memory_fraction * self._free_at_start)
+        return max(0, allowed - model.weight_bytes - self._activation_bytes)
+
+    def allocate_cache(self, plan: CachePlan) -> None:
+        model = self._loaded()
+        self._runner, self._caches = None, []
+        caches = self._make_caches(plan.num_blocks)
+        self._runner = self._make_runner(caches)
+        self._caches = caches
+
+    def warm_up(self) -> None:
+        claims, runner = self._device.capabilities, self._running()
+        limit = self._config.max_num_batched_tokens
+        sizes = [size for size in claims.token_buckets if size <= limit]
+        for num_tokens in sizes or [min(2, limit)]:
+            for num_requests in claims.request_buckets or (1,):
+                if num_requests <= min(num_tokens, self._config.max_num_seqs):
+                    self._run_dummy(runner, num_tokens, num_requests, SamplingSpec())
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def execute(self, batch: StepBatch) -> StepResult:
+        return self.submit(batch).result()
+
+    def submit(self, batch: StepBatch) -> RunningStep:
+        try:
+            return self._running().submit(batch)
+        except DeviceLost as error:
+            self._lost = error
+            raise
+
+    # --- blocks ---------------------------------------------------------------------------------
+
+    def copy_blocks(self, group: int, source: Sequence[int], target: Sequence[int]) -> None:
+        backend = self._loaded().attention_backends[group]
+        caches = self._caches_of(group)
+
+        def copy() -> None:
+            with torch.inference_mode():
+                for cache in caches:
+                    backend.copy_blocks(cache, source, target)
+
+        self._device.queue().run(copy)
+
+    def export_blocks(self, group: int, block_ids: Sequence[int]) -> bytes:
+        self._running().finish_steps(0)
+        self._device.queue().record().wait()
+        backend = self._loaded().attention_backends[group]
+        with torch.inference_mode():
+            layers = [backend.export_blocks(cache, block_ids) for cache in self._caches_of(group)]
+        stacked: bytes = torch.stack(layers).float().cpu().numpy().astype("<f4").tobytes()
+        return stacked
+
+    def import_blocks(self, group: int, block_ids: Sequence[int], blocks: bytes) -> None:
+        model, caches = self._loaded(), self._caches_of(group)
+        spec = model.attention_groups[group].spec
+        shape = (
+            len(caches),
+            len(block_ids),
+            spec.block_size,
+            spec.num_kv_heads,
+            spec.head_size + spec.v_head_size,
+        )
+        numbers = np.frombuffer(blocks, "<f4")
+        if numbers.size != np.prod(shape):
+            raise QuireError(
+                f"import_blocks got {len(blocks)} bytes for {len(block_ids)} blocks of group {group}; "
+                f"the canonical layout float32 {shape} has {4 * int(np.prod(shape))}"
+            )
+        self._running().finish_steps(0)
+        self._device.queue().record().wait()
+        host = torch.from_numpy(numbers.astype(np.float32).reshape(shape))
+        with torch.inference_mode():
+            for cache, layer in zip(caches, host, strict=True):
+                model.attention_backends[group].import_blocks(cache, block_ids, layer)
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def health(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+        with device_errors("health"):
+            self._device.memory()
+
+    def memory_by_tag(self) -> dict[str, int]:
+        tensors = [tensor for cache in self._caches for tensor in cache.tensors.values()]
+        return {
+            "weights": 0 if self._model is None else self._model.weight_bytes,
+            "cache": sum(tensor.nbytes for tensor in tensors),
+            "activations": self._activation_bytes,
+            "workspace": 0 if self._runner is None else self._runner.workspace_bytes,
+        }
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._device.synchronize()
+        self._runner, self._model, self._caches = None, None, []
+
+    # --- parts ----------------------------------------------------------------------------------
+
+    def _loaded(self) -> CausalLM:
+        if self._model is None:
+            raise QuireError("the worker has no model; call load_model first")
+        return self._model
+
+    def _running(self) -> ModelRunner:
+        if self._runner is None:
+            raise QuireError("the worker has no cache; call allocate_cache first")
+        return self._runner
+
+    def _make_runner(self, caches: list[LayerCache]) -> ModelRunner:
+        with device_errors("workspace"):
+            return ModelRunner(
+                self._loaded(), self._device, caches, self._config, self.logits_processors
+            )
+
+    def _make_caches(self, num_blocks: Sequence[int]) -> list[LayerCache]:
+        """The cache of each layer, `num_blocks` for each group."""
+        model = self._loaded()
+        by_layer: dict[int, LayerCache] = {}
+        with device_errors("cache"):
+            for group, backend, count in zip(
+                model.attention_groups, model.attention_backends, num_blocks, strict=True
+            ):
+                by_layer |= {layer: backend.allocate(count) for layer in group.layers}
+        return [by_layer[layer] for layer in sorted(by_layer)]
+
+    def _caches_of(self, group: int) -> list[LayerCache]:
+        return [self._caches[layer] for layer in self._loaded().attention_groups[group].layers]
+
+    def _measured_step_bytes(self) -> int:
+        """What the largest step takes of the device, with a cache of NULL_BLOCK alone."""
+        model, config = self._loaded(), self._config
+        before = self._device.memory().free_bytes
+        runner = self._make_runner(self._make_caches([1] * len(model.attention_groups)))
+        batch = make_dummy_batch(
+            config,
+            num_tokens=config.max_num_batched_tokens,
+            num_requests=config.max_num_seqs,
+            num_groups=len(model.attention_groups),
+        )
+        runner.submit(batch).result()
+        self._device.synchronize()
+        # Allocators keep the blocks that they took from the driver, so this is the peak.
+        return max(0, before - self._device.memory().free_bytes)
+
+    def _run_dummy(
+        self, runner: ModelRunner, num_tokens: int, num_requests: int, sampling: SamplingSpec
+    ) -> None:
+        batch = make_dummy_batch(
+            self._config,
+            num_tokens=num_tokens,
+            num_requests=num_requests,
+            num_groups=len(self._loaded().attention_groups),
+            sampling=sampling,
+        )
+        runner.submit(batch).result()
+        runner.forget_all()
+
+
+def _cache_groups(model: CausalLM) -> list[CacheGroup]:
+    return [
+        CacheGroup(
+            name=group.name,
+            kind=group.spec.kind,
+            window=group.spec.window,
+            block_size=group.spec.block_size,
+            num_layers=len(group.layers),
+            bytes_per_block=size,
+        )
+        for group, size in zip(model.attention_groups, cache_bytes_per_block(model), strict=True)
+    ]
+
+
+def _reasons_against(device: Device, config: WorkerConfig) -> list[Reason]:
+    reasons = list(device.reasons_against(config))
+    if device.torch_device is None:
+        reasons.append(
+            Reason(
+                code="worker.torch_device",
+                need="a device that torch knows",
+                have="torch_device is None",
+                remedy="the backend must override Device.make_worker",
+            )
+        )
+    if not device.capabilities.samples_on_device:
+        reasons.append(
+            Reason(
+                code="worker.samples_on_device",
+                need="sampling on the device",
+                have="samples_on_device is False",
+                remedy="serve the operators of kind logits by the reference, or bring a Worker",
+            )
+        )
+    if config.world_size != 1:
+        reasons.append(
+            Reason(
+                code="worker.world_size",
+                need=f"a model over {config.world_size} devices",
+                have="one device",
+                remedy="run on one device",
+            )
+        )
+    return reasons
