@@ -24,8 +24,10 @@ class BlockTable:
     """For each group, leading blocks that need not be made findable any more."""
     capacity: int = 0
     """Tokens up to which no group needs another block."""
-    next_register_at: int = NEVER
-    """Computed tokens at which another block is full and can be made findable."""
+    next_settle_at: int = NEVER
+    """Computed tokens at which another block is full, so that the manager wants to know."""
+    is_findable: bool = False
+    """Whether blocks that fill become findable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,9 @@ from quire.core.kv_cache.block_pool import BlockPool
 class GroupPolicy(ABC):
     """How the requests of one cache group use blocks of `block_size` tokens."""
 
+    gives_back_early: bool
+    """Whether blocks go back while the request runs."""
+
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
 
@@ -51,6 +54,8 @@ class FullPolicy(GroupPolicy):
     Serves causal attention and the latent cache of MLA alike.
     """
 
+    gives_back_early = False
+
     def num_dead_blocks(self, num_computed: int) -> int:
         """None, ever."""
         return 0
@@ -74,6 +79,8 @@ class FullPolicy(GroupPolicy):
 
 class SlidingWindowPolicy(GroupPolicy):
     """Position p sees j with p - window < j <= p: blocks behind the window are given back."""
+
+    gives_back_early = True
 
     def __init__(self, block_size: int, window: int) -> None:
         super().__init__(block_size)

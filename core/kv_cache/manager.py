@@ -36,6 +36,7 @@ class KVCacheManager:
         self._hash_sizes = sorted({group.block_size for group in groups})
         self._hashes_of_group = [self._hash_sizes.index(group.block_size) for group in groups]
         self._tables: set[BlockTable] = set()
+        self.gives_back_early = any(policy.gives_back_early for policy in self._policies)
 
     # ------------------------------------------------------------------------------- questions
 
@@ -123,41 +124,48 @@ class KVCacheManager:
         self._count_query(num_tokens, hit.num_tokens)
         return True
 
-    def allocate(
-        self, table: BlockTable, num_computed: int, num_new_tokens: int
-    ) -> list[list[int]] | None:
-        """The blocks that each group adds to the table for `num_new_tokens` after `num_computed`; None if they do not fit.
+    def allocate(self, table: BlockTable, num_tokens: int) -> list[list[int]] | None:
+        """The blocks that each group adds to the table to reach `num_tokens`; None if they do not fit.
 
-        Blocks that no later token can see are given back first. Need not be called while
-        `table.capacity` suffices.
+        Need not be called while `table.capacity` suffices.
         """
-        self._drop_dead_blocks(table, num_computed)
-        end = num_computed + num_new_tokens
         counts = []
         for policy, pool, block_ids in zip(
             self._policies, self._pools, table.block_ids, strict=True
         ):
-            count = max(0, policy.num_blocks(end) - len(block_ids))
+            count = max(0, policy.num_blocks(num_tokens) - len(block_ids))
             if count > pool.num_free:
                 return None
             counts.append(count)
         return self._append(table, counts)
 
-    def register(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
-        """Makes the blocks findable that `num_computed` tokens fill: their keys and values have been written."""
+    def settle(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
+        """Takes note that the keys and values of `num_computed` tokens have been written.
+
+        Blocks that are full become findable; blocks that no later token can see are given back. Steps
+        in flight are later, so they do not miss them. Need not be called before `table.next_settle_at`.
+        """
+        if table.is_findable:
+            self._register(table, token_ids, num_computed)
+        self._drop_dead_blocks(table, num_computed)
+        table.next_settle_at = self._next_settle_at(num_computed)
+
+    def _register(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         self._extend_hashes(table, token_ids, num_computed)
-        next_at = NEVER
         for group, pool in enumerate(self._pools):
-            block_size = self._policies[group].block_size
             hashes = table.hashes[self._hashes_of_group[group]]
             block_ids = table.block_ids[group]
-            num_full = num_computed // block_size
+            num_full = num_computed // self._policies[group].block_size
             for index in range(table.num_registered[group], num_full):
                 if block_ids[index] != NULL_BLOCK:
                     pool.register(block_ids[index], hashes[index])
-            table.num_registered[group] = max(num_full, table.num_registered[group])
-            next_at = min(next_at, (table.num_registered[group] + 1) * block_size)
-        table.next_register_at = next_at
+            table.num_registered[group] = num_full
+
+    def _next_settle_at(self, num_computed: int) -> int:
+        """When the next block is full. Full blocks are all that matters for either thing."""
+        if not self.enable_prefix_caching and not self.gives_back_early:
+            return NEVER
+        return min(size * (num_computed // size + 1) for size in self._hash_sizes)
 
     def free(self, table: BlockTable) -> None:
         """Takes all blocks back and leaves the table empty. The tail is evicted before the head."""
@@ -170,14 +178,14 @@ class KVCacheManager:
             table.num_dead[group] = 0
             table.num_registered[group] = 0
         table.capacity = 0
-        table.next_register_at = NEVER
+        table.next_settle_at = NEVER
 
     def reset_prefix_cache(self) -> None:
         """Forgets what blocks hold, as after a change of weights. Requests that run keep their blocks, unfindable."""
         for pool in self._pools:
             pool.forget_hashes()
         for table in self._tables:
-            table.next_register_at = NEVER
+            table.is_findable = False
 
     # --------------------------------------------------------------------------------- helpers
 
@@ -214,10 +222,8 @@ class KVCacheManager:
             table.num_dead[group] = shared.count(NULL_BLOCK)
             table.num_registered[group] = len(shared)
         self._append(table, counts)
-        if self.enable_prefix_caching:
-            table.next_register_at = min(
-                hit.num_tokens + block_size for block_size in self._hash_sizes
-            )
+        table.is_findable = self.enable_prefix_caching
+        table.next_settle_at = self._next_settle_at(hit.num_tokens)
 
     def _append(self, table: BlockTable, counts: list[int]) -> list[list[int]]:
         added = []

@@ -145,12 +145,13 @@ class Scheduler:
     def _grow(self, request: Request, num_new: int, draft: StepDraft) -> list[list[int]] | None:
         """Blocks for the request's next tokens, from others if need be; None: not in this step."""
         while not draft.is_waiting_for_blocks:
-            blocks = self._cache.allocate(request.table, request.num_computed_tokens, num_new)
+            blocks = self._cache.allocate(request.table, request.num_computed_tokens + num_new)
             if blocks is not None:
                 return blocks
             draft.is_short_of_blocks = True
-            if self._book.is_awaiting_blocks:
-                # A step in flight brings blocks back. Those behind take none meanwhile, or this request could starve.
+            gives_back = self._cache.gives_back_early and request.num_in_flight > 0
+            if gives_back or self._book.is_awaiting_blocks:
+                # A step in flight brings blocks back. Nobody behind takes any, or this request could starve.
                 draft.is_waiting_for_blocks = True
                 break
             candidates = self._book.running[self._book.running.index(request) :]
@@ -244,8 +245,8 @@ class Scheduler:
                 and batch.samples[index]
             ):
                 request.num_in_flight -= 1
-                if computed + num_new >= request.table.next_register_at:
-                    self._cache.register(request.table, token_ids, computed + num_new)
+                if computed + num_new >= request.table.next_settle_at:
+                    self._cache.settle(request.table, token_ids, computed + num_new)
                 token_ids.append(tokens[0])
                 updates.append(progress(request, tokens))
                 continue
@@ -284,8 +285,8 @@ class Scheduler:
         if error is not None:
             return self._book.finish(request, FinishReason.ERROR, error=error)
         num_computed = batch.num_computed_tokens[index] + batch.num_new_tokens[index]
-        if num_computed >= request.table.next_register_at:
-            self._cache.register(request.table, request.token_ids, num_computed)
+        if num_computed >= request.table.next_settle_at:
+            self._cache.settle(request.table, request.token_ids, num_computed)
         prompt_logprobs = new_prompt_logprobs(request, batch.num_computed_tokens[index], result)
         if not tokens:
             return (
