@@ -36,19 +36,21 @@ def filter_probabilities(probabilities: Tensor, logits: Tensor, settings: Sampli
     probabilities.scatter_(-1, order, ranked)
 
 
-def is_kept(ranked: Tensor, ranked_logits: Tensor, settings: SamplingTensors) -> Tensor:
+def is_kept(
+    ranked: Tensor, ranked_logits: Tensor, settings: SamplingTensors, mass: Tensor | None = None
+) -> Tensor:
     """Which of each row's tokens survive the filters, the most likely first: bool [R, n].
 
     ranked [R, n] holds the probabilities of the n most likely tokens, ranked_logits their logits.
+    mass float64 [R, 1] is the sum of all that top-k keeps; None: they are all among the n.
     """
     last = settings.top_k.clamp(1, ranked.shape[-1]).unsqueeze(-1) - 1
     kept = ranked_logits >= ranked_logits.gather(-1, last)
     wide = ranked.double() * kept
     sums = wide.cumsum(-1)
     limit = settings.top_p.double().unsqueeze(-1)
-    before = sums - wide
     # 1 means everything: rounding must not cut the tail.
-    kept &= (before < limit * sums[:, -1:]) | (limit >= 1)
+    kept &= (sums - wide < limit * (sums[:, -1:] if mass is None else mass)) | (limit >= 1)
     return kept & (ranked >= settings.min_p.unsqueeze(-1) * ranked[:, :1])
 
 

@@ -1,0 +1,78 @@
+"""One opened CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from quire.backends.cpu.attention import CpuAttention
+from quire.backends.cpu.host import count_cores, read_cpu, read_memory
+from quire.backends.cpu.ops import CpuOps
+from quire.backends.reference import ReferenceAttention, TorchDevice
+from quire.core.interface import (
+    AttentionSpec,
+    Capabilities,
+    DeviceInfo,
+    MemoryInfo,
+    Ops,
+    Reason,
+    Worker,
+    WorkerConfig,
+)
+
+_NUM_THREADS = "cpu.num_threads"
+_BLOCK_SIZES = (16, 32, 64, 128, 8, 4, 2, 1)
+
+
+class CpuDevice(TorchDevice):
+    """All cores that the process may use, as one device; torch's threads are its only setting."""
+
+    def __init__(self, info: DeviceInfo) -> None:
+        super().__init__(info=info, torch_device="cpu", capabilities=_capabilities())
+        # Fewer if the user said so (OMP_NUM_THREADS), never more than there are cores: a thread
+        # too many makes every parallel region wait for its turn.
+        torch.set_num_threads(min(torch.get_num_threads(), count_cores()))
+
+    def _make_ops(self) -> Ops:
+        return CpuOps()
+
+    def _attention_class(self, spec: AttentionSpec) -> type[ReferenceAttention]:
+        return CpuAttention
+
+    def memory(self) -> MemoryInfo:
+        return read_memory()
+
+    def reasons_against(self, worker_config: WorkerConfig) -> Sequence[Reason]:
+        text = worker_config.options.get(_NUM_THREADS, "1")
+        if text.isdecimal() and int(text) > 0:
+            return ()
+        return (
+            Reason(
+                code="options.cpu.num_threads",
+                need=f"{text!r} threads",
+                have=f"{count_cores()} cores",
+                remedy=f"give {_NUM_THREADS} a whole number from 1 to {count_cores()}",
+            ),
+        )
+
+    def make_worker(self, config: WorkerConfig) -> Worker | None:
+        """Sets the number of threads and leaves the work to the core's worker."""
+        if _NUM_THREADS in config.options:
+            torch.set_num_threads(int(config.options[_NUM_THREADS]))
+        return None
+
+
+def _capabilities() -> Capabilities:
+    """What a CPU can do: everything that the reference can. Speed decides which dtype is first."""
+    wide, half = "float32", "bfloat16"
+    dtypes = (half, wide, "float16") if read_cpu().has_bfloat16 else (wide, half, "float16")
+    return Capabilities(
+        dtypes=dtypes,
+        cache_dtypes=dtypes,
+        block_sizes=_BLOCK_SIZES,
+        attention_kinds=frozenset({"causal", "sliding_window", "chunked"}),
+        attention_features=frozenset({"soft_cap", "sinks", "alibi"}),
+        copy_mode="unified",
+        determinism="run_to_run",
+    )

@@ -1,0 +1,91 @@
+"""Linear layers in oneDNN's own weight layout.
+
+`F.linear` hands oneDNN, or MKL, a plain matrix, which it copies into blocks at every call. Blocks
+made once at load are read at the speed of memory. `benchmarks/cpu_linear.py` prints the comparison
+for the shapes of a model; for all of them, and from 1 row to 512, the prepacked form is the fastest
+that torch offers, so there is no table of exceptions here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+
+from quire.core.interface import PackedLinear
+
+_PREPACKED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OneDnnWeights:
+    """A linear layer as oneDNN wants it."""
+
+    weight: Tensor
+    """[N, K], opaque: it has a shape and a dtype but no address."""
+    bias: Tensor | None
+    """[N], in weight's dtype."""
+    is_widened: bool
+    """The weight is float32 where the activations are narrower."""
+
+
+def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
+    """The layer in oneDNN's layout; None if this torch or this CPU has none for the dtype.
+
+    float16 is widened where the CPU cannot multiply it: twice the memory, ten times the speed.
+    """
+    computed = weight.dtype if can_prepack(weight.dtype) else torch.float32
+    is_widened = computed != weight.dtype
+    if weight.dtype not in _PREPACKED or not can_prepack(computed):
+        return None
+    if is_widened and weight.dtype == torch.bfloat16:
+        return None  # torch multiplies bfloat16 well enough without the memory.
+    packed = _reorder(weight.to(computed))
+    return PackedLinear(
+        num_inputs=weight.shape[1],
+        num_outputs=weight.shape[0],
+        dtype=str(weight.dtype).removeprefix("torch."),
+        format="onednn-blocked-float32" if is_widened else "onednn-blocked",
+        size_bytes=_size_bytes(packed),
+        payload=OneDnnWeights(packed, None if bias is None else bias.to(computed), is_widened),
+    )
+
+
+def multiply(x: Tensor, layer: OneDnnWeights) -> Tensor:
+    """x @ weight.T + bias, for x [T, K]."""
+    if layer.is_widened:
+        return _linear(x.float(), layer.weight, layer.bias).to(x.dtype)
+    return _linear(x, layer.weight, layer.bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")  # noqa: SLF001
+    return result
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous(), None)  # noqa: SLF001
+    return result
+
+
+def _size_bytes(packed: Tensor) -> int:
+    return int(torch.ops.mkldnn._nbytes.default(packed))  # noqa: SLF001
+
+
+@cache
+def can_prepack(dtype: torch.dtype) -> bool:
+    """Whether the operators are there, take the dtype and multiply right. Tried once."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    weight = torch.arange(-12.0, 12.0).view(6, 4).to(dtype)
+    x = torch.arange(8.0).view(2, 4).to(dtype)
+    try:
+        packed = _reorder(weight)
+        got = _linear(x, packed, None)
+        _size_bytes(packed)
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.equal(got, F.linear(x.float(), weight.float()).to(dtype))
