@@ -171,3 +171,115 @@ def test_description_imports_no_torch():
     code = "import sys, quire.core.models.description, quire.core.models.source; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def describe_raw(directory, config):
+    (directory / "config.json").write_text(json.dumps(config))
+    return describe_model(directory)
+
+
+def test_config_of_llama_3_1_in_its_old_format_is_understood(tmp_path):
+    """Files on the hub state RoPE as `rope_theta` and `rope_scaling`, and the dtype as `torch_dtype`."""
+    scaling = {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "eos_token_id": [128001, 128008, 128009],
+    }
+    description = describe_raw(tmp_path, config)
+    assert description.num_parameters == 8_030_261_248
+    assert (description.max_model_len, description.dtype) == (131072, "bfloat16")
+    assert description.eos_token_ids == (128001, 128008, 128009)
+    (rope,) = description.decoder.ropes
+    assert (rope.rope_type, rope.parameters["rope_theta"]) == ("llama3", 500000.0)
+
+
+def test_config_of_qwen2_that_does_not_slide_has_one_group(tmp_path):
+    """`sliding_window` is set in these files although `use_sliding_window` is off."""
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "max_window_layers": 21,
+    }
+    description = describe_raw(tmp_path, config)
+    assert description.num_parameters == 494_032_768
+    assert [group.name for group in description.attention_groups] == ["full"]
+
+
+def test_config_of_gemma3_in_its_old_format_is_understood(tmp_path):
+    """The pattern of sliding layers was a number, and the local base a field of its own."""
+    config = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "vocab_size": 262144,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "query_pre_attn_scalar": 256,
+        "max_position_embeddings": 32768,
+    }
+    description = describe_raw(tmp_path, config)
+    assert description.num_parameters == 268_098_176
+    decoder = description.decoder
+    assert [i for i, window in enumerate(decoder.layer_windows) if window is None] == [5, 11, 17]
+    thetas = [decoder.ropes[i].parameters["rope_theta"] for i in decoder.layer_ropes[:6]]
+    assert thetas == [1e4] * 5 + [1e6]
+
+
+def test_config_of_phi3_with_code_of_its_own_runs_ours(tmp_path):
+    """Files that point to remote code are read by their fields; the code is never run."""
+    config = {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32064,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+        "sliding_window": 262144,
+    }
+    description = describe_raw(tmp_path, config)
+    assert description.num_parameters == 3_821_079_552
+    (rope,) = description.decoder.ropes
+    assert rope.rope_type == "longrope"
+    assert rope.parameters["original_max_position_embeddings"] == 4096

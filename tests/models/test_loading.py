@@ -248,3 +248,19 @@ def test_providers_name_who_serves_each_operator(llama):
     assert providers["paged_attention"] == "reference"
     assert providers["linear"] == "reference"
     assert "soft_cap" not in providers
+
+
+def test_large_model_shows_its_progress_on_a_terminal_alone(llama, monkeypatch, capsys):
+    """Logs of a server stay clean; a person at a terminal sees that something happens."""
+    from quire.core.models import loading
+
+    shown = []
+    monkeypatch.setattr(loading, "_SHOW_PROGRESS_FROM_BYTES", 0)
+    load_tiny(llama)
+    assert capsys.readouterr().err == ""
+
+    real = loading._progress_bar
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(loading, "_progress_bar", lambda *a: shown.append(a) or real(*a))
+    load_tiny(llama)
+    assert shown == [("LlamaForCausalLM", 2)]
