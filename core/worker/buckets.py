@@ -80,7 +80,7 @@ class Buckets:
         return tuple(sorted({_next(self._requests, n) for n in range(1, limit + 1)}))
 
     def shape(self, num_tokens: int, num_requests: int) -> StepShape:
-        """The smallest shape that holds a step, with a token for each padding request where it fits."""
+        """The smallest shape that holds a step, and a token for each padding request if it can."""
         padded_requests = _next(self._requests, num_requests)
         wanted = num_tokens + padded_requests - num_requests
         if self._tokens and wanted > self._tokens[-1]:

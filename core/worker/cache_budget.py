@@ -11,7 +11,7 @@ _LARGEST_SAMPLING = SamplingSpec(
 )
 """Sampling that needs the most memory."""
 _SAMPLING_BYTES = 48
-"""For each logit, at the peak of filtering in plain torch: logits, probabilities, order, their sums."""
+"""For each logit, at the peak of filtering in plain torch: probabilities, their order and sums."""
 _FLOAT_BYTES = 4
 
 

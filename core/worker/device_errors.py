@@ -17,7 +17,7 @@ _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 @contextmanager
 def device_errors(tag: str) -> Iterator[None]:
-    """Turns a refused allocation into DeviceOutOfMemory of `tag`, and a dead device into DeviceLost.
+    """Turns a refused allocation into DeviceOutOfMemory of `tag`, a dead device into DeviceLost.
 
     Everything else passes as it is.
     """

@@ -82,9 +82,10 @@ class InputBatch:
             for new in batch.new_requests:
                 self._forget(new.request_id, change)
                 self._add(new, change)
+            self._check_known(batch.request_ids)
             for request_id, blocks in zip(batch.request_ids, batch.new_block_ids, strict=True):
                 if blocks is not None:
-                    self._append_blocks(self._known_row(request_id), blocks, change)
+                    self._append_blocks(self._row_of[request_id], blocks, change)
         except BaseException:
             self.undo(change)
             raise
@@ -116,27 +117,32 @@ class InputBatch:
             self._forget(request_id, change)
         self.settle(change)
 
-    def append_sampled(self, rows: Int64s, change: BatchChange) -> None:
+    def append_sampled(
+        self, rows: Int64s, states: Sequence[RequestState], change: BatchChange
+    ) -> None:
         """Gives the requests in `rows` one more token, whose value is on its way."""
         self._num_tokens[rows] += 1
         self._is_on_its_way[rows] = True
         self._last_token[rows] = 0
-        for state in self.states(rows):
+        change.sampled.extend(states)
+        for state in states:
             state.tokens.append(0)
             state.num_on_their_way += 1
-            change.sampled.append(state)
 
     def fill_sampled(self, change: BatchChange, tokens: Array) -> None:
         """Writes the values of the tokens that a step sampled. Steps settle in their order."""
         values = tokens[: len(change.sampled)].tolist()
+        settled_rows, settled_tokens = [], []
         for state, token in zip(change.sampled, values, strict=True):
-            place = len(state.tokens) - state.num_on_their_way
-            state.tokens[place] = token
+            state.tokens[len(state.tokens) - state.num_on_their_way] = token
             state.num_on_their_way -= 1
             if state.seen is not None:
                 state.seen.append(token)
-            if self._state_of_row[state.row] is state:
-                self._note_tokens(state)
+            if not state.num_on_their_way and self._state_of_row[state.row] is state:
+                settled_rows.append(state.row)
+                settled_tokens.append(token)
+        self._last_token[settled_rows] = settled_tokens
+        self._is_on_its_way[settled_rows] = False
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -146,7 +152,7 @@ class InputBatch:
         Raises: QuireError if it computes tokens that a request does not have.
         """
         step = StepRows(
-            rows=np.array([self._row_of[name] for name in batch.request_ids], np.int64),
+            rows=np.array(list(map(self._row_of.__getitem__, batch.request_ids)), np.int64),
             num_computed=np.array(batch.num_computed_tokens, np.int64),
             num_new=np.array(batch.num_new_tokens, np.int64),
         )
@@ -158,7 +164,7 @@ class InputBatch:
         return step
 
     def token_ids(self, step: StepRows, last_tokens: Int64s, num_tokens: int) -> Int64s:
-        """The tokens that a step computes, flat [num_tokens], 0 for padding and for those on their way."""
+        """The tokens that a step computes, flat [num_tokens]; 0 where unknown or padding."""
         flat = np.zeros(num_tokens, np.int64)
         is_decode = (step.num_new == 1) & (step.ends == self._num_tokens[step.rows])
         flat[last_tokens[is_decode]] = self._last_token[step.rows[is_decode]]
@@ -263,13 +269,12 @@ class InputBatch:
         self._state_of_row[state.row] = None
         heapq.heappush(self._free_rows, state.row)
 
-    def _known_row(self, request_id: str) -> int:
-        row = self._row_of.get(request_id)
-        if row is None:
+    def _check_known(self, request_ids: Sequence[str]) -> None:
+        unknown = [name for name in request_ids if name not in self._row_of]
+        if unknown:
             raise QuireError(
-                f"request {request_id!r} is scheduled but unknown to the worker; bring it as new"
+                f"scheduled but unknown to the worker: {', '.join(unknown)}; bring them as new"
             )
-        return row
 
     def _mismatch(self, batch: StepBatch, index: int) -> str:
         request_id = batch.request_ids[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from quire.core.errors import ConfigError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LogitsProcessors:
-    """The processors that a worker knows. Requests name them in `SamplingSpec.logits_processors`."""
+    """The processors that a worker knows; `SamplingSpec.logits_processors` names them."""
 
     def __init__(self, targets: Mapping[str, str] | None = None) -> None:
         """Imports every `module:attribute` of `targets`, by name.
@@ -36,8 +36,8 @@ class LogitsProcessors:
     def register(self, name: str, function: LogitsProcessor) -> None:
         """Adds a function under `name`, or replaces the one that has it.
 
-        `function(prompt_ids, output_ids, logits)` gets the row's logits float32 [V], which it may change,
-        and returns the row to use. If it raises, that request alone fails.
+        `function(prompt_ids, output_ids, logits)` gets the row's logits float32 [V], which it may
+        change, and returns the row to use. If it raises, that request alone fails.
         Raises: ConfigError if it cannot be called.
         """
         if not callable(function):
@@ -75,10 +75,10 @@ def _resolve(target: str) -> LogitsProcessor:
     module, _, attribute = target.partition(":")
     if not module or not attribute:
         raise ConfigError("must be written module:attribute")
-    found: LogitsProcessor = import_module(module)
+    found: Any = import_module(module)
     for part in attribute.split("."):
         found = getattr(found, part)
-    return found
+    return cast("LogitsProcessor", found)
 
 
 def _describe(value: object) -> str:

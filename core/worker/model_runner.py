@@ -1,7 +1,8 @@
 """One step of a model on one device.
 
     StepBatch -> columns (InputBatch) -> flat arrays -> one upload
-    -> attention plans -> model -> logits of the sampled rows -> Sampler -> one download -> StepResult
+    -> attention plans -> model -> logits of the sampled rows -> Sampler
+    -> one download -> StepResult
 
 Everything between the copies touches device tensors alone and runs in the device's queue, so an
 asynchronous device has the next step waiting while it computes this one.
@@ -33,9 +34,9 @@ from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.prompt_logprobs import make_prompt_rows, run_prompt_logprobs
 from quire.core.worker.running_step import RunningStep
 from quire.core.worker.sampler import Sampler
-from quire.core.worker.sampling_arrays import Array, make_sampling_arrays
+from quire.core.worker.sampling_arrays import make_sampling_arrays
 from quire.core.worker.staging import Field, StagingBuffer
-from quire.core.worker.step_arrays import Int64s, StepArrays, StepRows, make_step_arrays
+from quire.core.worker.step_arrays import Array, Int64s, StepArrays, StepRows, make_step_arrays
 from quire.core.worker.step_results import StepOutline
 
 
@@ -199,7 +200,8 @@ class ModelRunner:
         result = buffers.outputs.download(fields)
         event = queue.record()
         self._ring.rotate(-1)
-        requests.append_sampled(sampled_rows, change)
+        sampled_states = [outline.states[index] for index in outline.sampled]
+        requests.append_sampled(sampled_rows, sampled_states, change)
         return RunningStep(self, outline, change, result, event)
 
     def _outputs(self, outline: StepOutline) -> list[Field]:

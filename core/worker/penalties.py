@@ -33,12 +33,12 @@ class SeenTokens:
 
     @property
     def token_ids(self) -> npt.NDArray[np.int64]:
-        """The distinct tokens of prompt and output: int64 [M]. A view; valid until the next `append`."""
+        """The distinct tokens of prompt and output: int64 [M]. A view, valid until `append`."""
         return self._token_ids[: self._size]
 
     @property
     def output_counts(self) -> npt.NDArray[np.float32]:
-        """How often each stands in the output: float32 [M], 0 for those of the prompt alone. A view."""
+        """How often each stands in the output, 0 if in the prompt alone: float32 [M]. A view."""
         return self._counts[: self._size]
 
     def _new_entry(self, token: int) -> int:

@@ -34,7 +34,7 @@ class PromptPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRows:
-    """All prompt positions of a step of which somebody wants to know the next token's probability."""
+    """All prompt positions of a step after which somebody wants the next token's probability."""
 
     parts: list[PromptPart]
     arrays: dict[str, Array]
@@ -76,7 +76,10 @@ def make_prompt_rows(
         )
     if not parts:
         return None
-    arrays = {"prompt_rows": np.concatenate(flat), "prompt_targets": np.array(targets, np.int64)}
+    arrays: dict[str, Array] = {
+        "prompt_rows": np.concatenate(flat),
+        "prompt_targets": np.array(targets, np.int64),
+    }
     return PromptRows(parts=parts, arrays=arrays, num_top=max(part.num_top for part in parts))
 
 
@@ -89,9 +92,10 @@ def run_prompt_logprobs(
     *,
     max_slice_bytes: int = MAX_SLICE_BYTES,
 ) -> None:
-    """Writes the log-probabilities of `prompt_targets` after `prompt_rows` of hidden [T, H] into `out`.
+    """Writes the log-probabilities of `prompt_targets` after `prompt_rows` of hidden [T, H].
 
-    Holds logits of at most `max_slice_bytes`, or of one position.
+    Mutates the fields of `out` that begin with `prompt_`. Holds logits of at most
+    `max_slice_bytes`, or of one position.
     """
     rows, targets = tensors["prompt_rows"], tensors["prompt_targets"]
     vocab_size = model.description.vocab_size

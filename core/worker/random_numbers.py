@@ -20,8 +20,9 @@ _BITS = 24
 def uniform(seeds: UInt64s, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """Number `indices[r]` of the stream of `seeds[r]`: float32 [R] in [0, 1).
 
-    The stream is SplitMix64, started at a hash of the seed so that the streams of neighbouring seeds
-    do not overlap: u = mix(mix(seed + gamma) + (index + 1) * gamma), of which the top 24 bits count.
+    The stream is SplitMix64, started at a hash of the seed so that the streams of neighbouring
+    seeds do not overlap: mix(mix(seed + gamma) + (index + 1) * gamma), of which the top 24 bits
+    count.
     Source: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure 14;
     constants of mix: Stafford's variant 13.
     """

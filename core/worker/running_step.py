@@ -49,7 +49,7 @@ class RunningStep(PendingStep):
         return self._result
 
     def finish(self) -> None:
-        """Waits, reads the result and gives the requests their tokens. Called once, in order of steps.
+        """Waits, reads the result and gives the requests their tokens. Once, in order of steps.
 
         Raises: DeviceError; the requests are then unchanged, and `cancel` must follow.
         """
@@ -60,7 +60,7 @@ class RunningStep(PendingStep):
         requests.settle(self._change)
 
     def cancel(self, cause: Exception, *, is_cause: bool) -> None:
-        """Says that the step did not happen: it failed, or one before it did. The last step comes first."""
+        """Says that the step did not happen: it failed, or one before it. The last step first."""
         self._steps.requests.undo(self._change)
         if is_cause:
             self._error = cause

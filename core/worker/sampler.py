@@ -1,8 +1,8 @@
 """From logits to one token a row, on the device.
 
 In this order: custom processors, allowed tokens, bad words and min_tokens and logit_bias (one
-addition), penalties, then temperature, top-k, top-p, min-p and the draw. Log-probabilities are those of
-the model's own logits, before any of it. A row that asks for none of this costs none of it.
+addition), penalties, then temperature, top-k, top-p, min-p and the draw. Log-probabilities are
+those of the model's own logits, before any of it. What no row asks for costs nothing.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Sampler:
     ) -> None:
         """Samples each row of logits [R, V]. Mutates logits, `failures` and all of `out`.
 
-        `out["is_broken"]` marks rows in which the model's logits have no finite largest one, `is_empty` those
-        in which nothing was left to choose; their token is 0.
+        `out["is_broken"]` marks rows in which the model's logits have no finite largest one,
+        `is_empty` those in which nothing was left to choose; their token is 0.
         """
         logits = logits.float()
         torch.logical_not(torch.isfinite(logits.amax(dim=-1)), out=out["is_broken"])
@@ -151,7 +151,7 @@ def logprob_fields(prefix: str, num_rows: int, num_top: int) -> list[Field]:
 def write_logprobs(
     ops: Ops, logits: Tensor, tokens: Tensor, out: Mapping[str, Tensor], prefix: str, rows: slice
 ) -> None:
-    """Log-probabilities of `tokens` under logits float32 [R, V], into `rows` of the fields of `prefix`."""
+    """Log-probabilities of `tokens` under logits float32 [R, V], into `rows` of `out`."""
     num_top = out[f"{prefix}top_ids"].shape[1]
     found = ops.logprobs(logits, tokens, num_top)
     out[f"{prefix}selected"][rows].copy_(found.selected)

@@ -1,4 +1,4 @@
-"""What the sampler needs of a step, prepared on the host: arrays to upload, and facts that save work.
+"""What the sampler needs of a step, prepared on the host: arrays to upload, and facts.
 
 Only what some row asks for is prepared: a step of greedy rows uploads nothing for its sampling.
 """
@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from quire.core.worker import sampling_settings as settings_of
 from quire.core.worker.input_batch import InputBatch
 from quire.core.worker.random_numbers import uniform
 from quire.core.worker.request_state import RequestState
 from quire.core.worker.step_arrays import Array, Int64s
-
 
 _MOST_BIAS = 1e30
 """A larger bias adds no certainty, and infinity would leave nothing finite to choose."""
@@ -83,7 +83,7 @@ def _add_settings(
 
 
 def _add_features(
-    sampling: SamplingArrays, requests: InputBatch, rows: Int64s, features: Array
+    sampling: SamplingArrays, requests: InputBatch, rows: Int64s, features: npt.NDArray[np.uint16]
 ) -> None:
     states = requests.states(rows)
     chosen = {

@@ -1,14 +1,17 @@
-"""The sampling settings of the running requests, as columns: a step takes its rows in one gather each."""
+"""The sampling settings of the running requests, as columns: a step gathers its rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from quire.core.interface import SamplingSpec
 from quire.core.worker.request_state import has_penalties
+
+_Number = TypeVar("_Number", bound=np.generic)
 
 SAMPLES = 1
 """Not greedy."""
@@ -102,9 +105,7 @@ def _needs_prefix(spec: SamplingSpec) -> bool:
     return any(len(word) > 1 for word in spec.bad_words)
 
 
-def _padded(
-    column: npt.NDArray[np.generic], num_rows: int, value: float
-) -> npt.NDArray[np.generic]:
+def _padded(column: npt.NDArray[_Number], num_rows: int, value: float) -> npt.NDArray[_Number]:
     missing = num_rows - len(column)
     if not missing:
         return column

@@ -6,8 +6,11 @@ buffer rests until the step that uses it is done, so an asynchronous device gets
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +24,8 @@ _MAX_LAYOUTS = 256
 """Shapes remembered; more means that they do not repeat."""
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One small tensor in a buffer."""
+class Field(NamedTuple):
+    """One small tensor in a buffer. A tuple, since a step hashes and compares a dozen of them."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,10 +34,7 @@ class Field:
     @property
     def size_bytes(self) -> int:
         """Of its data."""
-        size = np.dtype(self.dtype).itemsize
-        for extent in self.shape:
-            size *= extent
-        return size
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,9 @@ class StagingBuffer:
 
         The caller has made sure that the step that used the buffer before is done.
         """
-        fields = tuple(Field(name, array.shape, array.dtype.name) for name, array in arrays.items())
+        fields = tuple(
+            Field(name, array.shape, _name_of(array.dtype)) for name, array in arrays.items()
+        )
         views = self._layout(fields)
         for name, array in arrays.items():
             views.host[name][...] = array
@@ -76,7 +77,7 @@ class StagingBuffer:
         return self._layout(tuple(fields)).device
 
     def download(self, fields: Iterable[Field]) -> dict[str, Array]:
-        """Queues the copy back of what `outputs` gave; readable when an event recorded later is done."""
+        """Queues the copy back of what `outputs` gave; readable when a later event is done."""
         views = self._layout(tuple(fields))
         if not self._is_unified and views.size_bytes:
             size = views.size_bytes
@@ -120,6 +121,12 @@ class StagingBuffer:
                 torch_device = self._device.torch_device
                 self._twin = torch.empty(rounded, dtype=torch.uint8, device=torch_device)
         self._views.clear()
+
+
+@cache
+def _name_of(dtype: np.dtype[np.generic]) -> str:
+    """numpy spells the name anew at each question."""
+    return dtype.name
 
 
 def _offsets(fields: tuple[Field, ...]) -> tuple[list[int], int]:

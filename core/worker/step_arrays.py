@@ -77,7 +77,7 @@ def make_step_arrays(
     block_sizes: Sequence[int],
     buckets: Buckets,
 ) -> StepArrays:
-    """The flat arrays of a step, padded to the next bucket. `tables` are those of all rows, [rows, blocks]."""
+    """The flat arrays of a step, padded to the next bucket. `tables` are [rows, blocks]."""
     lengths = buckets.pad(step.num_new) if buckets.are_any else step.num_new
     num_computed = _extended(step.num_computed, len(lengths))
     query_start_loc = np.zeros(len(lengths) + 1, np.int64)
@@ -112,7 +112,7 @@ def _extended(column: Int64s, size: int) -> Int64s:
 
 
 def _gathered(table: Array, rows: Int64s, num_rows: int, width: int) -> Array:
-    """The block table of the step: the rows' blocks, NULL_BLOCK for padding and past a row's end."""
+    """The block table of the step: the rows' blocks, and NULL_BLOCK for padding."""
     known = min(width, table.shape[1])
     if len(rows) == num_rows and known == width:
         return table[:, :width].take(rows, axis=0)
@@ -130,6 +130,6 @@ def _slots(
 ) -> Int64s:
     """Where each token's key and value go; those of padding into NULL_BLOCK."""
     block, offset = np.divmod(positions, block_size)
-    slots: Int64s = table[owner, block] * np.int64(block_size) + offset
+    slots = table[owner, block].astype(np.int64) * block_size + offset
     slots[num_tokens:] = NULL_BLOCK * block_size + offset[num_tokens:]
     return slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -45,7 +46,7 @@ def make_step_result(outline: StepOutline, arrays: Arrays) -> StepResult:
     errors = _errors(outline, arrays)
     prompt_logprobs = _prompt_logprobs(outline, arrays)
     for request_id, entries in prompt_logprobs.items():
-        if any(entry.logprob != entry.logprob for entry in entries):  # noqa: PLR0124 - NaN
+        if any(math.isnan(entry.logprob) for entry in entries):
             errors.setdefault(request_id, _BROKEN)
     batch = outline.batch
     tokens: list[list[int]] = [[] for _ in batch.request_ids]

@@ -1,4 +1,4 @@
-"""The worker that every device of torch's uses; what differs between them is in their capabilities."""
+"""The worker of every device that torch knows; what differs is in their capabilities."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from quire.core.worker.running_step import RunningStep
 class DefaultWorker(Worker):
     """Runs a model of ours on a device that torch knows.
 
-    `logits_processors` takes further functions at any time (`register`). The device is the caller's: `close`
-    gives back what the worker holds of it and leaves it open.
+    `logits_processors` takes further functions at any time (`register`). The device is the
+    caller's: `close` gives back what the worker holds of it and leaves it open.
     """
 
     def __init__(self, device: Device, config: WorkerConfig) -> None:
@@ -58,6 +58,7 @@ class DefaultWorker(Worker):
     # --- from loading to the first step ---------------------------------------------------------
 
     def load_model(self) -> ModelInfo:
+        """Loads the weights and says what the layers need of the cache."""
         with device_errors("weights"):
             model = self._model = load_model(self._config, self._device)
         description = model.description
@@ -73,6 +74,7 @@ class DefaultWorker(Worker):
         )
 
     def cache_budget_bytes(self) -> int:
+        """What may be used, less the weights and the peak of the largest step; never negative."""
         if self._config.cache_memory_bytes is not None:
             return self._config.cache_memory_bytes
         model = self._loaded()
@@ -85,13 +87,14 @@ class DefaultWorker(Worker):
         return max(0, allowed - model.weight_bytes - self._activation_bytes)
 
     def allocate_cache(self, plan: CachePlan) -> None:
-        model = self._loaded()
+        """Allocates the blocks of each group, of all its layers."""
         self._runner, self._caches = None, []
         caches = self._make_caches(plan.num_blocks)
         self._runner = self._make_runner(caches)
         self._caches = caches
 
     def warm_up(self) -> None:
+        """Runs a step of every bucket, or a small one where the device names none."""
         claims, runner = self._device.capabilities, self._running()
         limit = self._config.max_num_batched_tokens
         sizes = [size for size in claims.token_buckets if size <= limit]
@@ -103,9 +106,11 @@ class DefaultWorker(Worker):
     # --- steps ----------------------------------------------------------------------------------
 
     def execute(self, batch: StepBatch) -> StepResult:
+        """Runs one step and waits for it."""
         return self.submit(batch).result()
 
     def submit(self, batch: StepBatch) -> RunningStep:
+        """Starts one step; on an asynchronous device it is not done on return."""
         try:
             return self._running().submit(batch)
         except DeviceLost as error:
@@ -115,6 +120,7 @@ class DefaultWorker(Worker):
     # --- blocks ---------------------------------------------------------------------------------
 
     def copy_blocks(self, group: int, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copies blocks in the order of the device's queue."""
         backend = self._loaded().attention_backends[group]
         caches = self._caches_of(group)
 
@@ -126,6 +132,7 @@ class DefaultWorker(Worker):
         self._device.queue().run(copy)
 
     def export_blocks(self, group: int, block_ids: Sequence[int]) -> bytes:
+        """Blocks in the canonical layout; waits for the steps in flight."""
         self._running().finish_steps(0)
         self._device.queue().record().wait()
         backend = self._loaded().attention_backends[group]
@@ -135,6 +142,10 @@ class DefaultWorker(Worker):
         return stacked
 
     def import_blocks(self, group: int, block_ids: Sequence[int], blocks: bytes) -> None:
+        """Writes blocks in the canonical layout; waits for the steps in flight.
+
+        Raises: QuireError if the number of bytes is not that of the blocks.
+        """
         model, caches = self._loaded(), self._caches_of(group)
         spec = model.attention_groups[group].spec
         shape = (
@@ -147,7 +158,8 @@ class DefaultWorker(Worker):
         numbers = np.frombuffer(blocks, "<f4")
         if numbers.size != np.prod(shape):
             raise QuireError(
-                f"import_blocks got {len(blocks)} bytes for {len(block_ids)} blocks of group {group}; "
+                f"import_blocks got {len(blocks)} bytes for {len(block_ids)} blocks of group "
+                f"{group}; "
                 f"the canonical layout float32 {shape} has {4 * int(np.prod(shape))}"
             )
         self._running().finish_steps(0)
@@ -160,12 +172,14 @@ class DefaultWorker(Worker):
     # --- state ----------------------------------------------------------------------------------
 
     def health(self) -> None:
+        """Returns if the device answers and no step has lost it."""
         if self._lost is not None:
             raise self._lost
         with device_errors("health"):
             self._device.memory()
 
     def memory_by_tag(self) -> dict[str, int]:
+        """Weights and cache as allocated; activations as measured or estimated."""
         tensors = [tensor for cache in self._caches for tensor in cache.tensors.values()]
         return {
             "weights": 0 if self._model is None else self._model.weight_bytes,
@@ -175,6 +189,7 @@ class DefaultWorker(Worker):
         }
 
     def close(self) -> None:
+        """Waits for the device and drops everything."""
         if self._runner is not None:
             self._device.synchronize()
         self._runner, self._model, self._caches = None, None, []

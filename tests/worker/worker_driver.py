@@ -101,7 +101,9 @@ class Job:
 class Driver:
     """Schedules jobs on one worker."""
 
-    def __init__(self, worker: DefaultWorker, *, num_blocks: int = 160, num_groups: int = 1) -> None:
+    def __init__(
+        self, worker: DefaultWorker, *, num_blocks: int = 160, num_groups: int = 1
+    ) -> None:
         self.worker = worker
         self.jobs: dict[str, Job] = {}
         self.results: list[StepResult] = []
@@ -110,7 +112,9 @@ class Driver:
         self._finished: list[str] = []
         self._step_id = 0
 
-    def add(self, request_id: str, prompt: Sequence[int], max_tokens: int = 8, sampling=GREEDY) -> Job:
+    def add(
+        self, request_id: str, prompt: Sequence[int], max_tokens: int = 8, sampling=GREEDY
+    ) -> Job:
         """A new job."""
         job = Job(request_id, list(prompt), max_tokens, sampling)
         self.jobs[request_id] = job
