@@ -126,7 +126,7 @@ async def _serve(
 
 
 async def _drain(state: ServerState, hurry: asyncio.Event) -> None:
-    """Flips readiness, then lets requests finish until the bound or a second signal; aborts the rest."""
+    """Lets nobody in; those inside finish, up to the bound or a second signal; aborts the rest."""
     state.gate.close()
     logger.info("shutting down; %d requests are in flight", state.gate.num_inside)
     waiting = asyncio.ensure_future(state.gate.wait_empty(state.settings.shutdown_timeout_s))

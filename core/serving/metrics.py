@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, by the names of vLLM, so that its dashboards serve with another prefix."""
+"""Numbers for Prometheus, by the names of vLLM but for the prefix."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ServerMetrics:
         self._success.labels(*labels).inc(number)
 
     async def expose(self) -> bytes:
-        """Everything as Prometheus reads it; a dead engine leaves its last numbers and `engine_up` 0."""
+        """Everything as text; a dead engine leaves its last numbers and `engine_up` 0."""
         try:
             self._statistics.update(await self._engine.statistics(), is_up=True)
         except EngineDeadError:

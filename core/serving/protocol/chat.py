@@ -51,7 +51,7 @@ class ChatMessage(RequestBody):
         return "\n".join(_text_of(part) for part in self.content)
 
     def to_template(self) -> dict[str, str]:
-        """The message as chat templates take it; `developer` means `system`, which all of them know."""
+        """The message as chat templates take it; `developer` means `system`, which they know."""
         role = "system" if self.role == "developer" else self.role
         message = {"role": role, "content": self.text}
         return message if self.name is None else {**message, "name": self.name}

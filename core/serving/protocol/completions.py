@@ -73,8 +73,8 @@ class CompletionRequest(SamplingFields):
         settings = self.sampling_settings()
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError(
-                f"best_of is {self.best_of} and n is {self.n or 1}; choosing the best of more outputs "
-                "than are returned is not supported, leave best_of out",
+                f"best_of is {self.best_of} and n is {self.n or 1}; choosing the best of more "
+                "outputs than are returned is not supported, leave best_of out",
                 param="best_of",
             )
         # One token is the least that the engine computes; it is dropped from the answer.

@@ -1,0 +1,88 @@
+"""All commands, and what they have in common: errors, logging, the version."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+import quire
+from quire.core.env import read_environment
+from quire.core.errors import ConfigError, QuireError
+from quire.core.serving.cli.backends import backends
+from quire.core.serving.cli.bench import bench
+from quire.core.serving.cli.chat import chat
+from quire.core.serving.cli.console import show_error
+from quire.core.serving.cli.demo import demo
+from quire.core.serving.cli.errors import status_of
+from quire.core.serving.cli.generate import generate
+from quire.core.serving.cli.plan import plan
+from quire.core.serving.cli.serve import serve
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+class _Commands(TyperGroup):
+    """Shows errors that Quire raises on purpose as one message, and ends with their status."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except QuireError as error:
+            if ctx.params.get("debug"):
+                raise
+            show_error(error)
+            raise typer.Exit(status_of(error)) from error
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"quire {quire.__version__}")
+        raise typer.Exit
+
+
+def _prepare(
+    log_level: Annotated[
+        str | None, typer.Option(help="debug, info, warning or error; default: QUIRE_LOG_LEVEL.")
+    ] = None,
+    debug: Annotated[  # noqa: ARG001 - read from the context where errors are shown
+        bool, typer.Option("--debug", help="Show tracebacks.")
+    ] = False,
+    version: Annotated[  # noqa: ARG001 - its callback acts
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Quire: an inference and serving engine whose accelerator is a plug-in."""
+    level = (log_level or read_environment().log_level).lower()
+    if level not in _LEVELS:
+        raise ConfigError(f"log level {level!r} is unknown; choose one of {', '.join(_LEVELS)}")
+    logging.basicConfig(
+        level=level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+
+
+def _make_application() -> typer.Typer:
+    app = typer.Typer(
+        name="quire",
+        cls=_Commands,
+        callback=_prepare,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for command in (generate, chat, serve, backends, plan, demo):
+        app.command()(command)
+    app.add_typer(bench, name="bench")
+    return app
+
+
+application = _make_application()

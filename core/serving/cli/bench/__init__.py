@@ -1,0 +1,15 @@
+"""`quire bench`: measures, prints a table, and writes JSON that says on what it was measured."""
+
+from __future__ import annotations
+
+import typer
+
+from quire.core.serving.cli.bench.latency import latency
+from quire.core.serving.cli.bench.serve import serve
+from quire.core.serving.cli.bench.throughput import throughput
+
+bench = typer.Typer(no_args_is_help=True, help="Measure throughput, latency, or a running server.")
+for command in (throughput, latency, serve):
+    bench.command()(command)
+
+__all__ = ["bench"]
