@@ -8,63 +8,77 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Literal
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
 
 from quire.core.config import EngineConfig
+from quire.core.engine.chat import ChatRenderer
+from quire.core.engine.client import AsyncProcessClient
+from quire.core.engine.core import BuildCore, EngineCore
 from quire.core.engine.facts import EngineFacts, EngineStatistics
+from quire.core.engine.front import Front, make_front
+from quire.core.engine.output_state import OutputKind
+from quire.core.engine.prompts import Prompt, parse_prompt
+from quire.core.engine.request_stream import RequestStream
+from quire.core.engine.sampling_spec import check_token_ids
 from quire.core.errors import EngineDeadError, RequestError
 from quire.core.outputs import RequestOutput
 from quire.core.sampling_params import SamplingParams
 
-OutputKind = Literal["delta", "cumulative", "final"]
-"""`delta`: what came since the last output; `cumulative`: all so far; `final`: one output at the end."""
+__all__ = ["AsyncEngine", "OutputKind", "Prompt", "QueueFullError", "RequestStream"]
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+_LONG_TEXT_CHARS = 2000
+"""From here a text is tokenized in a thread, so that the event loop goes on."""
+_UPDATES_AT_ONCE = 128
+"""Updates that are processed before other tasks have a turn."""
+_POLL_DRAIN_S = 0.02
 
 
 class QueueFullError(RequestError):
     """As many requests wait as `max_num_queued` allows; try again later."""
 
 
-class RequestStream:
-    """The outputs of one submitted request; iterate once. A consumer that stops early must call `abort` (or `aclose`).
-
-    A slow consumer finds its deltas merged into one output, so that memory is bounded by the output itself.
-    """
-
-    request_id: str
-
-    def __aiter__(self) -> RequestStream:
-        raise NotImplementedError
-
-    async def __anext__(self) -> RequestOutput:
-        """The next output. Raises: EngineDeadError."""
-        raise NotImplementedError
-
-    async def abort(self) -> None:
-        """Ends the request in the core too. Harmless after the end."""
-
-
 class AsyncEngine:
-    """Feeds an engine core and hands each caller his own outputs. Used from one event loop.
+    """Feeds an engine core and hands each caller his own outputs. Used from one event loop."""
 
-    Attributes that are fixed after `start`: `config` (resolved), `facts`, `tokenizer` (None where the model has none).
-    """
-
-    config: EngineConfig
-    facts: EngineFacts
-    tokenizer: Any
+    def __init__(self, client: AsyncProcessClient, front: Front, chat: ChatRenderer | None) -> None:
+        """Call `start` instead."""
+        self.config: EngineConfig = client.config
+        """Resolved."""
+        self.facts: EngineFacts = client.facts
+        self.tokenizer: Any = front.codec.tokenizer if front.codec else None
+        """Of transformers; None where the model has none."""
+        self._client = client
+        self._front = front
+        self._chat = chat
+        self._streams: dict[str, RequestStream] = {}
+        self._is_closing = False
+        self._receiver = asyncio.get_running_loop().create_task(
+            self._receive(), name="quire-receive-updates"
+        )
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> AsyncEngine:
+    async def start(
+        cls, config: EngineConfig, *, build_core: BuildCore = EngineCore.build
+    ) -> AsyncEngine:
         """Starts the core's process and returns when it can serve.
 
         Raises: ConfigError, UnsupportedError, PluginError, CheckpointError, DeviceError as the core met them;
         EngineDeadError for anything else, with the root cause.
         """
-        raise NotImplementedError
+        client = await AsyncProcessClient.start(config, build_core=build_core)
+        try:
+            front = await asyncio.to_thread(make_front, client.config, client.facts)
+            template = client.config.chat_template
+            chat = ChatRenderer(front.codec, template) if front.codec else None
+            return cls(client, front, chat)
+        except BaseException:
+            client.close()
+            raise
+
+    # ------------------------------------------------------------------------------ generation
 
     async def submit(
         self,
@@ -79,11 +93,25 @@ class AsyncEngine:
         """Validates, tokenizes (off the event loop where the text is long) and hands the request to the core.
 
         With `params.n > 1` outputs carry their `index`. `priority` overrides that of `params`.
-        Raises: RequestError (bad request, or an id in flight), QueueFullError, EngineDeadError.
+        Raises: RequestError (bad request, or an id in flight), QueueFullError, EngineDeadError; CheckpointError for
+        text where the model has no tokenizer.
         """
-        raise NotImplementedError
+        self._refuse_if_not_ready()
+        token_ids = await self._tokenize(prompt, add_special_tokens=add_special_tokens)
+        self._refuse_if_not_ready()
+        prepared = self._front.inputs.prepare(
+            request_id, prompt, params, priority=priority, prompt_token_ids=token_ids
+        )
+        self._refuse_if_full(len(prepared.specs))
+        stream = RequestStream(
+            request_id, is_delta=output_kind == "delta", abort=self._abort_in_core
+        )
+        self._front.outputs.add(prepared, output_kind, self._sink(stream))
+        self._streams[request_id] = stream
+        self._client.add(prepared.specs)
+        return stream
 
-    def generate(
+    async def generate(
         self,
         prompt: Prompt,
         params: SamplingParams,
@@ -97,7 +125,25 @@ class AsyncEngine:
 
         Closing or cancelling the iteration aborts the request.
         """
-        raise NotImplementedError
+        stream = await self.submit(
+            prompt,
+            params,
+            request_id,
+            output_kind=output_kind,
+            priority=priority,
+            add_special_tokens=add_special_tokens,
+        )
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            await stream.abort()
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; its stream gets a last output with finish_reason `abort`. Unknown ids are ignored."""
+        self._abort_in_core(request_id)
+
+    # ------------------------------------------------------------------------------------ text
 
     async def render_chat(
         self,
@@ -112,48 +158,150 @@ class AsyncEngine:
         """The prompt text of a conversation; submit it with `add_special_tokens=False`.
 
         `chat_template` replaces the model's for this call. Raises: RequestError for messages or a template that
-        fail, and for one that takes too long or writes too much.
+        fail, and for one that takes too long or writes too much; CheckpointError without a tokenizer.
         """
-        raise NotImplementedError
+        self._front.inputs.require_codec()
+        assert self._chat is not None, self.facts
+        return await asyncio.to_thread(
+            self._chat.render,
+            messages,
+            tools=tools,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_variables=template_variables,
+        )
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. Raises: RequestError if the model has no tokenizer."""
-        raise NotImplementedError
+        """Token ids of a text. Raises: CheckpointError if the model has no tokenizer."""
+        return await self._tokenize(text, add_special_tokens=add_special_tokens)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Text of token ids. Raises: RequestError for ids out of the vocabulary or without a tokenizer."""
-        raise NotImplementedError
+        """Text of token ids. Raises: RequestError for ids out of the vocabulary; CheckpointError without a tokenizer."""
+        codec = self._front.inputs.require_codec()
+        check_token_ids(token_ids, self.facts.vocab_size, "tokens")
+        return codec.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    async def abort(self, request_id: str) -> None:
-        """Ends a request; its stream gets a last output with finish_reason `abort`. Unknown ids are ignored."""
+    # ----------------------------------------------------------------------------------- state
 
     @property
     def is_ready(self) -> bool:
         """Whether requests are accepted: started, alive, not shutting down."""
-        raise NotImplementedError
+        return not self._is_closing and not self.errored
 
     @property
     def errored(self) -> bool:
         """Whether the core is dead."""
-        raise NotImplementedError
+        return self._client.dead_error is not None
 
     @property
     def dead_error(self) -> EngineDeadError | None:
         """Why the core is dead."""
-        raise NotImplementedError
+        return self._client.dead_error
 
     @property
     def num_unfinished(self) -> int:
         """Requests in flight."""
-        raise NotImplementedError
+        return self._front.outputs.num_unfinished
+
+    @property
+    def default_sampling(self) -> Mapping[str, Any]:
+        """Fields of SamplingParams that the model's authors recommend (`generation_config.json`)."""
+        return self._front.inputs.defaults.sampling
+
+    @property
+    def core_pid(self) -> int:
+        """The process id of the core."""
+        return self._client.pid
 
     async def statistics(self) -> EngineStatistics:
         """Numbers of this moment. Raises: EngineDeadError."""
-        raise NotImplementedError
+        return await self._client.statistics()
 
     async def reset_prefix_cache(self) -> bool:
-        """Forgets cached prefixes; False if running requests still hold blocks. Raises: EngineDeadError."""
-        raise NotImplementedError
+        """Forgets cached prefixes; running requests keep their blocks. Raises: EngineDeadError."""
+        return await self._client.reset_prefix_cache()
 
     async def shutdown(self, drain_timeout_s: float = 0.0) -> None:
-        """Refuses new requests, waits so long for those in flight, aborts the rest and ends the core's process."""
+        """Refuses new requests, waits so long for those in flight, aborts the rest and ends the core's process.
+
+        Calling twice is harmless.
+        """
+        if self._is_closing:
+            return
+        self._is_closing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_timeout_s):
+                while self.num_unfinished and not self.errored:
+                    await asyncio.sleep(_POLL_DRAIN_S)
+        for request_id in self._front.outputs.request_ids:
+            self._abort_in_core(request_id)
+        self._receiver.cancel()
+        await asyncio.gather(self._receiver, return_exceptions=True)
+        await asyncio.to_thread(self._client.close)
+        if self._chat is not None:
+            self._chat.close()
+
+    # --------------------------------------------------------------------------------- helpers
+
+    def _refuse_if_not_ready(self) -> None:
+        if self.dead_error is not None:
+            raise self.dead_error
+        if self._is_closing:
+            raise EngineDeadError("the engine is shutting down; send the request to another")
+
+    def _refuse_if_full(self, num_new: int) -> None:
+        limit = self.config.max_num_queued
+        if limit is None:
+            return
+        num_there = self._front.outputs.num_unfinished_outputs
+        if num_there + num_new > limit + self.config.max_num_seqs:
+            raise QueueFullError(
+                f"{num_there} requests are in flight; {self.config.max_num_seqs} run at once and {limit} "
+                "may wait; try again later"
+            )
+
+    async def _tokenize(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
+        inputs = self._front.inputs
+        parsed = parse_prompt(prompt)
+        if parsed.token_ids is None and len(parsed.text or "") >= _LONG_TEXT_CHARS:
+            return await asyncio.to_thread(
+                inputs.tokenize, parsed, add_special_tokens=add_special_tokens
+            )
+        return inputs.tokenize(parsed, add_special_tokens=add_special_tokens)
+
+    def _sink(self, stream: RequestStream) -> Callable[[RequestOutput], None]:
+        def put(output: RequestOutput) -> None:
+            if output.is_finished:
+                self._streams.pop(stream.request_id, None)
+            stream.put(output)
+
+        return put
+
+    def _abort_in_core(self, request_id: str) -> None:
+        to_abort = self._front.outputs.abort([request_id])
+        if to_abort and not self.errored:
+            self._client.abort(to_abort)
+
+    async def _receive(self) -> None:
+        """Hands out what the core sends until it dies; then everybody who waits gets the same error."""
+        try:
+            while True:
+                updates = await self._client.receive()
+                for start in range(0, len(updates), _UPDATES_AT_ONCE):
+                    if start:
+                        await asyncio.sleep(0)
+                    to_abort = self._front.outputs.process(updates[start : start + _UPDATES_AT_ONCE])
+                    if to_abort:
+                        self._client.abort(to_abort)
+        except EngineDeadError as error:
+            self._fail_all(error)
+        except Exception as error:  # ours; without this task every stream would wait for ever
+            self._fail_all(EngineDeadError("the front of the engine failed", root_cause=repr(error)))
+            raise
+
+    def _fail_all(self, error: EngineDeadError) -> None:
+        self._front.outputs.forget_all()
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(error)

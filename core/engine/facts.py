@@ -52,3 +52,5 @@ class EngineStatistics(msgspec.Struct, kw_only=True):
     num_finished: int = 0
     num_failed_steps: int = 0
     """Steps that ran out of memory and were tried again."""
+    memory_bytes: dict[str, int] = {}
+    """Of the device, by `weights`, `cache`, ..., where known."""

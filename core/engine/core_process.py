@@ -1,0 +1,152 @@
+"""The engine core in its own process: the parent's side."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+import threading
+import weakref
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+
+import msgspec
+import zmq
+
+from quire.core.config import EngineConfig
+from quire.core.engine.core import BuildCore
+from quire.core.engine.endpoints import BoundSockets, Endpoints, bind_sockets, make_closer
+from quire.core.engine.messages import ErrorRecord, Exited, FromCore, Shutdown, ToCore
+from quire.core.engine.process import run_core_process
+
+_WATCH_ADDRESS = "inproc://exited"
+_SHUTDOWN_GRACE_S = 10.0
+_MAX_CRASH_CHARS = 4000
+
+
+class CoreProcess:
+    """Starts the child, watches it and ends it. Its two sockets are used by one thread.
+
+    When the child is gone, however that came about, an `Exited` message arrives in `from_core`.
+    """
+
+    def __init__(
+        self, config: EngineConfig, build_core: BuildCore, *, transport: str | None = None
+    ) -> None:
+        """Returns at once; the child answers `Ready` or `Fatal`. `transport`: `ipc` or `tcp`; None: the best there is."""
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._sockets = bind_sockets(self.context, transport=transport)
+        self.from_core.bind(_WATCH_ADDRESS)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore)
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=run_core_process,
+            args=(config, self.endpoints, build_core),
+            name="quire-engine-core",
+        )
+        try:
+            self._process.start()
+        except BaseException:
+            make_closer(self.context, self._sockets)()
+            raise
+        watcher = _start_watcher(self._process, self.context)
+        self._closer = weakref.finalize(
+            self, _end, self._process, watcher, self._sockets, make_closer(self.context, self._sockets)
+        )
+        # multiprocessing joins its children at exit: ours must have been told to stop before.
+        atexit.register(self._closer)
+
+    @property
+    def endpoints(self) -> Endpoints:
+        """Where the child is met."""
+        return self._sockets.endpoints
+
+    @property
+    def from_core(self) -> zmq.Socket[bytes]:
+        """Messages of the child."""
+        return self._sockets.from_core
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        assert self._process.pid is not None, self._process
+        return self._process.pid
+
+    def send(self, message: ToCore) -> None:
+        """Hands a message to the child; never waits."""
+        self._sockets.to_core.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    def decode(self, frame: bytes) -> FromCore:
+        """A message of the child."""
+        return self._decoder.decode(frame)
+
+    def last_words(self, exit_code: int) -> ErrorRecord:
+        """Why the child is gone, as well as can be told: from what it left, else from how it ended."""
+        try:
+            return msgspec.msgpack.decode(self.endpoints.fatal_file.read_bytes(), type=ErrorRecord)
+        except (OSError, msgspec.DecodeError):
+            return ErrorRecord(
+                kind="ProcessExited", message=_describe_exit(exit_code), traceback=self._crash_text()
+            )
+
+    def close(self) -> None:
+        """Ends the child, by force if it does not listen, and closes the sockets. Calling twice is harmless."""
+        atexit.unregister(self._closer)
+        self._closer()
+
+    def _crash_text(self) -> str:
+        try:
+            text = self.endpoints.crash_file.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        return text[:_MAX_CRASH_CHARS]
+
+
+def _start_watcher(
+    process: SpawnProcess, context: zmq.Context[zmq.Socket[bytes]]
+) -> threading.Thread:
+    """A thread that says `Exited` when the child is gone. It alone reaps the child."""
+
+    def watch() -> None:
+        wait([process.sentinel])
+        process.join()
+        with context.socket(zmq.PUSH) as socket:
+            socket.connect(_WATCH_ADDRESS)
+            socket.send(msgspec.msgpack.encode(Exited(process.exitcode or 0)))
+
+    thread = threading.Thread(target=watch, name="quire-core-watch", daemon=True)
+    thread.start()
+    return thread
+
+
+def _end(
+    process: SpawnProcess,
+    watcher: threading.Thread,
+    sockets: BoundSockets,
+    close_sockets: Callable[[], None],
+) -> None:
+    """Asks the child to stop, waits, kills it if need be, and closes what is ours."""
+    sockets.to_core.send(msgspec.msgpack.encode(Shutdown()), zmq.NOBLOCK)
+    watcher.join(_SHUTDOWN_GRACE_S)
+    if watcher.is_alive():
+        process.kill()
+        watcher.join()
+    process.close()
+    close_sockets()
+
+
+def _describe_exit(exit_code: int) -> str:
+    if exit_code >= 0:
+        hint = (
+            "; a script that starts an engine process needs `if __name__ == '__main__':` around its start"
+            if exit_code == 1
+            else ""
+        )
+        return f"the process of the engine core exited with code {exit_code}{hint}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    hint = "; was the machine out of memory?" if name == "SIGKILL" else ""
+    return f"the process of the engine core was killed by {name}{hint}"

@@ -1,0 +1,124 @@
+"""Updates of the core to outputs for users."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+from quire.core.engine.input_processor import PreparedRequest
+from quire.core.engine.output_state import OutputKind, OutputState, RequestState, Sink
+from quire.core.errors import RequestError
+from quire.core.scheduler.request import FinishReason, RequestUpdate
+
+
+class OutputProcessor:
+    """Follows every request in flight and hands each output to its request's sink."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, RequestState] = {}
+        self._outputs: dict[str, OutputState] = {}
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests in flight, as users count them."""
+        return len(self._requests)
+
+    @property
+    def num_unfinished_outputs(self) -> int:
+        """Requests in flight, as the core counts them: each of `n` is one."""
+        return len(self._outputs)
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Ids of the requests in flight."""
+        return list(self._requests)
+
+    def add(self, prepared: PreparedRequest, kind: OutputKind, sink: Sink) -> None:
+        """Follows a request from here on. Raises: RequestError if one of its id is in flight."""
+        ids = [spec.request_id for spec in prepared.specs]
+        if prepared.request_id in self._requests or any(one in self._outputs for one in ids):
+            raise RequestError(
+                f"request_id {prepared.request_id!r} is in flight already; choose another",
+                param="request_id",
+            )
+        state = RequestState(prepared, kind, sink)
+        self._requests[prepared.request_id] = state
+        for child in state.children:
+            self._outputs[child.request_id] = child
+
+    def process(self, updates: Sequence[RequestUpdate]) -> list[str]:
+        """Takes one step's updates. Returns ids that the core must abort, since a stop string ended them."""
+        to_abort: list[str] = []
+        outputs = self._outputs
+        now = time.monotonic()
+        for update in updates:
+            output = outputs.get(update.request_id)
+            if output is None:
+                continue  # ended here before the core knew
+            metrics = output.request.metrics
+            if metrics.first_token_time_s is None and update.new_token_ids:
+                self._note_first_token(output.request, update, now)
+            metrics.last_token_time_s = now
+            if output.is_silent and update.finish_reason is None:
+                output.token_ids += update.new_token_ids
+            elif self._take(output, update, now):
+                to_abort.append(update.request_id)
+        return to_abort
+
+    def abort(self, request_ids: Iterable[str]) -> list[str]:
+        """Ends requests; each gets a last output. Returns ids that the core must abort. Unknown ids are ignored."""
+        to_abort: list[str] = []
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is None:
+                continue
+            unfinished = [child for child in request.children if child.finish_reason is None]
+            for child in unfinished:
+                child.end(FinishReason.ABORT)
+                to_abort.append(child.request_id)
+                self._drop(child, time.monotonic())
+            self._show(request, unfinished)
+        return to_abort
+
+    def forget_all(self) -> list[RequestState]:
+        """Drops everything without an output, and returns what was in flight: the core is gone."""
+        requests = list(self._requests.values())
+        self._requests.clear()
+        self._outputs.clear()
+        return requests
+
+    def _note_first_token(self, request: RequestState, update: RequestUpdate, now: float) -> None:
+        request.metrics.first_token_time_s = now
+        request.metrics.first_scheduled_time_s = update.first_scheduled_time_s
+        request.num_cached_tokens = update.num_cached_tokens
+
+    def _take(self, output: OutputState, update: RequestUpdate, now: float) -> bool:
+        request = output.request
+        if update.prompt_logprobs and request.wants_prompt_logprobs:
+            request.take_prompt_logprobs(update.prompt_logprobs)
+        is_stopped_here = output.take(update)
+        if update.error is not None:
+            request.error = update.error
+        if output.finish_reason is not None:
+            request.metrics.num_preemptions += update.num_preemptions
+            self._drop(output, now)
+        if update.new_token_ids or output.finish_reason is not None:
+            self._show(request, [output])
+        return is_stopped_here
+
+    def _drop(self, output: OutputState, now: float) -> None:
+        del self._outputs[output.request_id]
+        request = output.request
+        request.num_unfinished -= 1
+        if request.num_unfinished == 0:
+            request.metrics.finished_time_s = now
+            del self._requests[request.prepared.request_id]
+
+    def _show(self, request: RequestState, changed: list[OutputState]) -> None:
+        if request.kind == "final":
+            if request.num_unfinished:
+                return
+            changed = request.children
+        elif request.kind == "cumulative":
+            changed = request.children
+        request.sink(request.output([output.show() for output in changed]))

@@ -1,0 +1,179 @@
+"""The engine core in its own process: the child's side."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any
+
+import msgspec
+import zmq
+
+from quire.core.config import EngineConfig
+from quire.core.engine.core import BuildCore, EngineCore
+from quire.core.engine.endpoints import Endpoints, connect_socket
+from quire.core.engine.messages import (
+    AbortRequests,
+    AddRequests,
+    Answer,
+    Call,
+    Fatal,
+    FromCore,
+    Ready,
+    Shutdown,
+    ToCore,
+    Updates,
+    record_error,
+)
+
+CALLS: dict[str, Callable[[EngineCore], Any]] = {
+    "statistics": EngineCore.statistics,
+    "reset_prefix_cache": EngineCore.reset_prefix_cache,
+    "health": EngineCore.health,
+}
+"""What a `Call` may name."""
+
+_LINGER_MS = 2000
+_ORPHAN_GRACE_S = 5.0
+_ORPHAN_ADDRESS = "inproc://orphan"
+
+
+def run_core_process(config: EngineConfig, endpoints: Endpoints, build_core: BuildCore) -> None:
+    """The child's main function. Serves until it is told to stop, fails, or its parent is gone."""
+    _leave_signals_to_parent()
+    with endpoints.crash_file.open("w", encoding="utf-8") as crash_file:
+        faulthandler.enable(crash_file)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        mailbox = Mailbox(context, endpoints)
+        _exit_with_parent(context, endpoints.directory)
+        is_clean = _serve(config, build_core, mailbox, endpoints)
+        mailbox.close()
+        context.term()
+        faulthandler.disable()
+    if not is_clean:
+        raise SystemExit(1)
+
+
+def _serve(
+    config: EngineConfig, build_core: BuildCore, mailbox: Mailbox, endpoints: Endpoints
+) -> bool:
+    """Builds a core and runs it. Returns whether it ended because it was told to."""
+    core: EngineCore | None = None
+    try:
+        core = build_core(config)
+        mailbox.send(Ready(core.config, core.facts))
+        CoreLoop(core, mailbox).run()
+        return True
+    except BaseException as error:  # whatever it is, the front must hear of it
+        record = record_error(error)
+        endpoints.fatal_file.write_bytes(msgspec.msgpack.encode(record))
+        mailbox.send(Fatal(record))
+        return False
+    finally:
+        if core is not None:
+            core.close()
+
+
+class Mailbox:
+    """The child's two sockets."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Endpoints) -> None:
+        key = endpoints.server_key
+        self._inbox = connect_socket(context, zmq.PULL, endpoints.to_core, key)
+        self._inbox.bind(_ORPHAN_ADDRESS)
+        self._outbox = connect_socket(context, zmq.PUSH, endpoints.from_core, key)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[ToCore] = msgspec.msgpack.Decoder(ToCore)
+
+    def receive(self, *, may_wait: bool) -> ToCore | None:
+        """The next message; None if there is none and it may not wait. Waiting uses no CPU."""
+        try:
+            return self._decoder.decode(self._inbox.recv(0 if may_wait else zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+    def send(self, message: FromCore) -> None:
+        """Hands a message to the front; never waits."""
+        self._outbox.send(self._encoder.encode(message))
+
+    def close(self) -> None:
+        """Closes both; what was sent may still arrive."""
+        self._inbox.close(linger=0)
+        self._outbox.close(linger=_LINGER_MS)
+
+
+class CoreLoop:
+    """Takes messages, runs steps, sends what they bring."""
+
+    def __init__(self, core: EngineCore, mailbox: Mailbox) -> None:
+        self._core = core
+        self._mailbox = mailbox
+        self._is_open = True
+
+    def run(self) -> None:
+        """Serves until Shutdown. Sleeps in the socket while there is nothing to do."""
+        core = self._core
+        while self._is_open:
+            self._take_messages()
+            if self._is_open and core.has_work():
+                updates = core.step()
+                if updates:
+                    self._mailbox.send(Updates(updates))
+
+    def _take_messages(self) -> None:
+        message = self._mailbox.receive(may_wait=not self._core.has_work())
+        while message is not None:
+            self._take(message)
+            if not self._is_open:
+                return
+            message = self._mailbox.receive(may_wait=False)
+
+    def _take(self, message: ToCore) -> None:
+        match message:
+            case AddRequests(specs):
+                for spec in specs:
+                    self._core.add(spec)
+            case AbortRequests(request_ids):
+                self._core.abort(request_ids)
+            case Call():
+                self._mailbox.send(self._answer(message))
+            case Shutdown():
+                self._is_open = False
+
+    def _answer(self, call: Call) -> Answer:
+        try:
+            return Answer(call.call_id, CALLS[call.name](self._core))
+        except Exception as error:  # the caller gets it; the loop goes on
+            return Answer(call.call_id, error=record_error(error))
+
+
+def _leave_signals_to_parent() -> None:
+    """Ctrl-C and a service manager's SIGTERM reach the whole group: the front finishes what runs, then says Shutdown."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _exit_with_parent(context: zmq.Context[zmq.Socket[bytes]], directory: str) -> None:
+    """Starts the thread that ends this process when its parent is gone, and removes what the parent left."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            with context.socket(zmq.PUSH) as socket:
+                socket.connect(_ORPHAN_ADDRESS)
+                socket.send(msgspec.msgpack.encode(Shutdown()))
+            threading.Event().wait(_ORPHAN_GRACE_S)
+        finally:
+            os._exit(1)
+
+    threading.Thread(target=watch, name="quire-parent-watch", daemon=True).start()

@@ -1,0 +1,90 @@
+"""One request's outputs on their way to an asyncio consumer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from quire.core.errors import EngineDeadError
+from quire.core.outputs import CompletionOutput, RequestOutput
+
+
+class RequestStream:
+    """The outputs of one submitted request; iterate once. A consumer that stops early must call `abort`.
+
+    A slow consumer finds its deltas merged into one output, so that memory is bounded by the output itself.
+    """
+
+    def __init__(self, request_id: str, *, is_delta: bool, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self._is_delta = is_delta
+        self._abort = abort
+        self._waiting: RequestOutput | None = None
+        self._error: EngineDeadError | None = None
+        self._is_over = False
+        self._has_news = asyncio.Event()
+
+    def put(self, output: RequestOutput) -> None:
+        """Takes the next output, from the engine's task."""
+        if self._waiting is not None and self._is_delta:
+            _merge(self._waiting, output)
+        else:
+            self._waiting = output
+        self._has_news.set()
+
+    def fail(self, error: EngineDeadError) -> None:
+        """Ends the stream with an error, after what waits."""
+        self._error = error
+        self._has_news.set()
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        """The next output. Raises: EngineDeadError. Cancellation does not end the request: `abort` does."""
+        if self._is_over:
+            raise StopAsyncIteration
+        await self._has_news.wait()
+        output, self._waiting = self._waiting, None
+        if output is None:
+            assert self._error is not None, self.request_id
+            self._is_over = True
+            raise self._error
+        self._is_over = output.is_finished
+        if self._error is None:
+            self._has_news.clear()
+        return output
+
+    async def abort(self) -> None:
+        """Ends the request in the core too. Harmless after the end."""
+        if not self._is_over:
+            self._abort(self.request_id)
+
+    async def aclose(self) -> None:
+        """`abort`, by the name that generators have."""
+        await self.abort()
+
+
+def _merge(earlier: RequestOutput, later: RequestOutput) -> None:
+    """Adds a delta to one that nobody has taken yet."""
+    known = {output.index: output for output in earlier.outputs}
+    for output in later.outputs:
+        if output.index in known:
+            _merge_output(known[output.index], output)
+        else:
+            earlier.outputs.append(output)
+    earlier.is_finished = later.is_finished
+    earlier.error = later.error
+    earlier.num_cached_tokens = later.num_cached_tokens
+    if earlier.prompt_logprobs is None:
+        earlier.prompt_logprobs = later.prompt_logprobs
+
+
+def _merge_output(earlier: CompletionOutput, later: CompletionOutput) -> None:
+    earlier.text += later.text
+    earlier.token_ids = [*earlier.token_ids, *later.token_ids]
+    if later.logprobs is not None:
+        earlier.logprobs = [*(earlier.logprobs or []), *later.logprobs]
+    earlier.cumulative_logprob = later.cumulative_logprob
+    earlier.finish_reason = later.finish_reason
+    earlier.stop_reason = later.stop_reason
