@@ -169,6 +169,14 @@ static void find_rows(const AttentionArgs& a, const Item& item, const void* cach
   }
 }
 
+// Asks the memory for rows that are needed soon: blocks lie anywhere, so the processor cannot foresee them by itself.
+template <class T>
+static inline void prefetch_rows(const T* (&rows)[KEYS], int first, int last, int64_t size) {
+  constexpr int64_t LINE = 64 / int64_t(sizeof(T));
+  for (int i = first; i < last; ++i)
+    for (int64_t d = 0; d < size; d += LINE) __builtin_prefetch(rows[i] + d);
+}
+
 // keys[d, i] = rows[i][d], for the groups of W keys in [first, last); zero where there is no row.
 template <class T>
 static void pack_keys(const T* (&rows)[KEYS], int first, int last, int64_t size, float* keys) {
@@ -274,19 +282,23 @@ static void attend_span(const AttentionArgs& a, const Item& item, int64_t span, 
   const int64_t begin = span * SPAN > item.first_key ? span * SPAN : item.first_key;
   const int64_t end = (span + 1) * SPAN < item.end_key ? (span + 1) * SPAN : item.end_key;
   clear(result, rows, v_width);
-  for (int64_t tile = begin / KEYS * KEYS; tile < end; tile += KEYS) {
-    const int64_t from = tile > begin ? tile : begin, to = tile + KEYS < end ? tile + KEYS : end;
-    const int first = int(from - tile) / W * W, last = int(round_up(to - tile, W));
-    const T* found[KEYS];
-    find_rows(a, item, a.k_cache, a.k_block_stride, a.k_slot_stride, a.k_head_stride, tile, from, to, found);
-    pack_keys(found, first, last, a.head_size, s.keys);
+  const T *keys[KEYS], *values[KEYS];
+  int64_t tile = begin / KEYS * KEYS, from = begin, to = tile + KEYS < end ? tile + KEYS : end;
+  find_rows(a, item, a.k_cache, a.k_block_stride, a.k_slot_stride, a.k_head_stride, tile, from, to, keys);
+  for (; tile < end; tile += KEYS) {
+    const int skipped = int(from - tile), stop = int(to - tile);
+    const int first = skipped / W * W, last = int(round_up(stop, W));
+    find_rows(a, item, a.v_cache, a.v_block_stride, a.v_slot_stride, a.v_head_stride, tile, from, to, values);
+    prefetch_rows(values, skipped, stop, a.v_head_size);
+    pack_keys(keys, first, last, a.head_size, s.keys);
+    from = to, to = to + KEYS < end ? to + KEYS : end;
+    find_rows(a, item, a.k_cache, a.k_block_stride, a.k_slot_stride, a.k_head_stride, tile + KEYS, from, to, keys);
+    prefetch_rows(keys, 0, int(to - from), a.head_size);
     multiply<false>(s.q, width, s.keys + first, KEYS, s.scores + first, KEYS, rows, last - first, width);
     soften(a, item, first, last, tile, position0, s.scores, result);
-    find_rows(a, item, a.v_cache, a.v_block_stride, a.v_slot_stride, a.v_head_stride, tile, from, to, found);
-    pack_values(found, int(from - tile), int(to - tile), a.v_head_size, s.values);
-    const int64_t skipped = from - tile;
+    pack_values(values, skipped, stop, a.v_head_size, s.values);
     multiply<true>(s.scores + skipped, KEYS, s.values + skipped * v_width, v_width, result.out, v_width, rows, v_width,
-                   to - from);
+                   stop - skipped);
   }
 }
 

@@ -133,6 +133,15 @@ def test_unbuilt_tree_runs_and_is_discovered(tmp_path):
     assert sorted(lines[4:]) == sorted(PROJECT["entry-points"]["quire.backends"].values())
 
 
+def test_missing_kernels_say_what_to_do(tmp_path):
+    """Without the compiled module the kernels are an error in words, not an AttributeError."""
+    code = "import quire.kernels_cpu as k; print(k.WHY_NOT_NATIVE); k.isa()"
+    command = (sys.executable, ROOT / "scripts" / "unbuilt", "python", "-S", "-c", code)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "without a C++ compiler" in done.stdout
+    assert "RuntimeError: the compiled CPU kernels are missing" in done.stderr
+
+
 def build_wheel(into, **env):
     """Build a wheel with this environment's build tools; returns its path."""
     options = ("--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", into)
