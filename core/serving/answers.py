@@ -29,6 +29,8 @@ class PromptFacts:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None
     num_cached_tokens: int
+    first_token_text: str = ""
+    """What nothing predicts, where log-probabilities of the prompt were asked."""
 
 
 @dataclass(slots=True)

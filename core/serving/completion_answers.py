@@ -98,6 +98,8 @@ class CompletionWriter:
             return ""
         if facts.text is None or self.request.truncate_prompt_tokens is not None:
             facts.text = await self.engine.decode(facts.token_ids)
+        if self.request.logprobs is not None:
+            facts.first_token_text = await self.engine.decode(facts.token_ids[:1])
         return facts.text
 
     def _says_something(self, child: CompletionOutput) -> bool:
@@ -144,12 +146,16 @@ class CompletionWriter:
         )
         if not self.request.echo or facts is None:
             return own
+        first = facts.first_token_text
+        # A special token that the tokenizer put in front does not stand in the text.
+        lead = 0 if echoed.startswith(first) else len(first)
         prompt = completion_logprobs(
             facts.token_ids,
             facts.logprobs or [],
             num_top=num_top,
-            text_offset=offset,
+            text_offset=offset - lead,
             names=names,
+            first_text=first,
         )
         return _joined([prompt, own])
 

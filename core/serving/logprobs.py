@@ -36,20 +36,21 @@ def completion_logprobs(
     num_top: int,
     text_offset: int,
     names: TokenNames,
+    first_text: str = "",
 ) -> CompletionLogprobs:
-    """Columns for `token_ids`; a position is None where nothing predicts the token.
+    """Columns for `token_ids`; the first position is None if nothing predicts the token.
 
-    `text_offset` is where the first token begins in the choice's text.
+    `text_offset` is where the first token begins in the choice's text; negative if the text lacks
+    it. `first_text` is what that token reads, where no position says so.
     """
     columns = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
     for token_id, position in zip(token_ids, positions, strict=True):
-        entry = None if position is None else position.get(token_id)
-        name = f"token_id:{token_id}" if entry is None else names.of(token_id, entry)
-        columns.text_offset.append(text_offset)
-        columns.tokens.append(name)
-        columns.token_logprobs.append(None if entry is None else finite(entry.logprob))
+        entry = Logprob(0.0, decoded_token=first_text) if position is None else position[token_id]
+        columns.text_offset.append(max(text_offset, 0))
+        columns.tokens.append(names.of(token_id, entry))
+        columns.token_logprobs.append(None if position is None else finite(entry.logprob))
         columns.top_logprobs.append(_top_by_name(token_id, position, num_top, names))
-        text_offset += len(name) if entry is None else len(entry.decoded_token or "")
+        text_offset += len(entry.decoded_token or "")
     return columns
 
 
@@ -97,8 +98,7 @@ def _top_by_name(
     if position is None:
         return None
     entries = dict(_most_likely(position, num_top))
-    if token_id in position:
-        entries.setdefault(token_id, position[token_id])
+    entries.setdefault(token_id, position[token_id])
     top: dict[str, float] = {}
     for other_id, entry in entries.items():
         # Of tokens that read the same the likelier one is told.

@@ -72,6 +72,7 @@ class FakeEngine:
     aborted: list[str] = field(default_factory=list)
     dead_error: EngineDeadError | None = None
     is_ready: bool = True
+    default_sampling: Mapping[str, object] = field(default_factory=dict)
     num_finished: int = 0
     num_output_tokens: int = 0
 
@@ -316,7 +317,7 @@ class _Child:
         if isinstance(self.stop_reason, str) and not self._params.include_stop_str_in_output:
             return text[: text.index(self.stop_reason)]
         held = max((len(s) - 1 for s in self._params.stop_strings), default=0)
-        return text if self.reason else text[: max(len(text) - held, 0)]
+        return text if self.reason else text[: max(len(text) - held, 0)].rstrip("\ufffd")
 
     def delta(self) -> CompletionOutput:
         text, ids = self._text(), self.token_ids[self._num_shown :]

@@ -52,7 +52,7 @@ def chat(
     from quire.core.engine.async_engine import AsyncEngine
     from quire.core.sampling_params import SamplingParams
 
-    params = SamplingParams.from_user(**{"max_tokens": None, **sampling})
+    SamplingParams.from_user(**sampling)  # a wrong one is told before the model is loaded
     # One loop, run piecewise: while a person types nothing else has to happen, and Ctrl-C reaches
     # the answer that is running or the line that is typed.
     with asyncio.Runner() as runner:
@@ -63,6 +63,8 @@ def chat(
         try:
             console.print(describe(engine, time.monotonic() - begun_s), style="dim", markup=False)
             console.print(_HELP, style="dim")
+            defaults = {"max_tokens": None, **engine.default_sampling}
+            params = SamplingParams.from_user(**{**defaults, **sampling})
             _converse(runner, engine, params, Conversation(system))
         finally:
             runner.run(engine.shutdown())

@@ -35,9 +35,10 @@ def generate(
     from quire.core.sampling_params import SamplingParams
 
     texts = prompts or [sys.stdin.read()]
-    params = SamplingParams.from_user(**sampling)
+    SamplingParams.from_user(**sampling)  # a wrong one is told before the model is loaded
 
     async def work(engine: AsyncEngine) -> None:
+        params = SamplingParams.from_user(**{**engine.default_sampling, **sampling})
         if len(texts) == 1 and params.n == 1 and not as_json:
             await _stream(engine, texts[0], params)
             return

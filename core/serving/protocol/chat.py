@@ -127,14 +127,15 @@ class ChatRequest(SamplingFields, TemplateFields):
     logprobs: bool | None = None
     top_logprobs: Count | None = None
 
-    def to_sampling_params(self) -> SamplingParams:
-        """What the engine is asked for.
+    def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """What the engine is asked for; `defaults` are those of the model.
 
         Raises: RequestError naming the field.
         """
         self.check_template_fields()
-        settings = self.sampling_settings()
-        settings["max_tokens"] = self._max_tokens()
+        settings = self.sampling_settings(defaults)
+        asked = self._max_tokens()
+        settings["max_tokens"] = defaults.get("max_tokens") if asked is None else asked
         if self.top_logprobs and not self.logprobs:
             raise RequestError(
                 "top_logprobs is given without logprobs=true; set it or leave top_logprobs out",

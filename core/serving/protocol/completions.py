@@ -65,12 +65,12 @@ class CompletionRequest(SamplingFields):
         """Whether only the prompt is asked about."""
         return self.max_tokens == 0
 
-    def to_sampling_params(self) -> SamplingParams:
-        """What the engine is asked for.
+    def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """What the engine is asked for; `defaults` are those of the model.
 
         Raises: RequestError naming the field.
         """
-        settings = self.sampling_settings()
+        settings = self.sampling_settings(defaults)
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError(
                 f"best_of is {self.best_of} and n is {self.n or 1}; choosing the best of more "

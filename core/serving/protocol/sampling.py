@@ -104,9 +104,10 @@ class SamplingFields(RequestBody):
         """Whether each chunk carries the usage so far."""
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
-    def sampling_settings(self) -> dict[str, Any]:
+    def sampling_settings(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments of SamplingParams, as far as both endpoints name them alike.
 
+        `defaults` are those of the model, for what the request leaves open.
         Raises: RequestError for fields that contradict each other.
         """
         if self.stream_options is not None and not self.is_streaming:
@@ -114,9 +115,11 @@ class SamplingFields(RequestBody):
                 "stream_options is given without stream=true; leave it out or stream",
                 param="stream_options",
             )
-        settings: dict[str, Any] = {
-            name: value for name in _SAME_NAME if (value := getattr(self, name)) is not None
-        }
+        settings = {name: value for name, value in defaults.items() if name in _SAME_NAME}
+        for name in _SAME_NAME:
+            value = getattr(self, name)
+            if value is not None:
+                settings[name] = value
         if self.logit_bias is not None:
             settings["logit_bias"] = _bias_of(self.logit_bias)
         return settings

@@ -23,7 +23,7 @@ async def create_chat_completion(request: Request, server: Server) -> Response:
     """Answers a conversation."""
     body = await read_body(request, ChatRequest)
     server.check_model(body.model)
-    params = body.to_sampling_params()
+    params = body.to_sampling_params(server.engine.default_sampling)
     check_logprobs(params, server.settings.max_logprobs)
     names = make_names(request, "chatcmpl", body.request_id)
     generation = await Generation.begin(

@@ -26,7 +26,7 @@ async def create_completion(request: Request, server: Server) -> Response:
     """Continues one or more prompts."""
     body = await read_body(request, CompletionRequest)
     server.check_model(body.model)
-    params = body.to_sampling_params()
+    params = body.to_sampling_params(server.engine.default_sampling)
     check_logprobs(params, server.settings.max_logprobs)
     names = make_names(request, "cmpl", body.request_id)
     generation = await Generation.begin(
