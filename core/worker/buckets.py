@@ -1,12 +1,13 @@
 """Shapes that a step may have: the next bucket, and who owns the padding.
 
 Where a device names buckets, a step is padded to the next one. Padding requests read and write
-NULL_BLOCK alone, and their outputs are thrown away:
+NULL_BLOCK alone, and nobody reads their outputs:
 
     requests   [ real ............ | padding, one token each while they last ]
     tokens     [ real ............ | padding; what is left over belongs to the last request ]
 
-Tokens behind a request's last are after it in time, so causal attention shows them to nobody real.
+Tokens behind a request's last are after it in time, so causal attention shows them to nobody real,
+and they are written where that request's next tokens will be.
 """
 
 from __future__ import annotations

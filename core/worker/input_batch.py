@@ -52,7 +52,7 @@ class InputBatch:
             np.full((capacity, -(-max_model_len // size)), NULL_BLOCK, index_dtype)
             for size in block_sizes
         ]
-        """[rows, blocks] for each cache group."""
+        """[rows, blocks] for each cache group; NULL_BLOCK past a request's last block."""
         self._vocab_size = vocab_size
         self._processors = processors
         self._num_blocks = np.zeros((len(self.block_sizes), capacity), np.int64)
@@ -98,6 +98,7 @@ class InputBatch:
             state.num_on_their_way -= 1
             self._note_tokens(state)
         for group, row, num_blocks in reversed(change.grown):
+            self.block_tables[group][row, num_blocks:] = NULL_BLOCK
             self._num_blocks[group, row] = num_blocks
         for state in reversed(change.added):
             del self._row_of[state.request_id]
@@ -240,6 +241,8 @@ class InputBatch:
         change.added.append(state)
         self._num_prompt_tokens[row] = new.num_prompt_tokens
         self._num_blocks[:, row] = 0
+        for table in self.block_tables:
+            table[row] = NULL_BLOCK
         self._note_tokens(state)
         self.settings.set(row, state.sampling)
         self._append_blocks(row, new.block_ids, change)

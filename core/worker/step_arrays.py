@@ -91,7 +91,7 @@ def make_step_arrays(
     for table, block_size in zip(tables, block_sizes, strict=True):
         width = -(-max_seq_len // block_size)
         block_tables.append(_gathered(table, step.rows, len(lengths), width))
-        slot_mappings.append(_slots(block_tables[-1], owner, positions, num_tokens, block_size))
+        slot_mappings.append(_slots(block_tables[-1], owner, positions, block_size))
     positions[num_tokens:] = 0
     return StepArrays(
         positions=positions,
@@ -125,11 +125,13 @@ def _slots(
     table: Array,
     owner: Int64s,
     positions: Int64s,
-    num_tokens: int,
     block_size: int,
 ) -> Int64s:
-    """Where each token's key and value go; those of padding into NULL_BLOCK."""
+    """Where each token's key and value go.
+
+    Padding behind a request's last token goes where that request's next tokens will, or into
+    NULL_BLOCK: attention reads those slots, and must not find NaN there.
+    """
     block, offset = np.divmod(positions, block_size)
-    slots = table[owner, block].astype(np.int64) * block_size + offset
-    slots[num_tokens:] = NULL_BLOCK * block_size + offset[num_tokens:]
+    slots: Int64s = table[owner, block].astype(np.int64) * block_size + offset
     return slots

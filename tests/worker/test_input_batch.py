@@ -195,9 +195,8 @@ class Simulation:
         assert arrays.max_query_len == np.diff(arrays.query_start_loc).max()
         for group, size in enumerate(BLOCK_SIZES):
             assert arrays.slot_mappings[group][:num_tokens].tolist() == slots[group]
-            padding = arrays.slot_mappings[group][num_tokens:] // size
-            assert (padding == NULL_BLOCK).all()
             self.compare_tables(batch, arrays, group, size)
+        self.compare_padding(batch, arrays)
         for index, name in enumerate(batch.request_ids):
             seen = self.fast.states(step.rows[index : index + 1])[0].seen
             request = self.slow.requests[name]
@@ -208,6 +207,21 @@ class Simulation:
                 dict(zip(seen.token_ids.tolist(), seen.output_counts.tolist(), strict=True))
                 == counts
             )
+
+    def compare_padding(self, batch: StepBatch, arrays) -> None:
+        """Padding writes where attention will look for it: the last request's own next slots, or nobody's."""
+        owner = np.repeat(np.arange(arrays.num_requests), np.diff(arrays.query_start_loc))
+        last = len(batch.request_ids) - 1
+        blocks = self.slow.requests[batch.request_ids[last]].blocks
+        for token in range(sum(batch.num_new_tokens), arrays.num_tokens):
+            request = owner[token]
+            first = arrays.query_start_loc[request + 1] - arrays.seq_lens[request]
+            position = token - first
+            for group, size in enumerate(BLOCK_SIZES):
+                index = position // size
+                known = request == last and index < len(blocks[group])
+                block = blocks[group][index] if known else NULL_BLOCK
+                assert arrays.slot_mappings[group][token] == block * size + position % size
 
     def compare_tables(self, batch: StepBatch, arrays, group: int, size: int) -> None:
         table = arrays.block_tables[group]
