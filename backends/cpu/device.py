@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from quire import kernels_cpu
+from quire.backends.cpu import linear
 from quire.backends.cpu.attention import CpuAttention
 from quire.backends.cpu.host import count_cores, read_cpu, read_memory
 from quire.backends.cpu.ops import CpuOps
@@ -66,6 +68,7 @@ class CpuDevice(TorchDevice):
 def _capabilities() -> Capabilities:
     """What a CPU can do: everything that the reference can. Speed decides which dtype is first."""
     wide, half = "float32", "bfloat16"
+    is_invariant = kernels_cpu.HAVE_NATIVE and linear.is_batch_invariant()
     dtypes = (half, wide, "float16") if read_cpu().has_bfloat16 else (wide, half, "float16")
     return Capabilities(
         dtypes=dtypes,
@@ -74,5 +77,6 @@ def _capabilities() -> Capabilities:
         attention_kinds=frozenset({"causal", "sliding_window", "chunked"}),
         attention_features=frozenset({"soft_cap", "sinks", "alibi"}),
         copy_mode="unified",
-        determinism="run_to_run",
+        # The kernel's promise and oneDNN's habit, which is tried here and for every shape at load.
+        determinism="invariant" if is_invariant else "run_to_run",
     )

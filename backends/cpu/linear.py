@@ -1,9 +1,13 @@
-"""Linear layers in oneDNN's own weight layout.
+"""Linear layers in oneDNN's own weight layout, with results that do not depend on the batch.
 
 `F.linear` hands oneDNN, or MKL, a plain matrix, which it copies into blocks at every call. Blocks
 made once at load are read at the speed of memory. `benchmarks/cpu_linear.py` prints the comparison
 for the shapes of a model; for all of them, and from 1 row to 512, the prepacked form is the fastest
 that torch offers, so there is no table of exceptions here.
+
+oneDNN sums a row in the same order whatever the number of rows, but for a single row with many
+inputs, for which it has a kernel of its own. Each shape is tried at load; where one row comes out
+differently it is computed as two, which costs little, since the weights are read once either way.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ class OneDnnWeights:
     """[N], in weight's dtype."""
     is_widened: bool
     """The weight is float32 where the activations are narrower."""
+    min_rows: int
+    """With fewer rows the products would be summed in another order."""
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
@@ -44,20 +50,64 @@ def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
     if is_widened and weight.dtype == torch.bfloat16:
         return None  # torch multiplies bfloat16 well enough without the memory.
     packed = _reorder(weight.to(computed))
+    min_rows = _min_rows(packed)
+    name = "onednn-blocked-float32" if is_widened else "onednn-blocked"
     return PackedLinear(
         num_inputs=weight.shape[1],
         num_outputs=weight.shape[0],
         dtype=str(weight.dtype).removeprefix("torch."),
-        format="onednn-blocked-float32" if is_widened else "onednn-blocked",
+        format=name if min_rows else f"{name}-batch-variant",
         size_bytes=_size_bytes(packed),
-        payload=OneDnnWeights(packed, None if bias is None else bias.to(computed), is_widened),
+        payload=OneDnnWeights(
+            packed, None if bias is None else bias.to(computed), is_widened, min_rows or 1
+        ),
     )
 
 
 def multiply(x: Tensor, layer: OneDnnWeights) -> Tensor:
     """x @ weight.T + bias, for x [T, K]."""
     if layer.is_widened:
-        return _linear(x.float(), layer.weight, layer.bias).to(x.dtype)
+        return _multiply_rows(x.float(), layer).to(x.dtype)
+    return _multiply_rows(x, layer)
+
+
+def is_batch_invariant() -> bool:
+    """Whether rows of a product come out the same whatever their number, tried on some shapes.
+
+    A shape that is used is tried again when it is packed.
+    """
+    return all(
+        _tried_shape(num_outputs, num_inputs, dtype)
+        for dtype in _PREPACKED
+        for num_outputs, num_inputs in ((48, 64), (200, 896), (96, 3000))
+    )
+
+
+@cache
+def _tried_shape(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> bool:
+    generator = torch.Generator().manual_seed(num_inputs)
+    weight = torch.randn((num_outputs, num_inputs), generator=generator).to(dtype)
+    packed = pack(weight, None)
+    if packed is None or not isinstance(packed.payload, OneDnnWeights):
+        return False
+    x = torch.randn((130, num_inputs), generator=generator).to(dtype)
+    wanted = multiply(x, packed.payload)
+    return all(torch.equal(multiply(x[:n], packed.payload), wanted[:n]) for n in (1, 2, 7, 33))
+
+
+def _min_rows(packed: Tensor) -> int | None:
+    """The fewest rows from which on a row's result is the same; None: there are none such."""
+    x = torch.linspace(-1.0, 1.0, 8 * packed.shape[1]).sin_().view(8, -1).to(packed.dtype)
+    wanted = _linear(x, packed, None)
+    is_same = [torch.equal(_linear(x[:n], packed, None), wanted[:n]) for n in (1, 2, 3, 5)]
+    if not all(is_same[1:]):
+        return None
+    return 1 if is_same[0] else 2
+
+
+def _multiply_rows(x: Tensor, layer: OneDnnWeights) -> Tensor:
+    if x.shape[0] == 1 and layer.min_rows > 1:
+        return _linear(torch.cat((x, x)), layer.weight, layer.bias)[:1]
     return _linear(x, layer.weight, layer.bias)
 
 

@@ -126,14 +126,15 @@ class ReferenceOps(Ops):
         return torch.where(is_greedy, greedy, drawn)
 
     def logprobs(self, logits: Tensor, token_ids: Tensor, num_top: int) -> SampledLogprobs:
-        norms = torch.logsumexp(logits, dim=-1, keepdim=True)
-        chosen = logits.gather(-1, token_ids.unsqueeze(-1))
+        # Not logsumexp: its sum over one row alone may be split in another way than among others.
+        all_logprobs = torch.log_softmax(logits, dim=-1)
+        chosen = token_ids.unsqueeze(-1)
         top_ids = sampling.top_ids(logits, num_top)
         return SampledLogprobs(
-            selected=(chosen - norms).squeeze(-1),
-            ranks=(logits > chosen).sum(-1) + 1,
+            selected=all_logprobs.gather(-1, chosen).squeeze(-1),
+            ranks=(logits > logits.gather(-1, chosen)).sum(-1) + 1,
             top_ids=top_ids,
-            top_logprobs=logits.gather(-1, top_ids) - norms,
+            top_logprobs=all_logprobs.gather(-1, top_ids),
         )
 
 

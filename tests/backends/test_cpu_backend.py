@@ -354,3 +354,42 @@ def test_attention_names_its_provider(monkeypatch):
     monkeypatch.setattr(kernels_cpu, "HAVE_NATIVE", False)
     assert device.attention(SPEC).provider() == "reference"
     assert issubclass(CpuAttention, ReferenceAttention)
+
+
+# --- what it claims -------------------------------------------------------------------------------
+
+invariant_only = pytest.mark.skipif(
+    CpuBackend().open(0).capabilities.determinism != "invariant",
+    reason="this CPU or this torch sums in another order for other batches, and says so",
+)
+
+
+@invariant_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 24), (64, 900), (130, 1100), (56, 4864)])
+def test_linear_gives_same_bits_alone_and_in_any_batch(dtype, shape, torch_rng):
+    """A request's numbers do not depend on who else is in the step, as the device claims."""
+    ops = CpuOps()
+    packed = ops.pack_linear(both(torch_rng, dtype, *shape), both(torch_rng, dtype, shape[0]))
+    x = both(torch_rng, dtype, 150, shape[1])
+    wanted = ops.linear(x, packed)
+    for num_rows in (1, 2, 3, 8, 31, 64, 149):
+        got = ops.linear(x[1 : 1 + num_rows].contiguous(), packed)
+        assert torch.equal(got, wanted[1 : 1 + num_rows]), num_rows
+        assert got.is_contiguous()
+
+
+@invariant_only
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_give_same_bits_alone_and_in_any_batch(dtype, torch_rng):
+    """Norms and gates work row by row, as the device claims."""
+    ops = CpuOps()
+    x, weight = both(torch_rng, dtype, 21, 74), both(torch_rng, dtype, 74)
+    for op in (lambda t: ops.rms_norm(t, weight, 1e-6), lambda t: ops.gated_activation(t, "silu")):
+        assert torch.equal(op(x[5:6].clone()), op(x)[5:6])
+
+
+def test_claim_without_kernels_is_no_more_than_is_true(monkeypatch):
+    """Batched products of plain torch depend on the batch, so nothing is claimed for them."""
+    monkeypatch.setattr(kernels_cpu, "HAVE_NATIVE", False)
+    assert CpuBackend().open(0).capabilities.determinism == "run_to_run"

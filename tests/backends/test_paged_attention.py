@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire import kernels_cpu
 from quire.backends.cpu.attention import CpuAttention
 from quire.backends.reference import ReferenceAttention
 from quire.core.interface import AttentionBatch, AttentionSpec, LayerCache
@@ -230,6 +231,22 @@ def test_attention_renumbered_blocks_give_same_bits(torch_rng):
             strict=True,
         ):
             assert torch.equal(a, b)
+
+
+@pytest.mark.native
+@pytest.mark.skipif(not kernels_cpu.HAVE_NATIVE, reason="the compiled kernels are not built")
+@pytest.mark.parametrize("name", ["plain", "window", "soft_cap", "bfloat16"])
+def test_native_attention_gives_same_bits_alone_split_and_in_a_batch(name, torch_rng):
+    """What the CPU claims as invariant: neither company nor the cutting of a prompt shows."""
+    spec = replace(SPEC, **VARIANTS[name])
+    case = make_case(spec, [37, 20, 3], torch_rng)
+    attention = CpuAttention(spec)
+    whole = run(attention, case, nan_cache(attention, case), [(0, 37), (0, 20), (0, 3)])
+    alone = run(attention, case, nan_cache(attention, case), [(0, 37)])
+    cache = nan_cache(attention, case)
+    parts = [run(attention, case, cache, [cut])[0] for cut in ((0, 5), (5, 6), (6, 29), (29, 37))]
+    assert torch.equal(whole[0], alone[0])
+    assert torch.equal(torch.cat(parts), alone[0])
 
 
 def replace_tables(case: Case, ids: list[int]) -> Case:
