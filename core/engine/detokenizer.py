@@ -120,7 +120,10 @@ class Detokenizer:
         """Byte tokens are decoded here: a decoder would show a run of them as garbage until its last byte."""
         self._is_in_bytes = True
         self._window.append(token_id)
-        return self._bytes.decode(bytes((self._byte_values[token_id],)))
+        text = self._bytes.decode(bytes((self._byte_values[token_id],)))
+        is_first = len(self._window) == 1
+        # Some decoders strip a space at the very start.
+        return "" if is_first and text == " " and not self._decode(self._window) else text
 
     def _leave_bytes(self) -> str:
         """Ends a run of bytes; from here the window counts again."""
