@@ -217,7 +217,7 @@ async def test_disconnect_aborts_every_request(path, stream):
         body = {"prompt": ["a", "b", "c"]} if path == COMPLETIONS else MESSAGES
         client = LeavingClient(http.app, path, {**body, "n": 2, "stream": stream})
         running = asyncio.create_task(client.run())
-        while engine.num_unfinished < (3 if path == COMPLETIONS else 1):
+        while engine.num_unfinished < (3 if path == COMPLETIONS else 1):  # noqa: ASYNC110
             await asyncio.sleep(0)
         if stream:
             await client.has_events.wait()
@@ -257,7 +257,7 @@ async def test_aborted_request_ends_with_its_reason():
     async with connected(engine) as client:
         for stream in (False, True):
             asking = asyncio.create_task(client.post(COMPLETIONS, json={**BODY, "stream": stream}))
-            while not engine.num_unfinished:
+            while not engine.num_unfinished:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             for _ in range(20):
                 await asyncio.sleep(0)

@@ -61,7 +61,12 @@ def chat(
         with console.status(f"loading {config.model}"):
             engine = runner.run(AsyncEngine.start(config))
         try:
-            console.print(describe(engine, time.monotonic() - begun_s), style="dim", markup=False)
+            console.print(
+                describe(engine, time.monotonic() - begun_s),
+                style="dim",
+                markup=False,
+                soft_wrap=True,
+            )
             console.print(_HELP, style="dim")
             defaults = {"max_tokens": None, **engine.default_sampling}
             params = SamplingParams.from_user(**{**defaults, **sampling})

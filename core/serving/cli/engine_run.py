@@ -43,7 +43,9 @@ async def started(config: EngineConfig) -> AsyncIterator[AsyncEngine]:
     with console.status(f"loading {config.model}"):
         engine = await AsyncEngine.start(config)
     try:
-        console.print(describe(engine, time.monotonic() - begun_s), style="dim", markup=False)
+        console.print(
+            describe(engine, time.monotonic() - begun_s), style="dim", markup=False, soft_wrap=True
+        )
         yield engine
     finally:
         await engine.shutdown()

@@ -1,0 +1,53 @@
+"""A program: the real server, life cycle and all, around a fake engine.
+
+python serve_fake.py PORT SHUTDOWN_TIMEOUT_S [engine fields as JSON]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_engine import FakeEngine
+
+from quire.core.config import EngineConfig
+from quire.core.errors import EngineDeadError
+from quire.core.serving.lifecycle import run_server
+from quire.core.serving.settings import ServerSettings
+
+
+class ProgramEngine(FakeEngine):
+    """Holds requests whose prompt begins with `hold` until one comes that says `release`."""
+
+    async def submit(self, prompt, params, request_id, **options):
+        if prompt == "release":
+            self.hold.set()
+        if prompt == "die":
+            self.dead_error = EngineDeadError("died on request")
+        return await super().submit(prompt, params, request_id, **options)
+
+
+async def start(config: EngineConfig) -> FakeEngine:
+    if config.model == "never":
+        print("loading", flush=True)
+        await asyncio.Event().wait()
+    return ProgramEngine(hold=asyncio.Event())
+
+
+def main() -> int:
+    port, timeout_s = int(sys.argv[1]), float(sys.argv[2])
+    options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    config = EngineConfig(model=options.pop("model", "fake"))
+    settings = ServerSettings(port=port, shutdown_timeout_s=timeout_s, **options)
+    print("bound", flush=True)
+    return run_server(
+        config, settings, announce=lambda ready: print(ready.url, flush=True), start_engine=start
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
