@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.core.errors import DeviceLost
 from quire.core.interface import (
     AttentionBatch,
     Device,
@@ -28,6 +29,7 @@ from quire.core.interface import (
 from quire.core.models.decoder import CausalLM
 from quire.core.models.step_context import StepContext
 from quire.core.worker.buckets import Buckets
+from quire.core.worker.decode_graphs import make_decode_graphs
 from quire.core.worker.device_errors import device_errors
 from quire.core.worker.input_batch import BatchChange, InputBatch
 from quire.core.worker.logits_processors import LogitsProcessors
@@ -55,6 +57,8 @@ class StepWork:
     runner: ModelRunner
     arrays: StepArrays
     outline: StepOutline
+    may_replay: bool
+    """A decode step, padded so that a recording of it can be replayed."""
     tensors: Mapping[str, Tensor]
     out: Mapping[str, Tensor]
 
@@ -86,6 +90,8 @@ class ModelRunner:
         self._buckets = Buckets.of(
             claims, max_tokens=config.max_num_batched_tokens, max_requests=config.max_num_seqs
         )
+        self._graphs = make_decode_graphs(device, model, config.max_num_seqs)
+        self._lost: DeviceLost | None = None
         depth = 2 if claims.is_asynchronous else 1
         self._ring = deque(
             StepBuffers(StagingBuffer(device), StagingBuffer(device)) for _ in range(depth)
@@ -124,7 +130,8 @@ class ModelRunner:
         try:
             with torch.inference_mode(), device_errors("workspace"):
                 step = self._start(batch, change)
-        except BaseException:
+        except BaseException as error:
+            self._lost = error if isinstance(error, DeviceLost) else self._lost
             self.requests.undo(change)
             raise
         self._in_flight.append(step)
@@ -153,6 +160,21 @@ class ModelRunner:
         self.finish_steps(0)
         self.requests.forget_all()
 
+    def check_alive(self) -> None:
+        """Raises: DeviceLost, if a step has found the device gone."""
+        if self._lost is not None:
+            raise self._lost
+
+    @property
+    def decode_sizes(self) -> tuple[int, ...]:
+        """The numbers of requests of which decode steps are recorded."""
+        return () if self._graphs is None else self._graphs.sizes
+
+    def release(self) -> None:
+        """Drops recordings; no step may follow."""
+        if self._graphs is not None:
+            self._graphs.release()
+
     @property
     def workspace_bytes(self) -> int:
         """Memory of the buffers on the device."""
@@ -161,6 +183,7 @@ class ModelRunner:
 
     def _cancel(self, failed: RunningStep, error: Exception) -> None:
         """Takes back a step that failed, and those that were built on it."""
+        self._lost = error if isinstance(error, DeviceLost) else self._lost
         later = list(self._in_flight)
         self._in_flight.clear()
         for step in reversed(later):
@@ -172,7 +195,10 @@ class ModelRunner:
     def _start(self, batch: StepBatch, change: BatchChange) -> RunningStep:
         requests = self.requests
         step = requests.scheduled(batch)
-        arrays = make_step_arrays(step, requests.block_tables, requests.block_sizes, self._buckets)
+        graphs = self._graphs
+        may_replay = graphs is not None and graphs.takes(step)
+        buckets = graphs.buckets if graphs is not None and may_replay else self._buckets
+        arrays = make_step_arrays(step, requests.block_tables, requests.block_sizes, buckets)
         sampled = np.flatnonzero(batch.samples)
         sampled_rows = step.rows[sampled]
         num_logits = len(sampled)
@@ -192,6 +218,7 @@ class ModelRunner:
             runner=self,
             arrays=arrays,
             outline=outline,
+            may_replay=may_replay,
             tensors=buffers.inputs.upload(inputs),
             out=buffers.outputs.outputs(fields),
         )
@@ -242,7 +269,7 @@ class ModelRunner:
         """The device's part of a step; `StepWork` calls it when its turn in the queue comes."""
         tensors, out, outline = work.tensors, work.out, work.outline
         self._fetch_waiting_tokens(tensors)
-        hidden = self._forward(work.arrays, tensors)
+        hidden = self._hidden(work)
         if outline.sampling.num_rows:
             logits = self._model.logits(hidden.index_select(0, tensors["logit_rows"]))
             self._sampler.run(logits, outline.sampling, tensors, out, outline.failures)
@@ -258,12 +285,20 @@ class ModelRunner:
             tokens = self._last_tokens.index_select(0, rows)
             tensors["token_ids"].index_copy_(0, tensors["waiting_tokens"], tokens)
 
-    def _forward(self, arrays: StepArrays, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Hidden states [T, H] of a step."""
-        plans = [
-            backend.plan(_attention_batch(arrays, tensors, group))
-            for group, backend in enumerate(self._model.attention_backends)
-        ]
+    def _hidden(self, work: StepWork) -> Tensor:
+        """Hidden states [T, H] of a step, replayed where it was recorded."""
+        if self._graphs is not None and work.may_replay:
+            hidden = self._graphs.run(work.tensors, self._forward)
+            if hidden is not None:
+                return hidden
+        groups = range(len(self._model.attention_groups))
+        batches = [_attention_batch(work.arrays, work.tensors, group) for group in groups]
+        return self._forward(work.tensors, batches)
+
+    def _forward(self, tensors: Mapping[str, Tensor], batches: Sequence[AttentionBatch]) -> Tensor:
+        """Plans, and runs the model; `batches` has one for each cache group."""
+        backends = self._model.attention_backends
+        plans = [backend.plan(batch) for backend, batch in zip(backends, batches, strict=True)]
         context = StepContext(
             token_ids=tensors["token_ids"],
             positions=tensors["positions"],

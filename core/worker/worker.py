@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from quire.core.errors import DeviceLost, QuireError, Reason, UnsupportedError
+from quire.core.errors import QuireError, Reason, UnsupportedError
 from quire.core.interface import (
     CacheGroup,
     CachePlan,
@@ -53,7 +53,6 @@ class DefaultWorker(Worker):
         self._runner: ModelRunner | None = None
         self._caches: list[LayerCache] = []
         self._activation_bytes = 0
-        self._lost: DeviceLost | None = None
 
     # --- from loading to the first step ---------------------------------------------------------
 
@@ -101,7 +100,9 @@ class DefaultWorker(Worker):
         for num_tokens in sizes or [min(2, limit)]:
             for num_requests in claims.request_buckets or (1,):
                 if num_requests <= min(num_tokens, self._config.max_num_seqs):
-                    self._run_dummy(runner, num_tokens, num_requests, SamplingSpec())
+                    self._run_dummy(runner, num_tokens, num_requests)
+        for num_requests in runner.decode_sizes:
+            self._run_dummy(runner, num_requests, num_requests)
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -111,11 +112,7 @@ class DefaultWorker(Worker):
 
     def submit(self, batch: StepBatch) -> RunningStep:
         """Starts one step; on an asynchronous device it is not done on return."""
-        try:
-            return self._running().submit(batch)
-        except DeviceLost as error:
-            self._lost = error
-            raise
+        return self._running().submit(batch)
 
     # --- blocks ---------------------------------------------------------------------------------
 
@@ -173,8 +170,8 @@ class DefaultWorker(Worker):
 
     def health(self) -> None:
         """Returns if the device answers and no step has lost it."""
-        if self._lost is not None:
-            raise self._lost
+        if self._runner is not None:
+            self._runner.check_alive()
         with device_errors("health"):
             self._device.memory()
 
@@ -192,6 +189,7 @@ class DefaultWorker(Worker):
         """Waits for the device and drops everything."""
         if self._runner is not None:
             self._device.synchronize()
+            self._runner.release()
         self._runner, self._model, self._caches = None, None, []
 
     # --- parts ----------------------------------------------------------------------------------
@@ -242,15 +240,13 @@ class DefaultWorker(Worker):
         # Allocators keep the blocks that they took from the driver, so this is the peak.
         return max(0, before - self._device.memory().free_bytes)
 
-    def _run_dummy(
-        self, runner: ModelRunner, num_tokens: int, num_requests: int, sampling: SamplingSpec
-    ) -> None:
+    def _run_dummy(self, runner: ModelRunner, num_tokens: int, num_requests: int) -> None:
         batch = make_dummy_batch(
             self._config,
             num_tokens=num_tokens,
             num_requests=num_requests,
             num_groups=len(self._loaded().attention_groups),
-            sampling=sampling,
+            sampling=SamplingSpec(),
         )
         runner.submit(batch).result()
         runner.forget_all()

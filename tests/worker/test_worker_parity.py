@@ -49,9 +49,9 @@ def test_run_any_buckets_give_the_tokens_of_transformers(
     runner = driver.worker._running()
     forward = runner._forward
 
-    def noting(arrays, tensors):
-        shapes.add((arrays.num_tokens, arrays.num_requests))
-        return forward(arrays, tensors)
+    def noting(tensors, batches):
+        shapes.add((batches[0].num_tokens, batches[0].num_requests))
+        return forward(tensors, batches)
 
     runner._forward = noting
     assert driver.run(23) == oracle("gemma3")
