@@ -2,8 +2,8 @@
 
     python -m quire.benchmarks.scheduler_overhead --running 64 256
 
-Every running request decodes; a worker that computes nothing answers with one token each. Prints a table, and
-writes the figures as JSON where asked. No figure includes the worker.
+Every running request decodes; a worker that computes nothing answers with one token each. Prints a
+table, and writes the figures as JSON where asked. No figure includes the worker.
 """
 
 from __future__ import annotations
@@ -129,8 +129,9 @@ def print_table(rows: Sequence[Figures]) -> None:
     print("running  groups  steps  schedule us  update us  total us  median us  max us  us/request")
     for row in rows:
         print(
-            f"{row.num_running:7d}  {row.num_groups:6d}  {row.num_steps:5d}  {row.schedule_mean_us:11.1f}"
-            f"  {row.update_mean_us:9.1f}  {row.total_mean_us:8.1f}  {row.total_median_us:9.1f}"
+            f"{row.num_running:7d}  {row.num_groups:6d}  {row.num_steps:5d}"
+            f"  {row.schedule_mean_us:11.1f}  {row.update_mean_us:9.1f}"
+            f"  {row.total_mean_us:8.1f}  {row.total_median_us:9.1f}"
             f"  {row.total_max_us:6.0f}  {row.total_us_per_request:10.2f}"
         )
 

@@ -1,4 +1,4 @@
-"""The block ids of one cache group: who is free, who is shared, and what a block is known to hold."""
+"""The block ids of one cache group: which are free, which are shared, and what each holds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from quire.core.interface.worker import NULL_BLOCK
 
 
 class BlockPool:
-    """Block ids 1 to num_blocks - 1 with reference counts; block 0 is never given out. Every operation is O(1) a block.
+    """Block ids 1 to num_blocks - 1 with reference counts; block 0 is never given out.
 
-    A block that was freed keeps its hash and can be found and shared again until it is given out anew. The free
-    list is therefore also the order of eviction: blocks that nobody can find go first, then
-    those that were freed longest ago.
+    A block that was freed keeps its hash and can be found and shared again until it is given out
+    anew. The free list is therefore also the order of eviction: blocks that nobody can find go
+    first, then those that were freed longest ago. Every operation is O(1) a block.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -63,7 +63,7 @@ class BlockPool:
         self._num_references[block] += 1
 
     def free(self, blocks: Iterable[int]) -> None:
-        """Drops one reference of each block, in this order: of those that become free the first is evicted first."""
+        """Drops one reference of each block. The first that becomes free is the first to go."""
         free, references = self._free, self._num_references
         for block in blocks:
             count = references[block] - 1
@@ -83,7 +83,7 @@ class BlockPool:
         return self._block_of_hash.get(block_hash)
 
     def register(self, block: int, block_hash: bytes) -> None:
-        """Says what a held block holds now. The first block of a hash stays the one that is found."""
+        """Says what a held block holds now. The first block of a hash stays the one found."""
         if self._hashes[block] is None and block_hash not in self._block_of_hash:
             self._hashes[block] = block_hash
             self._block_of_hash[block_hash] = block
@@ -95,7 +95,10 @@ class BlockPool:
         self._block_of_hash.clear()
 
     def check_integrity(self, num_holders: dict[int, int]) -> None:
-        """Recomputes the pool from the number of tables that hold each block; AssertionError names what is wrong."""
+        """Recomputes the pool from the number of tables that hold each block.
+
+        Raises: AssertionError that names what is wrong.
+        """
         assert NULL_BLOCK not in self._free, "the null block is free"
         assert self._num_references[NULL_BLOCK] == 0, "somebody holds the null block"
         for block in range(1, self.num_blocks):

@@ -22,6 +22,8 @@ class BlockTable:
     """For each group, leading entries that were given back."""
     num_registered: list[int]
     """For each group, leading blocks that need not be made findable any more."""
+    num_settled: int = 0
+    """Leading blocks, of the smallest block size, that are no longer announced."""
     capacity: int = 0
     """Tokens up to which no group needs another block."""
     next_settle_at: int = NEVER
@@ -32,11 +34,13 @@ class BlockTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixHit:
-    """Blocks that hold the first `num_tokens` tokens of a request already. Good until the pools change."""
+    """Blocks that hold the first tokens of a request already. Good until the pools change."""
 
     num_tokens: int
     block_ids: list[list[int]]
-    """For each group, tables that reach `num_tokens`."""
+    """For each group, a table that reaches `num_tokens`."""
+    num_pending_tokens: int = 0
+    """The tokens after these that another request is computing now: to wait saves their work."""
 
 
 @dataclass(slots=True, kw_only=True)

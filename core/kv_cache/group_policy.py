@@ -1,7 +1,7 @@
 """What a kind of attention needs of its blocks: one small object for each kind.
 
-The manager knows no kinds; it asks these questions. A new kind (encoder states for cross-attention, recurrent
-states) answers them in a class of its own and enters `make_group_policy`.
+The manager knows no kinds; it asks these questions. A new kind (encoder states for cross-attention,
+recurrent states) answers them in a class of its own and enters `make_group_policy`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,25 @@ class GroupPolicy(ABC):
 
     @abstractmethod
     def num_admission_blocks(self, num_tokens: int, chunk_end: int) -> int:
-        """The length of the table of a request that starts with `num_tokens`, of which the first step ends at `chunk_end`.
+        """The length of the table of a request that starts with `num_tokens`.
 
-        Taking all at once keeps a prompt that was begun from waiting for blocks half-way.
+        Its first step ends at `chunk_end`. To take more at once keeps a prompt that was begun from
+        waiting for blocks half-way.
         """
 
     @abstractmethod
     def max_held_blocks(self, num_tokens: int, max_chunk: int) -> int:
-        """The most blocks that a request holds at once on its way to `num_tokens`, in steps of at most `max_chunk`."""
+        """The most blocks that a request holds at once on its way to `num_tokens`.
+
+        No step of it is longer than `max_chunk`.
+        """
 
     @abstractmethod
     def longest_hit(self, pool: BlockPool, hashes: Sequence[bytes], max_blocks: int) -> int:
-        """The longest prefix, in blocks and at most `max_blocks`, after which a request could go on with what the pool has."""
+        """The longest prefix, in blocks, after which a request could go on with what the pool has.
+
+        At most `max_blocks`; `hashes` has one for each of these.
+        """
 
     def num_blocks(self, num_tokens: int) -> int:
         """The length of a table that reaches `num_tokens`."""
@@ -49,7 +56,7 @@ class GroupPolicy(ABC):
 
 
 class FullPolicy(GroupPolicy):
-    """Every token sees all before it: nothing is dropped, and a prefix is contiguous from the start.
+    """Every token sees all before it: nothing goes back, a prefix is contiguous from the start.
 
     Serves causal attention and the latent cache of MLA alike.
     """
@@ -100,7 +107,7 @@ class SlidingWindowPolicy(GroupPolicy):
         return min(self.num_blocks(num_tokens), self.num_blocks(span) + 1)
 
     def longest_hit(self, pool: BlockPool, hashes: Sequence[bytes], max_blocks: int) -> int:
-        """The last place before which a window's blocks are all there; blocks before the window need not be."""
+        """The last place before which the blocks of a window are all there; others need not be."""
         needed = self.num_blocks(self.window - 1)
         num_found = 0
         for index in range(max_blocks - 1, -1, -1):

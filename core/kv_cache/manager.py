@@ -1,7 +1,8 @@
 """Owns the blocks of the cache: hands them to requests, shares prefixes, takes them back.
 
-Each cache group has a pool of its own, since its blocks differ in size; a policy object knows what the group's kind
-needs. The manager knows block ids and hashes, never requests: a request holds a `BlockTable` and passes it in.
+Each cache group has a pool of its own, since its blocks differ in size; a policy object knows what
+the group's kind needs. The manager knows block ids and hashes, never requests: a request holds a
+`BlockTable` and passes it in.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from quire.core.kv_cache.prefix_hashing import hash_blocks, root_hash
 
 
 class KVCacheManager:
-    """Blocks for requests, all or nothing: a call that finds too few blocks in one group takes none in any."""
+    """Blocks for requests, all or nothing: too few in one group, and none is taken in any."""
 
     def __init__(
         self, groups: Sequence[CacheGroup], plan: CachePlan, *, enable_prefix_caching: bool = True
@@ -36,6 +37,8 @@ class KVCacheManager:
         self._hash_sizes = sorted({group.block_size for group in groups})
         self._hashes_of_group = [self._hash_sizes.index(group.block_size) for group in groups]
         self._tables: set[BlockTable] = set()
+        self._announced: dict[bytes, BlockTable] = {}
+        """Blocks of prompts, of the smallest block size, that running requests are to fill."""
         self.gives_back_early = any(policy.gives_back_early for policy in self._policies)
 
     # ------------------------------------------------------------------------------- questions
@@ -51,7 +54,7 @@ class KVCacheManager:
         return max(1.0 - pool.num_free / max(1, pool.num_usable) for pool in self._pools)
 
     def can_ever_hold(self, num_tokens: int, max_chunk: int) -> bool:
-        """Whether a request can reach `num_tokens` in steps of at most `max_chunk` when it is alone."""
+        """Whether a request that is alone can reach `num_tokens`, `max_chunk` a step at most."""
         return all(
             policy.max_held_blocks(num_tokens, max_chunk) <= pool.num_usable
             for policy, pool in zip(self._policies, self._pools, strict=True)
@@ -71,7 +74,7 @@ class KVCacheManager:
         )
 
     def find_prefix(self, table: BlockTable, token_ids: Sequence[int]) -> PrefixHit:
-        """The longest prefix of `token_ids` on which all groups agree. At least one token stays to be computed."""
+        """The longest prefix of `token_ids` on which all groups agree, without the last token."""
         if not self.enable_prefix_caching:
             return self.no_prefix()
         num_tokens = len(token_ids) - 1
@@ -88,7 +91,11 @@ class KVCacheManager:
             num_agreed = num_agreed + 1 if num_blocks * block_size == num_tokens else 1
             num_tokens = num_blocks * block_size
             group = (group + 1) % len(self._pools)
-        return self._hit(table, num_tokens)
+        return PrefixHit(
+            num_tokens=num_tokens,
+            block_ids=self._blocks_of_prefix(table, num_tokens),
+            num_pending_tokens=self._num_announced(table, num_tokens, len(token_ids) - 1),
+        )
 
     def no_prefix(self) -> PrefixHit:
         """The hit of a request that starts from nothing."""
@@ -105,8 +112,8 @@ class KVCacheManager:
     ) -> bool:
         """Gives an empty table the blocks of `hit` and of the `num_new_tokens` after it.
 
-        Only if the whole of `num_tokens` fits and leaves `num_spare_blocks` of each group to others; else
-        nothing changes and the answer is False.
+        Only if the whole of `num_tokens` fits and leaves `num_spare_blocks` of each group to
+        others; else nothing changes and the answer is False.
         """
         assert table not in self._tables, "the table holds blocks already"
         end = hit.num_tokens + num_new_tokens
@@ -121,11 +128,13 @@ class KVCacheManager:
                 return False
             counts.append(count)
         self._take(table, hit, counts)
-        self._count_query(num_tokens, hit.num_tokens)
+        if self.enable_prefix_caching:
+            self._announce(table, hit.num_tokens, num_tokens)
+            self._count_query(num_tokens, hit.num_tokens)
         return True
 
     def allocate(self, table: BlockTable, num_tokens: int) -> list[list[int]] | None:
-        """The blocks that each group adds to the table to reach `num_tokens`; None if they do not fit.
+        """The blocks that each group adds to the table to reach `num_tokens`; None: too few.
 
         Need not be called while `table.capacity` suffices.
         """
@@ -142,9 +151,11 @@ class KVCacheManager:
     def settle(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         """Takes note that the keys and values of `num_computed` tokens have been written.
 
-        Blocks that are full become findable; blocks that no later token can see are given back. Steps
-        in flight are later, so they do not miss them. Need not be called before `table.next_settle_at`.
+        Blocks that are full become findable; blocks that no later token can see are given back.
+        Steps in flight are later, so they do not miss them. Need not be called before
+        `table.next_settle_at`.
         """
+        self._withdraw(table, num_computed // self._hash_sizes[0])
         if table.is_findable:
             self._register(table, token_ids, num_computed)
         self._drop_dead_blocks(table, num_computed)
@@ -172,6 +183,7 @@ class KVCacheManager:
         if table not in self._tables:
             return
         self._tables.remove(table)
+        self._withdraw(table, len(table.hashes[0]))
         for group, pool in enumerate(self._pools):
             pool.free([block for block in reversed(table.block_ids[group]) if block != NULL_BLOCK])
             table.block_ids[group] = []
@@ -181,7 +193,11 @@ class KVCacheManager:
         table.next_settle_at = NEVER
 
     def reset_prefix_cache(self) -> None:
-        """Forgets what blocks hold, as after a change of weights. Requests that run keep their blocks, unfindable."""
+        """Forgets what blocks hold, as after a change of weights.
+
+        Requests that run keep their blocks, and those that they fill stay unfindable.
+        """
+        self._announced.clear()
         for pool in self._pools:
             pool.forget_hashes()
         for table in self._tables:
@@ -197,7 +213,7 @@ class KVCacheManager:
                 parent = hashes[-1] if hashes else table.root
                 hashes.extend(hash_blocks(token_ids[start:end], block_size, parent))
 
-    def _hit(self, table: BlockTable, num_tokens: int) -> PrefixHit:
+    def _blocks_of_prefix(self, table: BlockTable, num_tokens: int) -> list[list[int]]:
         tables = []
         for group, policy in enumerate(self._policies):
             num_dead = policy.num_dead_blocks(num_tokens)
@@ -209,7 +225,27 @@ class KVCacheManager:
             blocks = [block for block in found if block is not None]
             assert len(blocks) == len(found), f"group {group} lacks blocks of a hit: {found}"
             tables.append([NULL_BLOCK] * num_dead + blocks)
-        return PrefixHit(num_tokens=num_tokens, block_ids=tables)
+        return tables
+
+    def _num_announced(self, table: BlockTable, start: int, end: int) -> int:
+        """How many tokens from `start` on, in full blocks before `end`, somebody is computing."""
+        size, hashes = self._hash_sizes[0], table.hashes[0]
+        index = start // size
+        while index < end // size and hashes[index] in self._announced:
+            index += 1
+        return max(0, index * size - start)
+
+    def _announce(self, table: BlockTable, start: int, end: int) -> None:
+        table.num_settled = start // self._hash_sizes[0]
+        for block_hash in table.hashes[0][table.num_settled : (end - 1) // self._hash_sizes[0]]:
+            self._announced.setdefault(block_hash, table)
+
+    def _withdraw(self, table: BlockTable, num_settled: int) -> None:
+        """Blocks up to here are filled, or never will be."""
+        for block_hash in table.hashes[0][table.num_settled : num_settled]:
+            if self._announced.get(block_hash) is table:
+                del self._announced[block_hash]
+        table.num_settled = num_settled
 
     def _take(self, table: BlockTable, hit: PrefixHit, counts: list[int]) -> None:
         self._tables.add(table)
@@ -248,10 +284,9 @@ class KVCacheManager:
                 table.num_dead[group] = num_dead
 
     def _count_query(self, num_tokens: int, num_hit_tokens: int) -> None:
-        if self.enable_prefix_caching:
-            self.prefix_statistics.num_requests += 1
-            self.prefix_statistics.num_query_tokens += num_tokens
-            self.prefix_statistics.num_hit_tokens += num_hit_tokens
+        self.prefix_statistics.num_requests += 1
+        self.prefix_statistics.num_query_tokens += num_tokens
+        self.prefix_statistics.num_hit_tokens += num_hit_tokens
 
     def check_integrity(self, holders: Set[BlockTable] | None = None) -> None:
         """Recomputes all counts from the tables; AssertionError names what is wrong.
@@ -269,6 +304,8 @@ class KVCacheManager:
             pool.check_integrity(num_holders)
         for table in self._tables:
             self._check_table(table)
+        for table in self._announced.values():
+            assert table in self._tables, "a request that holds nothing is announced"
 
     def _check_table(self, table: BlockTable) -> None:
         capacity = min(

@@ -1,8 +1,8 @@
 """What a block holds, as a hash: of its tokens and of everything before them.
 
-Two blocks with the same hash hold the same keys and values, since these depend on all earlier tokens of the
-request. The hash is cryptographic, since a collision would show one user's context to another, and the
-same in every process and on every machine, so that tiers and routers can use it.
+Two blocks with the same hash hold the same keys and values, since these depend on all earlier
+tokens of the request. The hash is cryptographic, since a collision would show one user's context to
+another, and the same in every process and on every machine, so that tiers and routers can use it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ DIGEST_SIZE = 32
 
 
 def root_hash(salt: str | None, extra_keys: Sequence[str] = ()) -> bytes:
-    """The parent of a request's first block. Whatever changes keys and values but is no token enters here:
-    the tenant's salt; adapters and images as `extra_keys`.
+    """The parent of a request's first block.
+
+    What changes keys and values but is no token enters here: adapters and images as `extra_keys`.
+    So does the salt of a tenant, who is to share with nobody else.
     """
     digest = hashlib.blake2b(digest_size=DIGEST_SIZE, person=b"quire-root")
     for key in (salt,) if salt is not None else ():
@@ -33,7 +35,7 @@ def _labelled(label: bytes, text: str) -> bytes:
 
 
 def hash_blocks(token_ids: Sequence[int], block_size: int, parent: bytes) -> list[bytes]:
-    """The chained hashes of the full blocks of `token_ids`, which begin after the block of `parent`.
+    """The chained hashes of the full blocks of `token_ids`, which follow the block of `parent`.
 
     A last block that is not full has none. Token ids are below 2^32.
     """

@@ -20,7 +20,7 @@ def plan_cache(
     max_num_seqs: int,
     max_num_batched_tokens: int,
 ) -> CachePlan:
-    """Divides the budget so that every group has room for the same number of requests of `max_model_len`.
+    """Divides the budget so that all groups have room for the same number of full requests.
 
     Never more than is of use, and never more than the budget.
     Raises: ConfigError if not one such request fits; it says what is missing and what would fit.
@@ -71,7 +71,8 @@ def _too_small(needed: int, budget: int, max_model_len: int, fitting: int) -> st
         f"set max_model_len to at most {fitting}, or give the cache more memory "
         "(device_memory_fraction, cache_memory_bytes)"
         if fitting
-        else "no request fits at all; give the cache more memory (device_memory_fraction, cache_memory_bytes)"
+        else "no request fits at all; give the cache more memory (device_memory_fraction, "
+        "cache_memory_bytes)"
     )
     return (
         f"the KV cache of one request of max_model_len {max_model_len} needs {needed:,} bytes; "

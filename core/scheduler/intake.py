@@ -1,4 +1,4 @@
-"""From a request as the front hands it over to one that the scheduler can run, or the reason why not."""
+"""From what the front hands over to a request that can run, or the reason why it cannot."""
 
 from __future__ import annotations
 
@@ -52,14 +52,15 @@ def refuse_what_never_fits(
         )
     if not settings.enable_chunked_prefill and num_prompt > settings.max_num_batched_tokens:
         raise RequestError(
-            f"the prompt has {num_prompt} tokens; a step computes at most {settings.max_num_batched_tokens} and "
-            "chunked prefill is off; shorten the prompt, or raise max_num_batched_tokens",
+            f"the prompt has {num_prompt} tokens; a step computes at most "
+            f"{settings.max_num_batched_tokens} and chunked prefill is off; shorten the prompt, "
+            "or raise max_num_batched_tokens",
             param="prompt",
         )
     num_total = min(num_prompt + spec.max_tokens, settings.max_model_len)
     if not cache.can_ever_hold(num_total - 1, settings.max_num_batched_tokens):
         raise RequestError(
-            f"prompt and output of {num_total} tokens need more blocks than the whole KV cache has; "
-            "shorten the prompt or max_tokens, or give the cache more memory",
+            f"prompt and output of {num_total} tokens need more blocks than the whole KV cache "
+            "has; shorten the prompt or max_tokens, or give the cache more memory",
             param="prompt",
         )

@@ -6,7 +6,9 @@ from quire.core.interface.worker import PositionLogprobs, StepResult
 from quire.core.scheduler.request import FinishReason, Request, RequestUpdate
 
 
-def progress(request: Request, tokens: list[int]) -> RequestUpdate:
+def progress(
+    request: Request, tokens: list[int], logprobs: list[PositionLogprobs] | None = None
+) -> RequestUpdate:
     """The update of a request that goes on."""
     return RequestUpdate(
         request.request_id,
@@ -16,11 +18,12 @@ def progress(request: Request, tokens: list[int]) -> RequestUpdate:
         request.num_cached_tokens,
         request.num_preemptions,
         request.first_scheduled_time_s,
+        logprobs,
     )
 
 
 def end_at(request: Request, token: int) -> tuple[FinishReason | None, int | None]:
-    """Whether the token that was appended last ends the request, and which stop token of the user's it is."""
+    """Whether the last token ends the request, and its id if it is a stop token of the user."""
     num_tokens = len(request.token_ids)
     if token in request.end_token_ids and num_tokens >= request.min_total_tokens:
         return FinishReason.STOP, None if token in request.eos_token_ids else token

@@ -52,8 +52,9 @@ class RequestStatus(enum.Enum):
 class Request:
     """A request in the engine core. The scheduler owns and writes it.
 
-    There are no phases: a step narrows the gap between `num_computed_tokens` and `num_tokens`. A step that reaches
-    the last token samples one more, which counts in `num_tokens` at once, before its value is known.
+    There are no phases: a step narrows the gap between `num_computed_tokens` and `num_tokens`. A
+    step that reaches the last token samples one more, which counts in `num_tokens` at once, before
+    its value is known.
     """
 
     request_id: str
@@ -98,7 +99,7 @@ class Request:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether the prompt must be computed whole, since log-probabilities of it are still owed."""
+        """Whether log-probabilities of the prompt are owed, so that all of it must be computed."""
         return (
             self.sampling.num_prompt_logprobs is not None
             and self.num_prompt_logprobs < self.num_prompt_tokens - 1
@@ -122,6 +123,6 @@ class RequestUpdate(msgspec.Struct, frozen=True, array_like=True, gc=False):
     logprobs: list[PositionLogprobs] | None = None
     """One for each new token, where asked."""
     prompt_logprobs: list[PositionLogprobs] | None = None
-    """The next entries, where asked; all updates together hold one for each prompt token but the first."""
+    """The next entries, where asked; in the end one for each prompt token but the first."""
     error: str | None = None
     """Why it failed, where `finish_reason` is `ERROR`."""

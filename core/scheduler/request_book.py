@@ -10,8 +10,9 @@ from quire.core.scheduler.waiting_queue import WaitingQueue
 
 
 class RequestBook:
-    """The requests that live, and what is still owed to those that left: blocks that steps in flight
-    write to, and a word to the worker.
+    """The requests that live, and what is owed after those that left.
+
+    That is a word to the worker, and the release of blocks that steps in flight still write to.
 
         waiting -> running -> finished
             ^         |
@@ -109,7 +110,10 @@ class RequestBook:
         self._to_forget = list(dict.fromkeys(request_ids + self._to_forget))
 
     def check_integrity(self) -> None:
-        """Compares the states of the requests with the places where they are; AssertionError names what is wrong."""
+        """Compares the states of the requests with the places where they are.
+
+        Raises: AssertionError that names what is wrong.
+        """
         waiting = self.waiting.requests()
         assert len(waiting) == len(self.waiting), (
             f"{len(waiting)} wait, counted {len(self.waiting)}"
@@ -125,6 +129,7 @@ class RequestBook:
         for request in waiting:
             assert request.status in {RequestStatus.WAITING, RequestStatus.PREEMPTED}, request
             assert not request.is_known_to_worker, request
+            assert request.num_computed_tokens == 0, request
         for request in self._unreleased:
             assert request.num_in_flight > 0, request
             assert request.status is not RequestStatus.RUNNING, request

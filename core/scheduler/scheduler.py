@@ -1,8 +1,9 @@
 """Decides which tokens each step computes, and takes in what came of it.
 
-`schedule` may be called again while earlier steps are in flight. It then counts on one token from every step that
-samples; what the token is, `update` learns later. A request that ends meanwhile leaves its blocks to the
-steps in flight that still write to them, and their results for it are thrown away.
+`schedule` may be called again while earlier steps are in flight. It then counts on one token from
+every step that samples; what the token is, `update` learns later. A request that ends meanwhile
+leaves its blocks to the steps in flight that still write to them, and their results for it are
+thrown away.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Scheduler:
         self._step_tokens = settings.max_num_batched_tokens
         self._counts = StepCounts()
 
-    # --------------------------------------------------------------------------- requests come and go
+    # ------------------------------------------------------------------------ requests come and go
 
     def add(self, spec: RequestSpec) -> None:
         """Lets a request wait for its turn.
@@ -81,12 +82,12 @@ class Scheduler:
         num_seats = max(0, self.settings.max_num_seqs - len(self._book.running))
         if len(self._book.waiting) >= limit + num_seats:
             raise RequestError(
-                f"{len(self._book.running)} requests run and {len(self._book.waiting)} wait; max_num_queued is {limit}; "
-                "try again later"
+                f"{self.num_running} requests run and {self.num_waiting} wait; max_num_queued is "
+                f"{limit}; try again later"
             )
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestUpdate]:
-        """Ends requests now, also while steps that hold them are in flight. Ids that do not live are passed over."""
+        """Ends requests now, steps in flight or not. Ids of no living request are passed over."""
         requests = (self._book.live.get(request_id) for request_id in request_ids)
         return [
             self._book.finish(request, FinishReason.ABORT)
@@ -116,7 +117,7 @@ class Scheduler:
         return batch
 
     def _schedule_running(self, draft: StepDraft) -> None:
-        """Those who run have the first turn. Called for every token of every request: the fast path is flat."""
+        """Those who run have the first turn. Flat, since every token passes through here."""
         for request in self._book.running.copy():
             total = request.num_tokens
             if total >= request.max_total_tokens or request.status is not _RUNNING:
@@ -144,14 +145,16 @@ class Scheduler:
 
     def _grow(self, request: Request, num_new: int, draft: StepDraft) -> list[list[int]] | None:
         """Blocks for the request's next tokens, from others if need be; None: not in this step."""
+        gives_back = self._cache.gives_back_early
+        if gives_back and not request.num_in_flight:
+            self._cache.settle(request.table, request.token_ids, request.num_computed_tokens)
         while not draft.is_waiting_for_blocks:
             blocks = self._cache.allocate(request.table, request.num_computed_tokens + num_new)
             if blocks is not None:
                 return blocks
             draft.is_short_of_blocks = True
-            gives_back = self._cache.gives_back_early and request.num_in_flight > 0
-            if gives_back or self._book.is_awaiting_blocks:
-                # A step in flight brings blocks back. Nobody behind takes any, or this request could starve.
+            if self._book.is_awaiting_blocks or (gives_back and request.num_in_flight):
+                # A step in flight brings blocks. Nobody behind takes any, or this one could starve.
                 draft.is_waiting_for_blocks = True
                 break
             candidates = self._book.running[self._book.running.index(request) :]
@@ -163,21 +166,35 @@ class Scheduler:
 
     def _admit_waiting(self, draft: StepDraft) -> None:
         """Those who wait follow in order, as long as seats, tokens and blocks last."""
-        while draft.budget > 0 and len(self._book.running) < self.settings.max_num_seqs:
+        num_seats = self.settings.max_num_seqs
+        patient: list[Request] = []
+        while draft.budget > 0 and len(self._book.running) + len(patient) < num_seats:
             request = self._book.waiting.peek()
             if request is None or request.num_in_flight:
-                return  # a preempted request goes on from tokens that a step in flight still brings
+                break  # a preempted request goes on from tokens that a step in flight still brings
             hit = self._find_prefix(request)
-            num_new = self._first_chunk(request.num_tokens - hit.num_tokens, draft)
-            if num_new == 0 or not self._cache.admit(
-                request.table,
-                hit,
-                num_tokens=request.num_tokens,
-                num_new_tokens=num_new,
-                num_spare_blocks=self._num_spare_blocks(),
+            num_missing = request.num_tokens - hit.num_tokens
+            if hit.num_pending_tokens and self._policy.waits_for_prefix(
+                hit.num_pending_tokens, num_missing
             ):
-                return
-            self._start(request, hit, num_new, draft)
+                patient.append(self._book.waiting.pop())
+            elif not self._admit(request, hit, num_missing, draft):
+                break
+        for request in patient:
+            self._book.waiting.push(request)
+
+    def _admit(self, request: Request, hit: PrefixHit, num_missing: int, draft: StepDraft) -> bool:
+        num_new = self._first_chunk(num_missing, draft)
+        if num_new == 0 or not self._cache.admit(
+            request.table,
+            hit,
+            num_tokens=request.num_tokens,
+            num_new_tokens=num_new,
+            num_spare_blocks=self._num_spare_blocks(),
+        ):
+            return False
+        self._start(request, hit, num_new, draft)
+        return True
 
     def _num_spare_blocks(self) -> int:
         num_running = len(self._book.running)
@@ -217,38 +234,41 @@ class Scheduler:
     # --------------------------------------------------------------------------------- its result
 
     def update(self, batch: StepBatch, result: StepResult) -> list[RequestUpdate]:
-        """Takes in the result of the oldest step in flight. Requests that only computed are not in the answer.
+        """Takes in the result of the oldest step in flight.
 
-        Called for every token of every request: a token that ends nothing takes the flat path.
+        Requests that only computed are not in the answer. A token that ends nothing takes the flat
+        path, since every token passes through here.
         """
         step = self._in_flight.popleft()
         assert step.batch.step_id == batch.step_id == result.step_id, (
             f"step {step.batch.step_id} is next; got batch {batch.step_id}, result {result.step_id}"
         )
         updates: list[RequestUpdate] = []
-        is_plain = not (result.errors or result.logprobs or result.prompt_logprobs)
+        is_plain = not (result.errors or result.prompt_logprobs)
+        logprobs = result.logprobs
         columns = zip(
             step.requests,
             result.sampled_token_ids,
             batch.num_computed_tokens,
             batch.num_new_tokens,
+            batch.samples,
             strict=True,
         )
-        for index, (request, tokens, computed, num_new) in enumerate(columns):
+        for index, (request, tokens, computed, num_new, samples) in enumerate(columns):
             token_ids = request.token_ids
             if (
                 is_plain
+                and samples
                 and len(tokens) == 1
                 and request.status is _RUNNING
                 and tokens[0] not in request.end_token_ids
                 and len(token_ids) + 1 < request.max_total_tokens
-                and batch.samples[index]
             ):
                 request.num_in_flight -= 1
                 if computed + num_new >= request.table.next_settle_at:
                     self._cache.settle(request.table, token_ids, computed + num_new)
                 token_ids.append(tokens[0])
-                updates.append(progress(request, tokens))
+                updates.append(progress(request, tokens, logprobs[index] if logprobs else None))
                 continue
             update = self._update_one(request, index, step, result)
             if update is not None:
@@ -289,13 +309,13 @@ class Scheduler:
             self._cache.settle(request.table, request.token_ids, num_computed)
         prompt_logprobs = new_prompt_logprobs(request, batch.num_computed_tokens[index], result)
         if not tokens:
-            return (
-                replace(progress(request, []), prompt_logprobs=prompt_logprobs)
-                if prompt_logprobs
-                else None
-            )
+            if prompt_logprobs is None:
+                return None
+            return replace(progress(request, []), prompt_logprobs=prompt_logprobs)
         update = self._append_output(request, tokens)
         logprobs = result.logprobs[index] if result.logprobs else None
+        if logprobs is None and prompt_logprobs is None:
+            return update
         return replace(
             update,
             logprobs=logprobs[: len(update.new_token_ids)] if logprobs else None,
@@ -319,7 +339,7 @@ class Scheduler:
         return progress(request, tokens)
 
     def _drop_steps_in_flight(self, request: Request) -> None:
-        """After a result of several tokens, later steps in flight counted on one: the request starts over from its tokens."""
+        """Starts over from the tokens that are known: the steps in flight counted on fewer."""
         request.num_stale_steps = request.num_in_flight
         request.num_tokens = len(request.token_ids)
         if request.status is _RUNNING:
@@ -334,11 +354,12 @@ class Scheduler:
     # ------------------------------------------------------------------------------ when it failed
 
     def fail_step(self, batch: StepBatch, message: str) -> list[RequestUpdate]:
-        """A step did not happen, since the device was out of memory: it and all later ones in flight are void.
+        """A step did not happen, since the device was out of memory; later ones in flight are void.
 
         Their requests are preempted, and steps are made smaller: half the tokens at first, growing
-        again with every step that succeeds. If the step held one request alone and cannot be smaller, that request
-        ends with `message`. The results of the later steps must not be passed to `update`.
+        again with every step that succeeds. If the step held one request alone and cannot be
+        smaller, that request ends with `message`. The results of the later steps must not be passed
+        to `update`. The worker is told again what to forget, whatever it took in of these steps.
         """
         voided = []
         while self._in_flight and self._in_flight[-1].batch.step_id >= batch.step_id:

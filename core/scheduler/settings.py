@@ -18,8 +18,9 @@ class SchedulerSettings:
     policy: str = "fcfs"
     """`fcfs`, or `priority` (a lower number goes first)."""
     enable_chunked_prefill: bool = True
-    """Off: a prompt is computed in one step. Only a preempted request that has outgrown a step resumes in chunks."""
+    """Off: a prompt is computed in one step; only a preempted request that has outgrown a step
+    resumes in chunks."""
     max_num_queued: int | None = None
-    """The most requests that wait beyond the seats that are free; one more is refused. None: no limit."""
+    """The most requests that wait, beyond those for whom seats are free; None: no limit."""
     max_chunk_tokens: int | None = None
-    """The most tokens of one request in a step, so that several prompts share it. None: no limit."""
+    """The most tokens of one request in a step, so that prompts share it; None: no limit."""

@@ -27,7 +27,7 @@ class StepDraft:
     """A step in flight will bring some: nobody takes more before the one who found too few."""
 
     def add(self, request: Request, num_new: int, blocks: list[list[int]] | None) -> None:
-        """Puts the request's next `num_new` tokens into the step, and counts the token that it will sample."""
+        """Puts the request's next `num_new` tokens into the step, and counts on what it samples."""
         computed, total = request.num_computed_tokens, request.num_tokens
         end = computed + num_new
         self.requests.append(request)
@@ -58,7 +58,7 @@ class StepDraft:
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """A step whose result is awaited. Names requests themselves: an id may be taken anew meanwhile."""
+    """A step whose result is awaited. An id may be taken anew meanwhile, a `Request` may not."""
 
     batch: StepBatch
     requests: list[Request]

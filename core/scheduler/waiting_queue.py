@@ -12,7 +12,8 @@ _COMPACT_ABOVE = 64
 class WaitingQueue:
     """A heap by `order_key`. A preempted request keeps its key and so comes back to the front.
 
-    A request that ends while it waits stays in the heap, unseen, until it comes up or too many such have gathered.
+    A request that ends while it waits stays in the heap, unseen, until it comes up or too many such
+    have gathered.
     """
 
     def __init__(self) -> None:

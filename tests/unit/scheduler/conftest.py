@@ -331,6 +331,7 @@ class House:
         batch = self.scheduler.schedule()
         if batch is not None:
             self._check_no_block_is_taken_from_the_device(batch)
+            self._check_lengths(batch)
             self.batches.append(batch)
             # A lazy device looks at the batch when its result is wanted: whatever the scheduler changes in it shows.
             self.in_flight.append((batch, None if self.is_lazy else self._execute(batch)))
@@ -391,6 +392,16 @@ class House:
         }
         taken = [block for block in self._fresh_blocks(batch) if block in written]
         assert not taken, f"blocks {taken} are given away while a step in flight writes to them"
+
+    def _check_lengths(self, batch: StepBatch) -> None:
+        """No token is computed from which none may follow."""
+        columns = zip(
+            batch.request_ids, batch.num_computed_tokens, batch.num_new_tokens, strict=True
+        )
+        for request_id, num_computed, num_new in columns:
+            spec = self.stories[request_id].spec
+            limit = min(len(spec.prompt_token_ids) + spec.max_tokens, self.settings.max_model_len)
+            assert num_computed + num_new < limit, f"{request_id} computes past its end"
 
     def _fresh_blocks(self, batch: StepBatch):
         for blocks in batch.new_block_ids:

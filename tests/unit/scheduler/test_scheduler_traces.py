@@ -9,10 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire.core.interface.worker import SamplingSpec
+from quire.core.scheduler.policy import PriorityPolicy
 from quire.core.scheduler.request import FinishReason
 
 EXAMPLES = 250
-DEEP_EXAMPLES = 20_000
+DEEP_EXAMPLES = 5_000
 FAMILIES = [[(7 * k + 3 * i + i * i) % 17 for i in range(64)] for k in range(3)]
 
 
@@ -60,6 +61,8 @@ class Scenario:
     oom_is_late: bool
     speculate_every: int
     resets_at: int | None
+    is_patient: bool
+    """Requests wait for any prefix that another one computes, however short."""
 
 
 plots = st.builds(
@@ -118,7 +121,15 @@ def scenarios(draw, *, with_mischief: bool):
         oom_is_late=draw(st.booleans()) if mischief else False,
         speculate_every=draw(st.integers(0, 4)) if mischief else 0,
         resets_at=draw(none_or(st.integers(0, 12))) if mischief else None,
+        is_patient=draw(st.booleans()),
     )
+
+
+class PatientPolicy(PriorityPolicy):
+    """Tiny prompts, too, wait for each other, so that tiny scenarios show what that does."""
+
+    def waits_for_prefix(self, num_pending, num_missing):
+        return num_pending > 0
 
 
 def build(kit, scenario: Scenario):
@@ -155,6 +166,7 @@ def build(kit, scenario: Scenario):
         max_chunk_tokens=scenario.max_chunk_tokens,
         enable_chunked_prefill=scenario.enable_chunked_prefill,
         policy=scenario.policy,
+        policy_object=PatientPolicy() if scenario.is_patient else None,
     )
 
 
