@@ -1,9 +1,9 @@
 """The asyncio front: many callers, one engine core in its own process.
 
-    engine = await AsyncEngine.start(EngineConfig(model="demo"))
-    async for output in engine.generate("Once upon a time", SamplingParams(max_tokens=32), "request-1"):
-        print(output.outputs[0].text, end="")
-    await engine.shutdown()
+engine = await AsyncEngine.start(EngineConfig(model="demo"))
+async for output in engine.generate("Once upon a time", SamplingParams(max_tokens=32), "request-1"):
+    print(output.outputs[0].text, end="")
+await engine.shutdown()
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from quire.core.engine.client import AsyncProcessClient
 from quire.core.engine.core import BuildCore, EngineCore
 from quire.core.engine.facts import EngineFacts, EngineStatistics
 from quire.core.engine.front import Front, make_front
+from quire.core.engine.messages import same_death
 from quire.core.engine.output_state import OutputKind
 from quire.core.engine.prompts import Prompt, parse_prompt
 from quire.core.engine.request_stream import RequestStream
@@ -75,7 +76,7 @@ class AsyncEngine:
             chat = ChatRenderer(front.codec, template) if front.codec else None
             return cls(client, front, chat)
         except BaseException:
-            client.close()
+            await client.close()
             raise
 
     # ------------------------------------------------------------------------------ generation
@@ -238,7 +239,7 @@ class AsyncEngine:
             self._abort_in_core(request_id)
         self._receiver.cancel()
         await asyncio.gather(self._receiver, return_exceptions=True)
-        await asyncio.to_thread(self._client.close)
+        await self._client.close()
         if self._chat is not None:
             self._chat.close()
 
@@ -246,7 +247,7 @@ class AsyncEngine:
 
     def _refuse_if_not_ready(self) -> None:
         if self.dead_error is not None:
-            raise self.dead_error
+            raise same_death(self.dead_error)
         if self._is_closing:
             raise EngineDeadError("the engine is shutting down; send the request to another")
 
@@ -291,13 +292,17 @@ class AsyncEngine:
                 for start in range(0, len(updates), _UPDATES_AT_ONCE):
                     if start:
                         await asyncio.sleep(0)
-                    to_abort = self._front.outputs.process(updates[start : start + _UPDATES_AT_ONCE])
+                    to_abort = self._front.outputs.process(
+                        updates[start : start + _UPDATES_AT_ONCE]
+                    )
                     if to_abort:
                         self._client.abort(to_abort)
         except EngineDeadError as error:
             self._fail_all(error)
         except Exception as error:  # ours; without this task every stream would wait for ever
-            self._fail_all(EngineDeadError("the front of the engine failed", root_cause=repr(error)))
+            self._fail_all(
+                EngineDeadError("the front of the engine failed", root_cause=repr(error))
+            )
             raise
 
     def _fail_all(self, error: EngineDeadError) -> None:

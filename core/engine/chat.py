@@ -128,7 +128,9 @@ def read_template(chat_template: str) -> str:
 def split_conversations(messages: object) -> tuple[list[Sequence[Message]], bool]:
     """One conversation or a list of them, as a list, and whether it was a list."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise RequestError("messages must be a list of messages with role and content", param="messages")
+        raise RequestError(
+            "messages must be a list of messages with role and content", param="messages"
+        )
     if isinstance(messages[0], Mapping):
         return [messages], False
     return list(messages), True

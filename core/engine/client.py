@@ -27,6 +27,7 @@ from quire.core.engine.messages import (
     Updates,
     dead_by,
     restore_error,
+    same_death,
 )
 from quire.core.errors import EngineDeadError, RequestError
 from quire.core.scheduler.request import RequestSpec, RequestUpdate
@@ -187,7 +188,7 @@ class ProcessClient(CoreClient):
                 return message
             case _:
                 self._dead = death(self._process, message)
-                raise self._dead
+                self._raise_if_dead()
         return None
 
     def _next(self) -> FromCore:
@@ -195,7 +196,7 @@ class ProcessClient(CoreClient):
 
     def _raise_if_dead(self) -> None:
         if self._dead is not None:
-            raise self._dead
+            raise same_death(self._dead)
 
 
 class AsyncProcessClient:
@@ -223,7 +224,7 @@ class AsyncProcessClient:
             socket = zmq.asyncio.Socket(shadow=process.from_core)
             ready = read_start(process, process.decode(await socket.recv()))
         except BaseException:
-            process.close()
+            await asyncio.to_thread(process.close)
             raise
         return cls(process, ready, socket)
 
@@ -268,12 +269,12 @@ class AsyncProcessClient:
         """Tells the core between two steps. Raises: EngineDeadError."""
         return bool(await self._call("reset_prefix_cache"))
 
-    def close(self) -> None:
-        """Ends the process; waits for it. Nobody may be in `receive` any more."""
+    async def close(self) -> None:
+        """Ends the process and waits for it. Nobody may be in `receive` any more."""
         if self._dead is None:
             self._die(EngineDeadError("the engine was closed"))
         self._socket.close(linger=0)
-        self._process.close()
+        await asyncio.to_thread(self._process.close)
 
     async def _call(self, name: str) -> Any:
         self._raise_if_dead()
@@ -300,11 +301,11 @@ class AsyncProcessClient:
         self._dead = error
         for future in self._calls.values():
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(same_death(error))
 
     def _raise_if_dead(self) -> None:
         if self._dead is not None:
-            raise self._dead
+            raise same_death(self._dead)
 
 
 def read_start(process: CoreProcess, message: FromCore) -> Ready:

@@ -11,6 +11,7 @@ from typing import Any
 
 from quire.core.config import EngineConfig
 from quire.core.engine.facts import EngineFacts, EngineStatistics
+from quire.core.engine.messages import same_death
 from quire.core.errors import DeviceOutOfMemory, EngineDeadError, RequestError
 from quire.core.executor.executor import Executor
 from quire.core.executor.in_process import make_executor
@@ -119,8 +120,7 @@ class EngineCore:
         out of memory is tried again in smaller ones.
         Raises: EngineDeadError with the root cause for anything else that fails; the core is dead then.
         """
-        if self._dead is not None:
-            raise self._dead
+        self._raise_if_dead()
         refused, self._refused = self._refused, []
         try:
             return refused + self._step() if refused else self._step()
@@ -159,14 +159,17 @@ class EngineCore:
 
     def health(self) -> None:
         """Returns if steps can run. Raises: EngineDeadError, DeviceLost."""
-        if self._dead is not None:
-            raise self._dead
+        self._raise_if_dead()
         self._executor.health()
 
     def close(self) -> None:
         """Drops all requests and releases the device. Calling twice is harmless."""
         self._in_flight.clear()
         self._executor.close()
+
+    def _raise_if_dead(self) -> None:
+        if self._dead is not None:
+            raise same_death(self._dead)
 
     def _step(self) -> list[RequestUpdate]:
         while len(self._in_flight) < self._num_ahead:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import signal
 import threading
@@ -50,9 +51,17 @@ class CoreProcess:
         except BaseException:
             make_closer(self.context, self._sockets)()
             raise
+        assert self._process.pid is not None, self._process
+        self.pid = self._process.pid
+        """The child's process id."""
         watcher = _start_watcher(self._process, self.context)
         self._closer = weakref.finalize(
-            self, _end, self._process, watcher, self._sockets, make_closer(self.context, self._sockets)
+            self,
+            _end,
+            self._process,
+            watcher,
+            self._sockets,
+            make_closer(self.context, self._sockets),
         )
         # multiprocessing joins its children at exit: ours must have been told to stop before.
         atexit.register(self._closer)
@@ -67,15 +76,10 @@ class CoreProcess:
         """Messages of the child."""
         return self._sockets.from_core
 
-    @property
-    def pid(self) -> int:
-        """The child's process id."""
-        assert self._process.pid is not None, self._process
-        return self._process.pid
-
     def send(self, message: ToCore) -> None:
-        """Hands a message to the child; never waits."""
-        self._sockets.to_core.send(self._encoder.encode(message), zmq.NOBLOCK)
+        """Hands a message to the child; never waits. One that is gone hears nothing: `Exited` is on its way."""
+        with contextlib.suppress(zmq.Again):
+            self._sockets.to_core.send(self._encoder.encode(message), zmq.NOBLOCK)
 
     def decode(self, frame: bytes) -> FromCore:
         """A message of the child."""
@@ -87,7 +91,9 @@ class CoreProcess:
             return msgspec.msgpack.decode(self.endpoints.fatal_file.read_bytes(), type=ErrorRecord)
         except (OSError, msgspec.DecodeError):
             return ErrorRecord(
-                kind="ProcessExited", message=_describe_exit(exit_code), traceback=self._crash_text()
+                kind="ProcessExited",
+                message=_describe_exit(exit_code),
+                traceback=self._crash_text(),
             )
 
     def close(self) -> None:
@@ -127,13 +133,16 @@ def _end(
     close_sockets: Callable[[], None],
 ) -> None:
     """Asks the child to stop, waits, kills it if need be, and closes what is ours."""
-    sockets.to_core.send(msgspec.msgpack.encode(Shutdown()), zmq.NOBLOCK)
-    watcher.join(_SHUTDOWN_GRACE_S)
-    if watcher.is_alive():
+    try:
+        sockets.to_core.send(msgspec.msgpack.encode(Shutdown()), zmq.NOBLOCK)
+        watcher.join(_SHUTDOWN_GRACE_S)
+    except zmq.Again:  # it never came as far as its sockets, or is gone
+        pass
+    finally:
         process.kill()
         watcher.join()
-    process.close()
-    close_sockets()
+        process.close()
+        close_sockets()
 
 
 def _describe_exit(exit_code: int) -> str:

@@ -45,7 +45,9 @@ class BoundSockets:
     from_core: zmq.Socket[bytes]
 
 
-def bind_sockets(context: zmq.Context[zmq.Socket[bytes]], *, transport: str | None = None) -> BoundSockets:
+def bind_sockets(
+    context: zmq.Context[zmq.Socket[bytes]], *, transport: str | None = None
+) -> BoundSockets:
     """Creates a private directory and binds the front's two sockets: `ipc` where it exists, else `tcp` on loopback."""
     directory = tempfile.mkdtemp(prefix="quire-")
     if transport is None:
@@ -59,7 +61,7 @@ def bind_sockets(context: zmq.Context[zmq.Socket[bytes]], *, transport: str | No
     names = []
     for socket, name in ((to_core, "to_core"), (from_core, "from_core")):
         socket.bind(f"ipc://{directory}/{name}" if transport == "ipc" else "tcp://127.0.0.1:*")
-        names.append(socket.last_endpoint.decode().rstrip("\0"))
+        names.append(socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
     endpoints = Endpoints(
         to_core=names[0], from_core=names[1], directory=directory, server_key=server_key
     )

@@ -35,7 +35,9 @@ def read_generation_defaults(directory: str) -> GenerationDefaults:
 
 
 def _sampling(generation: dict[str, Any]) -> dict[str, Any]:
-    found = {name: generation[name] for name in _SAMPLING_FIELDS if generation.get(name) is not None}
+    found = {
+        name: generation[name] for name in _SAMPLING_FIELDS if generation.get(name) is not None
+    }
     if isinstance(generation.get("max_new_tokens"), int):
         found["max_tokens"] = generation["max_new_tokens"]
     if generation.get("do_sample") is False:

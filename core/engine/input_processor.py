@@ -185,9 +185,9 @@ class InputProcessor:
         return self._name_function(processor)
 
 
-
-
-def make_params(given: SamplingParams | Mapping[str, Any] | None, defaults: GenerationDefaults) -> SamplingParams:
+def make_params(
+    given: SamplingParams | Mapping[str, Any] | None, defaults: GenerationDefaults
+) -> SamplingParams:
     """Sampling parameters as given; None: the model's own defaults.
 
     Raises: RequestError for anything else.

@@ -1,8 +1,8 @@
 """The offline front: prompts in, texts out.
 
-    llm = LLM(model="demo")
-    for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
-        print(output.outputs[0].text)
+llm = LLM(model="demo")
+for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
+    print(output.outputs[0].text)
 """
 
 from __future__ import annotations
@@ -142,7 +142,9 @@ class LLM:
 
         Raises: RequestError at once; EngineDeadError.
         """
-        requests = self._prepare_all([prompt], sampling_params, add_special_tokens=add_special_tokens)
+        requests = self._prepare_all(
+            [prompt], sampling_params, add_special_tokens=add_special_tokens
+        )
         return self._stream(requests[0])
 
     # --------------------------------------------------------------------------- what it knows
@@ -213,7 +215,9 @@ class LLM:
         self._num_requests += len(prompts)
         return prepared
 
-    def _tokenize_all(self, prompts: Sequence[Prompt], *, add_special_tokens: bool) -> list[list[int]]:
+    def _tokenize_all(
+        self, prompts: Sequence[Prompt], *, add_special_tokens: bool
+    ) -> list[list[int]]:
         parsed = [parse_prompt(prompt) for prompt in prompts]
         texts = [one.text or "" for one in parsed if one.token_ids is None]
         encoded = iter(
@@ -293,5 +297,7 @@ def _one_for_each(value: Any, count: int, param: str) -> list[Any]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         return [value] * count
     if len(value) != count:
-        raise RequestError(f"{len(value)} {param} for {count} prompts; give one for each", param=param)
+        raise RequestError(
+            f"{len(value)} {param} for {count} prompts; give one for each", param=param
+        )
     return list(value)

@@ -152,3 +152,13 @@ def dead_by(record: ErrorRecord) -> EngineDeadError:
     )
     error.add_note(f"In the process of the engine core:\n{record.traceback}")
     return error
+
+
+def same_death(error: EngineDeadError) -> EngineDeadError:
+    """The same error for the next who asks: one object raised again and again would gather all their tracebacks."""
+    copy = EngineDeadError(*error.args)
+    copy.root_cause = error.root_cause
+    copy.__cause__ = error.__cause__
+    for note in getattr(error, "__notes__", ()):
+        copy.add_note(note)
+    return copy

@@ -12,7 +12,14 @@ from quire.core.sampling_params import SamplingParams
 class OutputText:
     """Takes tokens and gives text that is certain."""
 
-    __slots__ = ("_detokenizer", "_includes_stop", "_min_tokens", "_num_tokens", "_stop_filter", "stop")
+    __slots__ = (
+        "_detokenizer",
+        "_includes_stop",
+        "_min_tokens",
+        "_num_tokens",
+        "_stop_filter",
+        "stop",
+    )
 
     def __init__(
         self, params: SamplingParams, decoder: TokenDecoder, prompt_token_ids: Sequence[int]

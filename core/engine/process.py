@@ -53,7 +53,7 @@ def run_core_process(config: EngineConfig, endpoints: Endpoints, build_core: Bui
         mailbox = Mailbox(context, endpoints)
         _exit_with_parent(context, endpoints.directory)
         is_clean = _serve(config, build_core, mailbox, endpoints)
-        mailbox.close()
+        mailbox.close(linger_ms=0 if is_clean else _LINGER_MS)
         context.term()
         faulthandler.disable()
     if not is_clean:
@@ -102,10 +102,10 @@ class Mailbox:
         """Hands a message to the front; never waits."""
         self._outbox.send(self._encoder.encode(message))
 
-    def close(self) -> None:
-        """Closes both; what was sent may still arrive."""
+    def close(self, *, linger_ms: int) -> None:
+        """Closes both; what was sent has so long to arrive."""
         self._inbox.close(linger=0)
-        self._outbox.close(linger=_LINGER_MS)
+        self._outbox.close(linger=linger_ms)
 
 
 class CoreLoop:

@@ -40,7 +40,7 @@ def split_prompts(prompts: object) -> list[Prompt]:
     """One prompt or a list of them, as a list. A list of numbers is one prompt."""
     if isinstance(prompts, str | Mapping) or not _is_list(prompts):
         return [prompts]  # type: ignore[list-item]  # parse_prompt says what is wrong with it
-    items = list(prompts)  # type: ignore[call-overload]
+    items: list[Any] = list(prompts)  # type: ignore[call-overload]
     if items and all(isinstance(item, int) for item in items):
         return [items]
     return items
@@ -50,7 +50,9 @@ def _parse_mapping(prompt: Mapping[str, Any]) -> ParsedPrompt:
     unknown = sorted(map(str, set(prompt) - _KEYS))
     if unknown or not set(prompt) & _KEYS:
         has = f"has {', '.join(map(repr, unknown))}" if unknown else "is empty"
-        raise RequestError(f"a prompt dict holds prompt or prompt_token_ids; this one {has}", param="prompt")
+        raise RequestError(
+            f"a prompt dict holds prompt or prompt_token_ids; this one {has}", param="prompt"
+        )
     text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if text is not None and not isinstance(text, str):
         raise RequestError(f"prompt must be a text, not {type(text).__name__}", param="prompt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from quire.core.engine.messages import same_death
 from quire.core.errors import EngineDeadError
 from quire.core.outputs import CompletionOutput, RequestOutput
 
@@ -49,7 +50,7 @@ class RequestStream:
         if output is None:
             assert self._error is not None, self.request_id
             self._is_over = True
-            raise self._error
+            raise same_death(self._error)
         self._is_over = output.is_finished
         if self._error is None:
             self._has_news.clear()

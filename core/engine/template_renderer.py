@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -89,7 +89,7 @@ def answer(render: Callable[[dict[str, Any]], str], request: dict[str, Any]) -> 
         _set_alarm(0.0)
 
 
-def read_message(stream: BinaryIO) -> dict[str, Any] | None:
+def read_message(stream: IO[bytes]) -> dict[str, Any] | None:
     """The next message; None at the end."""
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
@@ -99,7 +99,7 @@ def read_message(stream: BinaryIO) -> dict[str, Any] | None:
     return json.loads(body) if len(body) == length else None
 
 
-def write_message(stream: BinaryIO, message: dict[str, Any]) -> None:
+def write_message(stream: IO[bytes], message: dict[str, Any]) -> None:
     """Writes one message and flushes."""
     body = json.dumps(message, ensure_ascii=True).encode()
     stream.write(LENGTH.pack(len(body)) + body)

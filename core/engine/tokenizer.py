@@ -50,7 +50,9 @@ class TextCodec:
         with self._lock:
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-    def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    def encode_all(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
         """Token ids of each text; faster than one by one."""
         if self._backend is not None:
             found = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
@@ -121,9 +123,10 @@ def load_codec(directory: str, *, tokenizer: str | None = None) -> TextCodec | N
     Raises: CheckpointError with the remedy for a tokenizer that cannot be loaded.
     """
     path = Path(tokenizer or directory)
-    if path.is_dir() and not any((path / file).is_file() for file in _TOKENIZER_FILES):
-        if tokenizer is None:
-            return None
+    has_files = any((path / file).is_file() for file in _TOKENIZER_FILES)
+    if tokenizer is None and not has_files:
+        return None
+    if tokenizer is not None and path.is_dir() and not has_files:
         raise no_tokenizer(tokenizer)
     return TextCodec(_load_from_transformers(tokenizer or directory))
 
@@ -146,7 +149,9 @@ def _load_from_transformers(name: str) -> Any:
         ) from error
     try:
         return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for bad files
+    except (
+        Exception
+    ) as error:  # transformers raises OSError, ValueError, KeyError and more for bad files
         raise CheckpointError(
             f"the tokenizer {name} cannot be loaded: {type(error).__name__}: {error}; "
             "repair its files, or name another with tokenizer=..."
@@ -158,7 +163,7 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
 
     Raises: RequestError if it cannot be told.
     """
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     try:
         schema: dict[str, Any] = get_json_schema(function)

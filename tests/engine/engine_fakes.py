@@ -132,7 +132,9 @@ class FakeWorker(Worker):
             request.token_ids += sampled
             tokens.append(sampled)
             wanted = request.sampling.num_logprobs
-            logprobs.append([fake_logprobs(one, wanted) for one in sampled] if wanted is not None else None)
+            logprobs.append(
+                [fake_logprobs(one, wanted) for one in sampled] if wanted is not None else None
+            )
         return StepResult(
             step_id=batch.step_id,
             sampled_token_ids=tokens,
@@ -248,9 +250,7 @@ def build_fake_core(config: EngineConfig) -> EngineCore:
         if step_fault is not None and batch.step_id == at:
             _fail(step_fault)
 
-    worker = FakeWorker(
-        before_step=before_step, is_asynchronous=bool(config.overlap_scheduling)
-    )
+    worker = FakeWorker(before_step=before_step, is_asynchronous=bool(config.overlap_scheduling))
     return make_core(
         config,
         make_facts(config, 512),
@@ -263,7 +263,10 @@ def build_fake_core(config: EngineConfig) -> EngineCore:
 START_FAULTS: dict[str, BaseException] = {
     "config": ConfigError("nothing fits"),
     "unsupported": UnsupportedError(
-        [Reason(code="a.b", need="x", have="y", remedy="z"), Reason(code="c.d", need="1", have="2", remedy="3")],
+        [
+            Reason(code="a.b", need="x", have="y", remedy="z"),
+            Reason(code="c.d", need="1", have="2", remedy="3"),
+        ],
         what="this model",
     ),
     "bug": ZeroDivisionError("a bug of ours"),
@@ -288,9 +291,7 @@ def _fail(fault: str) -> None:
             raise ZeroDivisionError("a bug of the worker")
 
 
-def spec(
-    request_id: str, prompt: Sequence[int], max_tokens: int = 8, **fields: Any
-) -> RequestSpec:
+def spec(request_id: str, prompt: Sequence[int], max_tokens: int = 8, **fields: Any) -> RequestSpec:
     """A request as the front would hand it over."""
     sampling = fields.pop("sampling", SamplingSpec(temperature=0.0))
     return RequestSpec(

@@ -136,7 +136,10 @@ def test_step_request_that_never_fits_the_device_fails_and_core_lives_on():
     updates |= run_all(core)
     assert tokens_of(updates["light"]) == expected_tokens([5, 6], 3)
     last = updates["heavy"][-1]
-    assert (last.finish_reason, "no room for heavy" in (last.error or "")) == (FinishReason.ERROR, True)
+    assert (last.finish_reason, "no room for heavy" in (last.error or "")) == (
+        FinishReason.ERROR,
+        True,
+    )
 
 
 @pytest.mark.parametrize("error", [DeviceLost("gone"), ZeroDivisionError("a bug")])

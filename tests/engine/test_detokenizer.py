@@ -129,7 +129,9 @@ def test_append_long_output_decodes_few_tokens_each_time(codecs):
     """The cost of a token does not grow with the output."""
     codec = codecs["byte_level"]
     counting = CountingDecoder(codec)
-    ids = codec.encode("The quick brown fox jumps over the lazy dog. é€😀 " * 100, add_special_tokens=False)
+    ids = codec.encode(
+        "The quick brown fox jumps over the lazy dog. é€😀 " * 100, add_special_tokens=False
+    )
     assert len(ids) > 2000
     detokenizer = Detokenizer(counting)
     for token_id in ids:
