@@ -109,6 +109,17 @@ class FakeEngine:
         self.streams[request_id] = stream
         return stream
 
+    async def generate(self, prompt, params, request_id, **options):
+        stream = await self.submit(prompt, params, request_id, **options)
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            await stream.abort()
+
+    async def reset_prefix_cache(self):
+        return True
+
     def _prompt_ids(self, prompt, params, add_special_tokens) -> list[int]:
         ids = list(prompt) if not isinstance(prompt, str) else _encode(prompt, add_special_tokens)
         ids = ids[-params.truncate_prompt_tokens :] if params.truncate_prompt_tokens else ids

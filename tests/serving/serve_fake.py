@@ -6,6 +6,7 @@ python serve_fake.py PORT SHUTDOWN_TIMEOUT_S [engine fields as JSON]
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from quire.core.config import EngineConfig
 from quire.core.errors import EngineDeadError
 from quire.core.serving.lifecycle import run_server
 from quire.core.serving.settings import ServerSettings
+
+say = functools.partial(print, flush=True)  # the parent reads lines
 
 
 class ProgramEngine(FakeEngine):
@@ -33,7 +36,7 @@ class ProgramEngine(FakeEngine):
 
 async def start(config: EngineConfig) -> FakeEngine:
     if config.model == "never":
-        print("loading", flush=True)
+        say("loading")
         await asyncio.Event().wait()
     return ProgramEngine(hold=asyncio.Event())
 
@@ -43,10 +46,8 @@ def main() -> int:
     options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
     config = EngineConfig(model=options.pop("model", "fake"))
     settings = ServerSettings(port=port, shutdown_timeout_s=timeout_s, **options)
-    print("bound", flush=True)
-    return run_server(
-        config, settings, announce=lambda ready: print(ready.url, flush=True), start_engine=start
-    )
+    say("bound")
+    return run_server(config, settings, announce=lambda ready: say(ready.url), start_engine=start)
 
 
 if __name__ == "__main__":

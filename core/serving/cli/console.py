@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from quire.core.errors import PluginError, QuireError
 
@@ -19,17 +19,12 @@ _PIPE_WIDTH = 160
 
 def out() -> Console:
     """For results."""
-    from rich.console import Console
-
-    is_terminal = sys.stdout.isatty()
-    return Console(file=sys.stdout, highlight=False, width=None if is_terminal else _PIPE_WIDTH)
+    return _console(sys.stdout)
 
 
 def err() -> Console:
     """For progress, explanations and errors."""
-    from rich.console import Console
-
-    return Console(file=sys.stderr, highlight=False)
+    return _console(sys.stderr)
 
 
 def show_error(error: QuireError) -> None:
@@ -71,3 +66,10 @@ def size(num_bytes: int) -> str:
         if num_bytes >= 1 << shift:
             return f"{num_bytes / (1 << shift):.2f} {unit}"
     return f"{num_bytes} B"
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    width = None if stream.isatty() else _PIPE_WIDTH
+    return Console(file=stream, highlight=False, width=width)

@@ -9,7 +9,7 @@ import itertools
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any
 
@@ -115,15 +115,16 @@ def _extended(
     return extended
 
 
+@functools.cache
 def _options(
-    settings: type, panel: str, only: Collection[str] | None = None
-) -> list[inspect.Parameter]:
+    settings: type, panel: str, only: tuple[str, ...] | None = None
+) -> tuple[inspect.Parameter, ...]:
     chosen = [f for f in fields(settings) if f.name != "model" and (only is None or f.name in only)]
     # Only of these: other fields may name types that exist for type checkers alone.
     annotated = types.SimpleNamespace(__annotations__={f.name: f.type for f in chosen})
     hints = typing.get_type_hints(annotated, vars(sys.modules[settings.__module__]))
     helps = field_docs(settings)
-    return [_option(f, hints[f.name], helps.get(f.name, ""), panel) for f in chosen]
+    return tuple(_option(f, hints[f.name], helps.get(f.name, ""), panel) for f in chosen)
 
 
 def _option(field: Field[Any], hint: Any, text: str, panel: str) -> inspect.Parameter:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from quire.core.errors import ConfigError
 
 
@@ -28,6 +26,8 @@ def random_prompts(
     number: int, length: int, token_ids: Sequence[int], seed: int
 ) -> list[list[int]]:
     """`number` prompts of `length` tokens, each token drawn from `token_ids`."""
+    import numpy as np
+
     rng = np.random.default_rng(seed)
     drawn = rng.choice(np.asarray(token_ids), size=(number, length))
     return [list(map(int, row)) for row in drawn]

@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from quire.core.serving.cli.console import err, out, table
 
 if TYPE_CHECKING:
@@ -24,6 +22,8 @@ _PACKAGES = ("quire", "torch", "triton", "transformers", "numpy")
 
 def distribution(name: str, values_s: Sequence[float]) -> dict[str, float]:
     """Mean and percentiles of times, in milliseconds; empty where there are none."""
+    import numpy as np
+
     if not values_s:
         return {}
     values_ms = np.asarray(values_s) * 1000.0
