@@ -98,13 +98,17 @@ class Simulation:
         self.finish_some()
 
     def apply_and_undo(self, batch: StepBatch) -> None:
-        before = list(self.fast._row_of)
+        before = dict(self.fast._row_of)
+        rows = sorted(before.values())
+        tables = [table[rows] for table in self.fast.block_tables]
         change = self.fast.apply(batch)
         step = self.fast.scheduled(batch)
         sampled = step.rows[np.flatnonzero(batch.samples)]
         self.fast.append_sampled(sampled, self.fast.states(sampled), change)
         self.fast.undo(change)
-        assert sorted(self.fast._row_of) == sorted(before)
+        assert self.fast._row_of == before
+        for table, old in zip(self.fast.block_tables, tables, strict=True):
+            np.testing.assert_array_equal(table[rows], old)
         self.fast.check_integrity()
 
     def make_step(self) -> StepBatch | None:

@@ -70,6 +70,8 @@ def test_upload_other_shapes_reuses_and_outgrows_the_buffer():
     check_equal(buffer.upload(ARRAYS))
     large = np.arange(5000, dtype=np.int64)
     assert buffer.upload({"large": large})["large"].tolist() == large.tolist()
+    other = {**ARRAYS, "ids": np.arange(5, dtype=np.int64) + 70}
+    assert buffer.upload(other)["ids"].tolist() == [70, 71, 72, 73, 74]
     check_equal(buffer.upload(ARRAYS))
     first = buffer.upload(ARRAYS)["ids"].data_ptr()
     assert buffer.upload(ARRAYS)["ids"].data_ptr() == first

@@ -94,11 +94,17 @@ def test_step_out_of_memory_did_not_happen(when, tiny, prompts):
     for _ in range(when):
         driver.step(driver.plan_step(20))
     batch = driver.make_batch(driver.plan_step(20))
+    requests = driver.worker._running().requests
+    rows = sorted(requests._row_of.values())
+    before = (dict(requests._row_of), sorted(requests._free_rows))
+    num_blocks = requests._num_blocks[:, rows].tolist()
     FailsOnce(driver, torch.OutOfMemoryError(DEVICE_MESSAGE))
     with pytest.raises(DeviceOutOfMemory) as caught:
         driver.worker.execute(batch)
     assert caught.value.tag == "activations"
-    driver.worker._running().requests.check_integrity()
+    requests.check_integrity()
+    assert (dict(requests._row_of), sorted(requests._free_rows)) == before
+    assert requests._num_blocks[:, rows].tolist() == num_blocks
     driver.worker.health()
     driver.receive(batch, driver.worker.execute(batch))
     assert driver.run(20) == expected

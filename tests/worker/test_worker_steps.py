@@ -59,6 +59,35 @@ def test_seeds_of_the_same_prompt_give_different_tokens(tiny, prompts):
     assert len({tuple(tokens) for tokens in outputs.values()}) > 5
 
 
+def test_submit_on_an_asynchronous_device_returns_before_the_step_is_done(tiny, prompts, oracle):
+    """Two steps wait in the queue; the second takes a token that no host has seen."""
+    device = SimDevice()
+    driver = Driver(make_worker(tiny(), device=device))
+    job = driver.add("r33", prompts["r33"], 10)
+    batches = [driver.make_batch({"r33": count}) for count in (33, 1)]
+    steps = [driver.worker.submit(batch) for batch in batches]
+    assert not device.queue().backlog.has_reached(1)
+    for batch, step in zip(batches, steps, strict=True):
+        driver.receive(batch, step.result())
+    assert job.output == oracle()["r33"][:2]
+
+
+def test_history_of_a_request_is_complete_when_a_step_needs_it(tiny, prompts, oracle):
+    """Processors, penalties and bad words never see the placeholder of a token on its way."""
+    worker = make_worker(tiny(), device=SimDevice())
+    seen = []
+
+    def note(prompt_ids, output_ids, logits):
+        seen.append(list(output_ids))
+        return logits
+
+    worker.logits_processors.register("note", note)
+    driver = Driver(worker)
+    driver.add("r33", prompts["r33"], 6, SamplingSpec(temperature=0.0, logits_processors=("note",)))
+    driver.run_overlapped()
+    assert seen == [oracle()["r33"][:count] for count in range(6)]
+
+
 @pytest.fixture(scope="module")
 def float64_logprobs(tiny):
     """log_softmax in float64 after each position of a sequence, by transformers in float64."""
