@@ -11,6 +11,7 @@ format; with a time budget it also depends on how fast the machine was.
 from __future__ import annotations
 
 import datetime as dt
+import os
 import shlex
 import signal
 import sys
@@ -29,18 +30,18 @@ if __package__ in (None, ""):  # started as a file: its package is the folder ab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train_demo.batches import Mix, cut_windows
+from train_demo.export import export_model
 from train_demo.keeper import RunKeeper
 from train_demo.preparation import Preparation, prepare
 from train_demo.progress import ProgressDisplay
 from train_demo.schedule import Budget, next_time_of_day
-from train_demo.tokenizer import BOS, END, EOS, PAD, special_token_id
 from train_demo.training import (
     Recipe,
-    Run,
     load_checkpoint,
-    make_run,
+    make_demo_run,
     train,
 )
+from train_demo.workers import Assignment, open_group
 
 CHECKPOINT_NAME = "checkpoint.pt"
 
@@ -56,17 +57,20 @@ def run_command(
     minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
     until: Annotated[str | None, typer.Option(help="Stop at this local time, HH:MM.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = False,
-    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
+    workers: Annotated[int, typer.Option(help="Processes that share each batch.")] = 2,
+    threads: Annotated[int, typer.Option(help="Threads of torch in each of them.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the text.")] = 0,
 ) -> None:
     """Train until the budget is used up; Ctrl-C or SIGTERM saves a checkpoint and stops."""
     torch.set_num_threads(threads)
     recipe = Recipe(seed=seed)
     preparation = prepare(vocab_size=recipe.vocab_size)
-    run = make_run_for(recipe)
+    run = make_demo_run(recipe)
     checkpoint = out / CHECKPOINT_NAME
     facts = load_checkpoint(run, checkpoint) if resume else _first_facts(preparation)
-    facts["commands"].append(f"{shlex.join(['python', *sys.argv])}  # {threads} threads")
+    facts["commands"].append(
+        f"{shlex.join(['python', *sys.argv])}  # {workers} x {threads} threads"
+    )
     out.mkdir(parents=True, exist_ok=True)
     keeper = RunKeeper(
         run=run,
@@ -76,7 +80,16 @@ def run_command(
         display=ProgressDisplay(Console()),
     )
     keeper.display.note(f"{run.model.num_parameters()} parameters, text: {preparation.facts}")
-    _train_until_stopped(keeper, preparation, make_budget(tokens, minutes, until, run.progress))
+    assignment = Assignment(
+        corpus=preparation.train,
+        mix=Mix(),
+        recipe=recipe,
+        checkpoint=checkpoint if resume else None,
+        rendezvous=out / f"rendezvous-{os.getpid()}",
+        num_workers=workers,
+        num_threads=threads,
+    )
+    _train_until_stopped(keeper, assignment, make_budget(tokens, minutes, until, run.progress))
 
 
 @app.command("export")
@@ -86,25 +99,13 @@ def export_command(
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
 ) -> None:
     """Write the checkpoint in --out as a Hugging Face model, with its measured losses."""
-    from train_demo.export import export_model  # it reads the held-out text through the model
-
     torch.set_num_threads(threads)
     recipe = Recipe(seed=seed_of(out / CHECKPOINT_NAME))
     preparation = prepare(vocab_size=recipe.vocab_size)
-    run = make_run_for(recipe)
+    run = make_demo_run(recipe)
     facts = load_checkpoint(run, out / CHECKPOINT_NAME)
     record = export_model(run, preparation, facts, to)
     Console().print_json(data=record)
-
-
-def make_run_for(recipe: Recipe) -> Run:
-    """A fresh run whose model knows the ids of the tokenizer's special tokens."""
-    return make_run(
-        recipe,
-        eos_token_ids=[special_token_id(EOS), special_token_id(END)],
-        bos_token_id=special_token_id(BOS),
-        pad_token_id=special_token_id(PAD),
-    )
 
 
 def make_budget(
@@ -143,12 +144,18 @@ def _first_facts(preparation: Preparation) -> dict[str, Any]:
     }
 
 
-def _train_until_stopped(keeper: RunKeeper, preparation: Preparation, budget: Budget) -> None:
-    with _stop_requests() as stop:
-        for _ in keeper.display.follow(train(keeper.run, preparation.train, Mix(), budget)):
+def _train_until_stopped(keeper: RunKeeper, assignment: Assignment, budget: Budget) -> None:
+    with _stop_requests() as stop, open_group(assignment) as group:
+        reports = train(
+            keeper.run,
+            assignment.corpus,
+            assignment.mix,
+            budget,
+            group=group,
+            should_stop=lambda: bool(stop),
+        )
+        for _ in keeper.display.follow(reports):
             keeper.tend()
-            if stop:
-                break
     keeper.finish()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from train_demo.batches import Mix, TokenizedCorpus, iterate_batches
+from train_demo.group import ALONE, WorkerGroup
 from train_demo.schedule import Budget, learning_rate_factor
+from train_demo.tokenizer import BOS, END, EOS, PAD, special_token_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,11 +120,29 @@ def make_run(
     )
 
 
-def train(run: Run, corpus: TokenizedCorpus, mix: Mix, budget: Budget) -> Iterator[StepReport]:
-    """Step until the budget is used up, reporting each step; mutates `run`.
+def make_demo_run(recipe: Recipe) -> Run:
+    """A fresh run whose model knows the ids of the demo tokenizer's special tokens."""
+    return make_run(
+        recipe,
+        eos_token_ids=[special_token_id(EOS), special_token_id(END)],
+        bos_token_id=special_token_id(BOS),
+        pad_token_id=special_token_id(PAD),
+    )
 
-    A caller may stop between two reports, save the run and continue it later: the batches follow
-    the step count alone.
+
+def train(
+    run: Run,
+    corpus: TokenizedCorpus,
+    mix: Mix,
+    budget: Budget,
+    *,
+    group: WorkerGroup = ALONE,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[StepReport]:
+    """Step until worker 0's budget is used up or it should stop; mutates `run`, reports each step.
+
+    All workers call this with the same run and corpus. The batches follow the step count alone, so
+    a saved run continues later as if it had never stopped.
     """
     batches = iterate_batches(
         corpus,
@@ -134,10 +155,12 @@ def train(run: Run, corpus: TokenizedCorpus, mix: Mix, budget: Budget) -> Iterat
     run.model.train()
     clock = time.monotonic()
     for windows in batches:
-        run.progress = budget.progress(run.num_tokens, time.time())
-        if run.progress >= 1.0:
+        progress = math.inf if should_stop() else budget.progress(run.num_tokens, time.time())
+        progress = group.share(progress)
+        run.progress = run.progress if progress == math.inf else progress
+        if progress >= 1.0:
             return
-        yield _step(run, torch.from_numpy(windows))
+        yield _step(run, torch.from_numpy(windows[group.rank :: group.size]), group)
         run.trained_s, clock = run.trained_s + time.monotonic() - clock, time.monotonic()
 
 
@@ -195,7 +218,7 @@ def load_checkpoint(run: Run, path: Path) -> dict[str, Any]:
     return facts
 
 
-def _step(run: Run, windows: Tensor) -> StepReport:
+def _step(run: Run, windows: Tensor, group: WorkerGroup) -> StepReport:
     recipe = run.recipe
     factor = learning_rate_factor(
         step=run.step,
@@ -205,7 +228,10 @@ def _step(run: Run, windows: Tensor) -> StepReport:
     )
     loss = sequence_loss(run.model, windows, use_bfloat16=recipe.use_bfloat16)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.max_grad_norm)
+    parameters = list(run.model.parameters())
+    loss = loss.detach()
+    group.average([loss, *(weight.grad for weight in parameters if weight.grad is not None)])
+    torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
     _update(run.matrix_optimizer, recipe.matrix_lr * factor)
     _update(run.embedding_optimizer, recipe.embedding_lr * factor)
     run.step += 1

@@ -48,6 +48,7 @@ from train_demo.training import (
     sequence_loss,
     train,
 )
+from train_demo.workers import Assignment, open_group
 from transformers import PreTrainedTokenizerFast
 
 TINY = Recipe(
@@ -424,6 +425,39 @@ def test_training_resumed_from_checkpoint_is_bit_exact(
     assert (second.step, second.num_tokens) == (straight.step, straight.num_tokens)
     for name, weight in straight.model.state_dict().items():
         assert torch.equal(weight, second.model.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_training_by_two_workers_is_the_same_run(
+    tokenized: TokenizedCorpus, tmp_path: Path
+) -> None:
+    """Workers share a batch and average its gradients: the run is that of one, up to rounding."""
+    budget = Budget(num_tokens=4 * TINY.batch_size * TINY.context)
+    alone, shared = _tiny_run(), _tiny_run()
+    losses = [report.loss for report in train(alone, tokenized, Mix(), budget)]
+    assignment = Assignment(
+        corpus=tokenized,
+        mix=Mix(),
+        recipe=TINY,
+        checkpoint=None,
+        rendezvous=tmp_path / "rendezvous",
+        num_workers=2,
+    )
+    with open_group(assignment) as group:
+        reports = list(train(shared, tokenized, Mix(), budget, group=group))
+    assert [report.loss for report in reports] == pytest.approx(losses, rel=1e-4)
+    for name, weight in alone.model.state_dict().items():
+        difference = (shared.model.state_dict()[name] - weight).abs().mean().item()
+        assert difference < 2e-4, name  # Muon orthogonalizes in bfloat16, which amplifies rounding
+
+
+def test_training_asked_to_stop_keeps_its_progress(tokenized: TokenizedCorpus) -> None:
+    """A signal ends the run between two steps and does not look like the end of the budget."""
+    run = _tiny_run()
+    budget = Budget(num_tokens=10 * run.tokens_per_step)
+    reports = list(train(run, tokenized, Mix(), budget, should_stop=lambda: run.step == 4))
+    assert len(reports) == run.step == 4
+    assert run.progress == pytest.approx(0.3)
 
 
 def test_training_learns_the_toy_corpus(tokenized: TokenizedCorpus) -> None:
