@@ -66,8 +66,8 @@ class AsyncEngine:
     ) -> AsyncEngine:
         """Starts the core's process and returns when it can serve.
 
-        Raises: ConfigError, UnsupportedError, PluginError, CheckpointError, DeviceError as the core met them;
-        EngineDeadError for anything else, with the root cause.
+        Raises: ConfigError, UnsupportedError, PluginError, CheckpointError, DeviceError as
+        the core met them; EngineDeadError for anything else, with the root cause.
         """
         client = await AsyncProcessClient.start(config, build_core=build_core)
         try:
@@ -91,11 +91,11 @@ class AsyncEngine:
         priority: int | None = None,
         add_special_tokens: bool = True,
     ) -> RequestStream:
-        """Validates, tokenizes (off the event loop where the text is long) and hands the request to the core.
+        """Validates, tokenizes (long texts off the event loop) and hands the request to the core.
 
         With `params.n > 1` outputs carry their `index`. `priority` overrides that of `params`.
-        Raises: RequestError (bad request, or an id in flight), QueueFullError, EngineDeadError; CheckpointError for
-        text where the model has no tokenizer.
+        Raises: RequestError (bad request, or an id in flight), QueueFullError, EngineDeadError;
+        CheckpointError for text where the model has no tokenizer.
         """
         self._refuse_if_not_ready()
         token_ids = await self._tokenize(prompt, add_special_tokens=add_special_tokens)
@@ -141,7 +141,10 @@ class AsyncEngine:
             await stream.abort()
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request; its stream gets a last output with finish_reason `abort`. Unknown ids are ignored."""
+        """Ends a request.
+
+        Its stream gets a last output with finish_reason `abort`. Unknown ids are ignored.
+        """
         self._abort_in_core(request_id)
 
     # ------------------------------------------------------------------------------------ text
@@ -158,8 +161,9 @@ class AsyncEngine:
     ) -> str:
         """The prompt text of a conversation; submit it with `add_special_tokens=False`.
 
-        `chat_template` replaces the model's for this call. Raises: RequestError for messages or a template that
-        fail, and for one that takes too long or writes too much; CheckpointError without a tokenizer.
+        `chat_template` replaces the model's for this call.
+        Raises: RequestError for messages or a template that fail, and for one that takes
+        too long or writes too much; CheckpointError without a tokenizer.
         """
         self._front.inputs.require_codec()
         assert self._chat is not None, self.facts
@@ -178,7 +182,11 @@ class AsyncEngine:
         return await self._tokenize(text, add_special_tokens=add_special_tokens)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Text of token ids. Raises: RequestError for ids out of the vocabulary; CheckpointError without a tokenizer."""
+        """Text of token ids.
+
+        Raises: RequestError for ids out of the vocabulary; CheckpointError without a
+        tokenizer.
+        """
         codec = self._front.inputs.require_codec()
         check_token_ids(token_ids, self.facts.vocab_size, "tokens")
         return codec.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -207,7 +215,7 @@ class AsyncEngine:
 
     @property
     def default_sampling(self) -> Mapping[str, Any]:
-        """Fields of SamplingParams that the model's authors recommend (`generation_config.json`)."""
+        """Sampling fields that the model's authors recommend (`generation_config.json`)."""
         return self._front.inputs.defaults.sampling
 
     @property
@@ -224,7 +232,7 @@ class AsyncEngine:
         return await self._client.reset_prefix_cache()
 
     async def shutdown(self, drain_timeout_s: float = 0.0) -> None:
-        """Refuses new requests, waits so long for those in flight, aborts the rest and ends the core's process.
+        """Refuses new requests, waits so long for those in flight, aborts the rest, ends the core.
 
         Calling twice is harmless.
         """
@@ -233,7 +241,7 @@ class AsyncEngine:
         self._is_closing = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_timeout_s):
-                while self.num_unfinished and not self.errored:
+                while self.num_unfinished and not self.errored:  # noqa: ASYNC110 - rare and short
                     await asyncio.sleep(_POLL_DRAIN_S)
         for request_id in self._front.outputs.request_ids:
             self._abort_in_core(request_id)
@@ -258,8 +266,8 @@ class AsyncEngine:
         num_there = self._front.outputs.num_unfinished_outputs
         if num_there + num_new > limit + self.config.max_num_seqs:
             raise QueueFullError(
-                f"{num_there} requests are in flight; {self.config.max_num_seqs} run at once and {limit} "
-                "may wait; try again later"
+                f"{num_there} requests are in flight; {self.config.max_num_seqs} run at once and "
+                f"{limit} may wait; try again later"
             )
 
     async def _tokenize(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
@@ -285,7 +293,10 @@ class AsyncEngine:
             self._client.abort(to_abort)
 
     async def _receive(self) -> None:
-        """Hands out what the core sends until it dies; then everybody who waits gets the same error."""
+        """Hands out what the core sends until it dies.
+
+        Then everybody who waits gets the same error.
+        """
         try:
             while True:
                 updates = await self._client.receive()

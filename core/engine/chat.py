@@ -22,8 +22,9 @@ _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class ChatRenderer:
-    """Renders conversations. Templates of requests run in a process of their own, so that one that loops delays no other.
+    """Renders conversations.
 
+    Templates of requests run in a process of their own, so that one that loops delays no other.
     May be used from several threads.
     """
 
@@ -56,8 +57,8 @@ class ChatRenderer:
     ) -> str:
         """The prompt's text, special tokens included.
 
-        Raises: RequestError for messages that are none, for a template that fails or exceeds a limit, and where
-        there is no template.
+        Raises: RequestError for messages that are none, for a template that fails or
+        exceeds a limit, and where there is no template.
         """
         conversation = _check_messages(messages)
         if continue_final_message:
@@ -87,7 +88,8 @@ class ChatRenderer:
             return process.render(template, json.loads(json.dumps(variables, default=_plain)))
         except TemplateFailedError as error:
             raise RequestError(
-                f"the chat template could not be rendered: {error}; check the messages, or use another template",
+                f"the chat template could not be rendered: {error}; "
+                "check the messages, or use another template",
                 param="chat_template" if process is self._guest else "messages",
             ) from error
         except (TypeError, ValueError, RecursionError) as error:
@@ -100,7 +102,8 @@ class ChatRenderer:
             return str(self._tokenizer.get_chat_template(tools=tools))
         except ValueError as error:
             raise RequestError(
-                "the model has no chat template; give one with the setting chat_template, or send a prompt",
+                "the model has no chat template; "
+                "give one with the setting chat_template, or send a prompt",
                 param="messages",
             ) from error
 
@@ -121,7 +124,8 @@ def read_template(chat_template: str) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"chat_template {chat_template!r} is neither a Jinja template nor a file that can be read: {error}"
+            f"chat_template {chat_template!r} is neither a Jinja template nor a file "
+            f"that can be read: {error}"
         ) from error
 
 
@@ -151,8 +155,8 @@ def _check_messages(messages: object) -> list[dict[str, Any]]:
 def _check_continuation(messages: list[dict[str, Any]], add_generation_prompt: bool) -> None:
     if add_generation_prompt:
         raise RequestError(
-            "continue_final_message goes on with the last message, add_generation_prompt begins a new one; "
-            "ask for one of them",
+            "continue_final_message goes on with the last message, "
+            "add_generation_prompt begins a new one; ask for one of them",
             param="continue_final_message",
         )
     if not isinstance(messages[-1].get("content"), str):

@@ -50,7 +50,11 @@ class CoreClient(ABC):
 
     @abstractmethod
     def receive(self) -> list[RequestUpdate]:
-        """Waits for the next updates; to be called only with requests in flight. Raises: EngineDeadError."""
+        """Waits for the next updates.
+
+        To be called only with requests in flight.
+        Raises: EngineDeadError.
+        """
 
     @abstractmethod
     def statistics(self) -> EngineStatistics:
@@ -61,10 +65,13 @@ class CoreClient(ABC):
         """Forgets cached prefixes. Raises: EngineDeadError."""
 
     def register_logits_processor(self, name: str, function: Any) -> None:
-        """Makes a function known to the worker. Raises: RequestError where the worker is out of reach."""
+        """Makes a function known to the worker.
+
+        Raises: RequestError where the worker is out of reach.
+        """
         raise RequestError(
-            "functions as logits processors need the engine in this process; register module:function "
-            "under a name with the setting logits_processors",
+            "functions as logits processors need the engine in this process; register "
+            "module:function under a name with the setting logits_processors",
             param="logits_processors",
         )
 
@@ -122,7 +129,10 @@ class ProcessClient(CoreClient):
         build_core: BuildCore = EngineCore.build,
         transport: str | None = None,
     ) -> None:
-        """Returns when the core can serve. Raises: what the core met at its start; EngineDeadError."""
+        """Returns when the core can serve.
+
+        Raises: what the core met at its start; EngineDeadError.
+        """
         self._process = CoreProcess(config, build_core, transport=transport)
         self._updates: list[list[RequestUpdate]] = []
         self._num_calls = 0
@@ -200,7 +210,10 @@ class ProcessClient(CoreClient):
 
 
 class AsyncProcessClient:
-    """The core in a process of its own, for a front on an event loop. `receive` is awaited by one task."""
+    """The core in a process of its own, for a front on an event loop.
+
+    `receive` is awaited by one task.
+    """
 
     def __init__(self, process: CoreProcess, ready: Ready, socket: zmq.asyncio.Socket) -> None:
         self._process = process
@@ -218,7 +231,10 @@ class AsyncProcessClient:
         build_core: BuildCore = EngineCore.build,
         transport: str | None = None,
     ) -> AsyncProcessClient:
-        """Starts the process and returns when the core can serve. Raises: what the core met at its start; EngineDeadError."""
+        """Starts the process and returns when the core can serve.
+
+        Raises: what the core met at its start; EngineDeadError.
+        """
         process = CoreProcess(config, build_core, transport=transport)
         try:
             socket = zmq.asyncio.Socket(shadow=process.from_core)
@@ -249,7 +265,11 @@ class AsyncProcessClient:
         self._process.send(AbortRequests(list(request_ids)))
 
     async def receive(self) -> list[RequestUpdate]:
-        """The next updates. Answers to calls are delivered meanwhile. Raises: EngineDeadError, once and for all."""
+        """The next updates.
+
+        Answers to calls are delivered meanwhile.
+        Raises: EngineDeadError, once and for all.
+        """
         while True:
             self._raise_if_dead()
             message = self._process.decode(await self._socket.recv())

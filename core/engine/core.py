@@ -52,7 +52,8 @@ class StepInFlight:
 class EngineCore:
     """Owns the scheduler and the executor. Used by one thread.
 
-    After an EngineDeadError it only answers with that error again; `close` still releases everything.
+    After an EngineDeadError it only answers with that error again; `close` still releases
+    everything.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class EngineCore:
 
     @classmethod
     def build(cls, user: EngineConfig) -> EngineCore:
-        """Chooses the device, plans (refusals come before any weight loads), loads, sizes the cache, warms up.
+        """Chooses the device, plans, loads, sizes the cache, warms up; refuses before weights load.
 
         Raises: ConfigError, UnsupportedError, PluginError, CheckpointError, DeviceError.
         """
@@ -94,7 +95,7 @@ class EngineCore:
             raise
 
     def add(self, spec: RequestSpec) -> None:
-        """Takes a request in. One that the scheduler refuses ends with an update at the next step."""
+        """Takes a request in. One that is refused ends with an update at the next step."""
         self._num_added += 1
         try:
             self.scheduler.add(spec)
@@ -116,9 +117,10 @@ class EngineCore:
     def step(self) -> list[RequestUpdate]:
         """Schedules what can be, then waits for the oldest step and returns what it brought.
 
-        Where the device is asynchronous the next step is handed over before this one is waited for. A step that ran
-        out of memory is tried again in smaller ones.
-        Raises: EngineDeadError with the root cause for anything else that fails; the core is dead then.
+        Where the device is asynchronous the next step is handed over before this one is
+        waited for. A step that ran out of memory is tried again in smaller ones.
+        Raises: EngineDeadError with the root cause for anything else that fails; the core
+        is dead then.
         """
         self._raise_if_dead()
         refused, self._refused = self._refused, []
@@ -154,7 +156,10 @@ class EngineCore:
         )
 
     def register_logits_processor(self, name: str, function: Any) -> None:
-        """Makes a function known to the worker of this process. Raises: RequestError if it takes none."""
+        """Makes a function known to the worker of this process.
+
+        Raises: RequestError if it takes none.
+        """
         self._executor.register_logits_processor(name, function)
 
     def health(self) -> None:
@@ -191,7 +196,10 @@ class EngineCore:
         return self.scheduler.update(oldest.batch, result)
 
     def _fail(self, batch: StepBatch, error: DeviceOutOfMemory) -> list[RequestUpdate]:
-        """The step did not happen. Later ones built on it: the device finishes them, and nobody looks."""
+        """The step did not happen.
+
+        Later ones built on it: the device finishes them, and nobody looks.
+        """
         later = [one for one in self._in_flight if one.batch.step_id > batch.step_id]
         for one in later:
             self._in_flight.remove(one)
@@ -302,4 +310,7 @@ def _num_cache_tokens(info: ModelInfo, cache_plan: CachePlan) -> int:
 
 
 BuildCore = Callable[[EngineConfig], EngineCore]
-"""How a core is made from what the user configured; importable by name, where another process is to call it."""
+"""How a core is made from what the user configured.
+
+Importable by name, where another process is to call it.
+"""

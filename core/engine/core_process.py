@@ -35,7 +35,11 @@ class CoreProcess:
     def __init__(
         self, config: EngineConfig, build_core: BuildCore, *, transport: str | None = None
     ) -> None:
-        """Returns at once; the child answers `Ready` or `Fatal`. `transport`: `ipc` or `tcp`; None: the best there is."""
+        """Returns at once.
+
+        The child answers `Ready` or `Fatal`. `transport`: `ipc` or `tcp`; None: the best
+        there is.
+        """
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._sockets = bind_sockets(self.context, transport=transport)
         self.from_core.bind(_WATCH_ADDRESS)
@@ -77,7 +81,10 @@ class CoreProcess:
         return self._sockets.from_core
 
     def send(self, message: ToCore) -> None:
-        """Hands a message to the child; never waits. One that is gone hears nothing: `Exited` is on its way."""
+        """Hands a message to the child.
+
+        Never waits. One that is gone hears nothing: `Exited` is on its way.
+        """
         with contextlib.suppress(zmq.Again):
             self._sockets.to_core.send(self._encoder.encode(message), zmq.NOBLOCK)
 
@@ -86,7 +93,7 @@ class CoreProcess:
         return self._decoder.decode(frame)
 
     def last_words(self, exit_code: int) -> ErrorRecord:
-        """Why the child is gone, as well as can be told: from what it left, else from how it ended."""
+        """Why the child is gone: from what it left, else from how it ended."""
         try:
             return msgspec.msgpack.decode(self.endpoints.fatal_file.read_bytes(), type=ErrorRecord)
         except (OSError, msgspec.DecodeError):
@@ -97,7 +104,10 @@ class CoreProcess:
             )
 
     def close(self) -> None:
-        """Ends the child, by force if it does not listen, and closes the sockets. Calling twice is harmless."""
+        """Ends the child, by force if it does not listen, and closes the sockets.
+
+        Calling twice is harmless.
+        """
         atexit.unregister(self._closer)
         self._closer()
 
@@ -148,7 +158,8 @@ def _end(
 def _describe_exit(exit_code: int) -> str:
     if exit_code >= 0:
         hint = (
-            "; a script that starts an engine process needs `if __name__ == '__main__':` around its start"
+            "; a script that starts an engine process needs `if __name__ == '__main__':` "
+            "around its start"
             if exit_code == 1
             else ""
         )

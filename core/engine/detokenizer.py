@@ -1,8 +1,9 @@
 """Tokens to text, one at a time: what is handed out is never taken back and never half a character.
 
-A token's text depends on its neighbours (a leading space that is stripped, bytes of one character in several tokens), so a
-window of the last tokens is decoded at each step, and what is new at its end is handed out. The window is short and
-moves on, so that a token costs the same however long the output is.
+A token's text depends on its neighbours (a leading space that is stripped, bytes of one character
+in several tokens), so a window of the last tokens is decoded at each step, and what is new at its
+end is handed out. The window is short and moves on, so that a token costs the same however long the
+output is.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class TokenDecoder(Protocol):
 class Detokenizer:
     """The text of one output, token by token.
 
-    The deltas and `finish` together are `decode(prompt + output)` without its start `decode(prompt)`. One exception: of
-    byte-fallback tokens that are no valid UTF-8 decoders discard the valid characters too; here these stay.
+    The deltas and `finish` together are `decode(prompt + output)` without its start
+    `decode(prompt)`. One exception: of byte-fallback tokens that are no valid UTF-8 decoders
+    discard the valid characters too; here these stay.
     """
 
     __slots__ = (
@@ -108,7 +110,7 @@ class Detokenizer:
         return self._decoder.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
     def _end_of_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The last tokens of the prompt that have text: the output's first space depends on them."""
+        """The prompt's last tokens that have text: the output's first space depends on them."""
         tail = [
             token_id
             for token_id in prompt_token_ids[-4 * _CONTEXT_TOKENS :]
@@ -117,7 +119,7 @@ class Detokenizer:
         return tail[-2 * _CONTEXT_TOKENS :]
 
     def _append_byte(self, token_id: int) -> str:
-        """Byte tokens are decoded here: a decoder would show a run of them as garbage until its last byte."""
+        """Byte tokens are decoded here: a decoder shows garbage until the last byte of a run."""
         self._is_in_bytes = True
         self._window.append(token_id)
         text = self._bytes.decode(bytes((self._byte_values[token_id],)))
@@ -145,7 +147,10 @@ class Detokenizer:
         self._cut = len(self._window)
 
     def _cut_window(self, num_held: int) -> None:
-        """Keeps the last tokens alone. `num_held` characters at their end are still to be handed out."""
+        """Keeps the last tokens alone.
+
+        `num_held` characters at their end are still to be handed out.
+        """
         self._window = self._window[-2 * _CONTEXT_TOKENS :]
         self._num_emitted = max(len(self._decode(self._window)) - num_held, 0)
         self._cut = 0

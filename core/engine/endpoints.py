@@ -48,7 +48,10 @@ class BoundSockets:
 def bind_sockets(
     context: zmq.Context[zmq.Socket[bytes]], *, transport: str | None = None
 ) -> BoundSockets:
-    """Creates a private directory and binds the front's two sockets: `ipc` where it exists, else `tcp` on loopback."""
+    """Creates a private directory and binds the front's two sockets.
+
+    `transport`: `ipc` or `tcp` on loopback; None: `ipc` where it exists.
+    """
     directory = tempfile.mkdtemp(prefix="quire-")
     if transport is None:
         fits = len(directory.encode()) + len("/from_core") <= _MAX_IPC_PATH_BYTES

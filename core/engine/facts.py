@@ -32,7 +32,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     changes: list[str]
     """What `resolve` filled in or corrected, one sentence each."""
     startup_s: dict[str, float]
-    """Seconds of each stage of the start, in order: `plan`, `load`, `measure`, `allocate`, `warm_up`."""
+    """Seconds of each stage of the start: `plan`, `load`, `measure`, `allocate`, `warm_up`."""
 
 
 class EngineStatistics(msgspec.Struct, kw_only=True):

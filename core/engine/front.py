@@ -1,4 +1,4 @@
-"""What stands before every engine core, in whichever process: input made requests, updates made outputs."""
+"""What stands before every engine core: input made requests, updates made outputs."""
 
 from __future__ import annotations
 

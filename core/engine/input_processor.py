@@ -57,7 +57,10 @@ class InputProcessor:
         seed: int,
         name_function: Callable[[Any], str] | None = None,
     ) -> None:
-        """`name_function` registers a logits processor with the worker; None where the worker is out of reach."""
+        """`name_function` registers a logits processor with the worker.
+
+        None where the worker is out of reach.
+        """
         self._limits = limits
         self._codec = codec
         self._seeds = random.Random(seed)
@@ -77,7 +80,8 @@ class InputProcessor:
     ) -> PreparedRequest:
         """One request, complete. `prompt_token_ids`: the prompt's, if it was tokenized already.
 
-        Raises: RequestError naming the field; CheckpointError for text where the model has no tokenizer.
+        Raises: RequestError naming the field; CheckpointError for text where the model has
+        no tokenizer.
         """
         arrival_time_s = time.monotonic()
         parsed = parse_prompt(prompt)
@@ -178,8 +182,9 @@ class InputProcessor:
             )
         if not callable(processor) or self._name_function is None:
             raise RequestError(
-                f"logits processor {processor!r} is no name; functions can be given to an LLM in this "
-                "process alone; register module:function under a name with the setting logits_processors",
+                f"logits processor {processor!r} is no name; functions can be given to an LLM in "
+                "this process alone; register module:function under a name with the setting "
+                "logits_processors",
                 param="logits_processors",
             )
         return self._name_function(processor)

@@ -34,7 +34,7 @@ ParamsLike = SamplingParams | Mapping[str, Any] | None
 
 
 class LLM:
-    """A model, loaded and ready. Used from one thread; close it, or use it in a `with` statement."""
+    """A model, loaded and ready. Used from one thread; close it, or use it in a `with`."""
 
     def __init__(
         self,
@@ -48,9 +48,11 @@ class LLM:
         build_core: BuildCore = EngineCore.build,
         **settings: Any,
     ) -> None:
-        """`settings` are those of `EngineConfig`. `has_own_process` runs the core in another process.
+        """`settings` are those of `EngineConfig`.
 
-        Raises: ConfigError, UnsupportedError with every reason, PluginError, CheckpointError, DeviceError.
+        `has_own_process` runs the core in another process.
+        Raises: ConfigError, UnsupportedError with every reason, PluginError,
+        CheckpointError, DeviceError.
         """
         if device == "auto":
             device = read_environment().device or device
@@ -91,9 +93,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """The outputs of one prompt or of each of a list, in order.
 
-        One SamplingParams for all, or one for each. A request that fails alone has `error` set; the others are whole.
-        Raises: RequestError before anything runs, if one of them is wrong; EngineDeadError. Ctrl-C ends what is in
-        flight and leaves the engine usable.
+        One SamplingParams for all, or one for each. A request that fails alone has `error`
+        set; the others are whole.
+        Raises: RequestError before anything runs, if one of them is wrong; EngineDeadError.
+        Ctrl-C ends what is in flight and leaves the engine usable.
         """
         requests = self._prepare_all(
             split_prompts(prompts),
@@ -117,7 +120,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """The answers to one conversation or to each of a list, in order.
 
-        Raises: RequestError, also for a template that fails or runs too long; CheckpointError without a tokenizer.
+        Raises: RequestError, also for a template that fails or runs too long;
+        CheckpointError without a tokenizer.
         """
         self._inputs.require_codec()
         assert self._chat is not None, self.facts
@@ -150,11 +154,14 @@ class LLM:
     # --------------------------------------------------------------------------- what it knows
 
     def get_tokenizer(self) -> Any:
-        """The tokenizer of transformers. Raises: CheckpointError with the remedy if the model has none."""
+        """The tokenizer of transformers.
+
+        Raises: CheckpointError with the remedy if the model has none.
+        """
         return self._inputs.require_codec().tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's authors recommend (`generation_config.json`); used where none are given."""
+        """What the model's authors recommend (`generation_config.json`); used if none are given."""
         return make_params(None, self._inputs.defaults)
 
     def statistics(self) -> EngineStatistics:

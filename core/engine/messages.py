@@ -130,7 +130,10 @@ def record_error(error: BaseException) -> ErrorRecord:
 
 
 def restore_error(record: ErrorRecord) -> QuireError:
-    """One of Quire's own errors as it was raised; anything else as an EngineDeadError with the root cause."""
+    """One of Quire's own errors as it was raised.
+
+    Anything else as an EngineDeadError with the root cause.
+    """
     if record.kind == UnsupportedError.__name__:
         what = record.message.partition(" is not supported:")[0]
         error: QuireError = UnsupportedError(record.reasons, what=what)
@@ -155,7 +158,7 @@ def dead_by(record: ErrorRecord) -> EngineDeadError:
 
 
 def same_death(error: EngineDeadError) -> EngineDeadError:
-    """The same error for the next who asks: one object raised again and again would gather all their tracebacks."""
+    """The same error for the next who asks: one object raised often keeps all tracebacks."""
     copy = EngineDeadError(*error.args)
     copy.root_cause = error.root_cause
     copy.__cause__ = error.__cause__

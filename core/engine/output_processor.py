@@ -47,7 +47,10 @@ class OutputProcessor:
             self._outputs[child.request_id] = child
 
     def process(self, updates: Sequence[RequestUpdate]) -> list[str]:
-        """Takes one step's updates. Returns ids that the core must abort, since a stop string ended them."""
+        """Takes one step's updates.
+
+        Returns ids that the core must abort, since a stop string ended them.
+        """
         to_abort: list[str] = []
         outputs = self._outputs
         now = time.monotonic()
@@ -66,7 +69,11 @@ class OutputProcessor:
         return to_abort
 
     def abort(self, request_ids: Iterable[str]) -> list[str]:
-        """Ends requests; each gets a last output. Returns ids that the core must abort. Unknown ids are ignored."""
+        """Ends requests.
+
+        Each gets a last output. Returns ids that the core must abort. Unknown ids are
+        ignored.
+        """
         to_abort: list[str] = []
         for request_id in request_ids:
             request = self._requests.get(request_id)

@@ -19,7 +19,10 @@ from quire.core.outputs import (
 from quire.core.scheduler.request import FinishReason, RequestUpdate
 
 OutputKind = Literal["delta", "cumulative", "final"]
-"""`delta`: what came since the last output; `cumulative`: all so far; `final`: one output at the end."""
+"""`delta`: what came since the last output.
+
+`cumulative`: all so far; `final`: one output at the end.
+"""
 
 Sink = Callable[[RequestOutput], None]
 
@@ -122,10 +125,14 @@ class OutputState:
             and not request.wants_prompt_logprobs
             and request.kind == "final"
         )
-        """Whether tokens are only gathered: nothing is looked at and nothing shown before the end."""
+        """Whether tokens are only gathered: nothing is looked at and nothing shown before the end.
+        """
 
     def take(self, update: RequestUpdate) -> bool:
-        """Takes one step's tokens. Returns whether a stop string ended the output, which the core does not know."""
+        """Takes one step's tokens.
+
+        Returns whether a stop string ended the output, which the core does not know.
+        """
         token_ids = update.new_token_ids
         num_taken = len(token_ids)
         if self._text is not None:
@@ -148,7 +155,7 @@ class OutputState:
         self.finish_reason = reason
 
     def show(self) -> CompletionOutput:
-        """The record for the user, as the request's kind of output wants it; deltas are forgotten."""
+        """The record for the user, as the kind of output wants it; deltas are forgotten."""
         if self.request.kind == "delta":
             return self._show_delta()
         return self._output("".join(self.pieces), list(self.token_ids), self.logprobs)
@@ -187,7 +194,8 @@ class OutputState:
         return count
 
     def _take_logprobs(self, positions: Sequence[PositionLogprobs]) -> None:
-        assert self.logprobs is not None and self.cumulative_logprob is not None, self.request_id
+        assert self.logprobs is not None, self.request_id
+        assert self.cumulative_logprob is not None, self.request_id
         codec = self.request.prepared.codec
         self.logprobs += [token_logprobs(position, codec) for position in positions]
         self.cumulative_logprob += sum(position.logprob for position in positions)

@@ -38,7 +38,7 @@ class OutputText:
         """The stop string that ended the text."""
 
     def append(self, token_ids: Sequence[int]) -> tuple[str, int]:
-        """The new text, and how many of the tokens count: all, unless a stop string ended the text before."""
+        """The new text, and how many of the tokens count: all, unless a stop string came before."""
         if self._stop_filter is None:
             append = self._detokenizer.append
             if len(token_ids) == 1:
@@ -54,7 +54,8 @@ class OutputText:
     def finish(self, last_token_ids: Sequence[int], *, is_stop_token: bool) -> tuple[str, int]:
         """The text of the last tokens and all that was held back, and how many tokens count.
 
-        `is_stop_token`: the last token ended the output; its own text is left out unless stops are included.
+        `is_stop_token`: the last token ended the output; its own text is left out unless
+        stops are included.
         """
         is_hidden = is_stop_token and not self._includes_stop and bool(last_token_ids)
         shown = last_token_ids[:-1] if is_hidden else last_token_ids

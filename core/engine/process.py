@@ -154,13 +154,16 @@ class CoreLoop:
 
 
 def _leave_signals_to_parent() -> None:
-    """Ctrl-C and a service manager's SIGTERM reach the whole group: the front finishes what runs, then says Shutdown."""
+    """Ctrl-C and a service manager's SIGTERM reach the whole group; the front decides what follows.
+
+    It finishes what runs, then says Shutdown.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _exit_with_parent(context: zmq.Context[zmq.Socket[bytes]], directory: str) -> None:
-    """Starts the thread that ends this process when its parent is gone, and removes what the parent left."""
+    """Starts the thread that ends this process with its parent, and removes what that left."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -13,7 +13,10 @@ _LONG_BATCH = 4
 
 
 class ProgressBar:
-    """Shows requests done and tokens a second on stderr; silent for short batches and off a terminal."""
+    """Shows requests done and tokens a second on stderr.
+
+    Silent for short batches and off a terminal.
+    """
 
     def __init__(self, num_requests: int, *, is_wanted: bool) -> None:
         self._num_tokens = 0

@@ -11,9 +11,10 @@ from quire.core.outputs import CompletionOutput, RequestOutput
 
 
 class RequestStream:
-    """The outputs of one submitted request; iterate once. A consumer that stops early must call `abort`.
+    """The outputs of one submitted request.
 
-    A slow consumer finds its deltas merged into one output, so that memory is bounded by the output itself.
+    Iterate once. A consumer that stops early must call `abort`. A slow consumer finds its
+    deltas merged into one output, so that memory is bounded by the output itself.
     """
 
     def __init__(self, request_id: str, *, is_delta: bool, abort: Callable[[str], None]) -> None:
@@ -42,7 +43,10 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        """The next output. Raises: EngineDeadError. Cancellation does not end the request: `abort` does."""
+        """The next output.
+
+        Raises: EngineDeadError. Cancellation does not end the request: `abort` does.
+        """
         if self._is_over:
             raise StopAsyncIteration
         await self._has_news.wait()

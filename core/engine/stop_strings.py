@@ -8,8 +8,8 @@ from collections.abc import Sequence
 class StopFilter:
     """Passes text on up to the first stop string, whatever the pieces it arrives in.
 
-    The end of the text that could begin a stop string is held back until it is certain. The first stop string is the one
-    that ends first; of several that end there, the longest.
+    The end of the text that could begin a stop string is held back until it is certain. The
+    first stop string is the one that ends first; of several that end there, the longest.
     """
 
     __slots__ = ("_beginnings", "_held", "_is_included", "_max_held", "_stops")
@@ -23,7 +23,10 @@ class StopFilter:
         self._held = ""
 
     def feed(self, delta: str) -> tuple[str, str | None]:
-        """Takes more text. Returns what is certain now and, at the end, the stop string that was found."""
+        """Takes more text.
+
+        Returns what is certain now and, at the end, the stop string that was found.
+        """
         text = self._held + delta
         found = self._first_stop(text)
         if found is not None:

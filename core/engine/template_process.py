@@ -1,4 +1,4 @@
-"""The process that renders chat templates, from outside: started when needed, killed when it takes too long."""
+"""The process that renders chat templates, from outside: started when needed, killed when slow."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class TemplateProcess:
     def render(self, template: str, variables: dict[str, Any]) -> str:
         """The text. `variables` must be JSON.
 
-        Raises: TemplateFailedError, also for a template that exceeds a limit; the next call is not harmed.
-        ConfigError if the renderer cannot be started.
+        Raises: TemplateFailedError, also for a template that exceeds a limit; the next call
+        is not harmed. ConfigError if the renderer cannot be started.
         """
         request = {
             "template": template,
@@ -62,7 +62,8 @@ class TemplateProcess:
     def _ask(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> dict[str, Any]:
         from quire.core.engine.template_renderer import read_message, write_message
 
-        assert process.stdin is not None and process.stdout is not None, process
+        assert process.stdin is not None, process
+        assert process.stdout is not None, process
         reply: dict[str, Any] | None
         alarm = threading.Timer(self._time_limit_s, process.kill)
         alarm.start()
@@ -91,7 +92,8 @@ def _start() -> subprocess.Popen[bytes]:
         raise ConfigError(
             f"chat templates need jinja2, which cannot be imported: {error}; pip install jinja2"
         ) from error
-    # -P: the folder of the program is no place to import from. A session of its own: Ctrl-C is not meant for it.
+    # -P: the folder of the program is no place to import from.
+    # A session of its own: Ctrl-C is not meant for it.
     process = subprocess.Popen(  # noqa: S603 - our own program, no shell
         [sys.executable, "-P", str(_PROGRAM)],
         stdin=subprocess.PIPE,

@@ -1,7 +1,8 @@
-"""A program that renders chat templates: foreign code, so it runs where it can be limited and killed.
+"""A program that renders chat templates: foreign code, so it can be limited and killed.
 
-Reads requests from stdin and answers on stdout, each a JSON text behind its length in four bytes. Imports nothing of
-Quire, and of others jinja2 alone, so that it starts fast and stays small. `quire.core.engine.chat` starts it.
+Reads requests from stdin and answers on stdout, each a JSON text behind its length in four bytes.
+Imports nothing of Quire, and of others jinja2 alone, so that it starts fast and stays small.
+`quire.core.engine.template_process` starts it.
 
 The environment of the templates is that of transformers' `apply_chat_template`.
 """

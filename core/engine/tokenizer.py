@@ -31,7 +31,7 @@ class TextCodec:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._lock = threading.Lock()
         if self._backend is not None:
-            # What the file says of truncation and padding is for training; here nothing is cut unasked.
+            # What the file says of truncation and padding is for training; nothing is cut unasked.
             self._backend.no_truncation()
             self._backend.no_padding()
         vocabulary: dict[str, int] = tokenizer.get_vocab()
@@ -73,7 +73,10 @@ class TextCodec:
         )
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token as it stands in the middle of a text; half characters show as U+FFFD."""
+        """The text of one token as it stands in the middle of a text.
+
+        Half characters show as U+FFFD.
+        """
         text = self._token_texts.get(token_id)
         if text is None:
             text = self._token_texts[token_id] = self._text_after_context(token_id)

@@ -1,4 +1,4 @@
-"""What an engine asks of the workers that run its model, however many there are and wherever they live."""
+"""What an engine asks of the workers that run its model, however many and wherever they are."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from quire.core.interface.worker import CachePlan, ModelInfo, PendingStep, StepB
 
 
 class Executor(ABC):
-    """All workers of one model as one. Used by one thread, in the order of `quire.core.interface.worker.Worker`."""
+    """All workers of one model as one.
+
+    Used by one thread, in the order of `quire.core.interface.worker.Worker`.
+    """
 
     @abstractmethod
     def load_model(self) -> ModelInfo:
-        """Loads the weights on every worker. Raises: CheckpointError, UnsupportedError, DeviceOutOfMemory."""
+        """Loads the weights on every worker.
+
+        Raises: CheckpointError, UnsupportedError, DeviceOutOfMemory.
+        """
 
     @abstractmethod
     def cache_budget_bytes(self) -> int:
@@ -29,10 +35,16 @@ class Executor(ABC):
 
     @abstractmethod
     def submit(self, batch: StepBatch) -> PendingStep:
-        """Starts one step; steps complete in the order of submission. Raises as `PendingStep.result` does."""
+        """Starts one step.
+
+        Steps complete in the order of submission. Raises as `PendingStep.result` does.
+        """
 
     def execute(self, batch: StepBatch) -> StepResult:
-        """Runs one step and waits for it. Raises: DeviceOutOfMemory (the step did not happen), DeviceLost, DeviceError."""
+        """Runs one step and waits for it.
+
+        Raises: DeviceOutOfMemory (the step did not happen), DeviceLost, DeviceError.
+        """
         return self.submit(batch).result()
 
     @abstractmethod

@@ -55,7 +55,8 @@ class InProcessExecutor(Executor):
         registry = getattr(self._worker, "logits_processors", None)
         if registry is None:
             raise RequestError(
-                f"the worker {type(self._worker).__name__} takes no logits processors; leave them out",
+                f"the worker {type(self._worker).__name__} takes no logits processors; "
+                "leave them out",
                 param="logits_processors",
             )
         registry.register(name, function)
