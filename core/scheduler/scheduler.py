@@ -55,6 +55,7 @@ class Scheduler:
         self._in_flight: deque[StepInFlight] = deque()
         self._num_arrived = 0
         self._step_tokens = settings.max_num_batched_tokens
+        self._has_just_failed = False
         self._counts = StepCounts()
 
     # ------------------------------------------------------------------------ requests come and go
@@ -347,6 +348,7 @@ class Scheduler:
 
     def _note_success(self, updates: list[RequestUpdate]) -> None:
         self._counts.num_sampled_tokens += sum(len(update.new_token_ids) for update in updates)
+        self._has_just_failed = False
         limit = self.settings.max_num_batched_tokens
         if self._step_tokens < limit:
             self._step_tokens = min(limit, self._step_tokens + max(1, self._step_tokens // 8))
@@ -357,9 +359,10 @@ class Scheduler:
         """A step did not happen, since the device was out of memory; later ones in flight are void.
 
         Their requests are preempted, and steps are made smaller: half the tokens at first, growing
-        again with every step that succeeds. If the step held one request alone and cannot be
-        smaller, that request ends with `message`. The results of the later steps must not be passed
-        to `update`. The worker is told again what to forget, whatever it took in of these steps.
+        again with every step that succeeds. A step that cannot be smaller is tried once more; if
+        it fails again, the one request that it holds ends with `message`. The results of the later
+        steps must not be passed to `update`. The worker is told again what to forget, whatever it
+        took in of these steps.
         """
         voided = []
         while self._in_flight and self._in_flight[-1].batch.step_id >= batch.step_id:
@@ -369,12 +372,11 @@ class Scheduler:
         for step in voided:
             self._void(step)
         failed = voided[-1]
-        if len(failed.requests) == 1 and not self._can_be_split(failed.batch):
-            culprit = failed.requests[0]
-            if culprit.status is not _FINISHED:
-                return [self._book.finish(culprit, FinishReason.ERROR, error=message)]
-            return []
-        self._step_tokens = max(1, failed.batch.num_tokens // 2)
+        if len(failed.requests) > 1 or self._can_be_split(failed.batch):
+            self._step_tokens = max(1, failed.batch.num_tokens // 2)
+        elif self._has_just_failed and failed.requests[0].status is not _FINISHED:
+            return [self._book.finish(failed.requests[0], FinishReason.ERROR, error=message)]
+        self._has_just_failed = True
         return []
 
     def _void(self, step: StepInFlight) -> None:

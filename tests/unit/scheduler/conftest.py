@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 import pytest
+from msgspec.msgpack import decode, encode
 
 from quire.core.errors import DeviceOutOfMemory
 from quire.core.interface.worker import (
@@ -332,7 +333,8 @@ class House:
         if batch is not None:
             self._check_no_block_is_taken_from_the_device(batch)
             self._check_lengths(batch)
-            self.batches.append(batch)
+            # The device makes lists of the batch its own and appends to them; what was sent is kept as a record.
+            self.batches.append(decode(encode(batch), type=StepBatch))
             # A lazy device looks at the batch when its result is wanted: whatever the scheduler changes in it shows.
             self.in_flight.append((batch, None if self.is_lazy else self._execute(batch)))
         self.check()
