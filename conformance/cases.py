@@ -1,0 +1,127 @@
+"""The cases of the suite: checks times variants, with ids that are fixed for ever.
+
+A check is a function of a `Trial`, marked with `check`. Which of its cases a device is excused from
+follows from the device's Capabilities and from nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from quire.core.interface import OP_SPECS, Capabilities, Device
+
+Function = Callable[..., None]
+Needs = Callable[[Capabilities, Mapping[str, Any]], str]
+"""Why a device with these claims is excused from a variant; empty: it is not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckSpec:
+    """What `check` writes on a function."""
+
+    level: int
+    op: str
+    variants: Mapping[str, Mapping[str, Any]]
+    needs: Needs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One check with one set of arguments."""
+
+    id: str
+    """`test_l1_attention.py::test_mixed_batch[gqa4-d64-float32]`; part of the interface."""
+    level: int
+    op: str
+    """The operator that it is about, or the subject: `device`, `runner`."""
+    dtype: str
+    function: Function
+    arguments: Mapping[str, Any]
+    needs: Needs
+
+    @property
+    def variant(self) -> str:
+        """What stands in the brackets of the id."""
+        return self.id.partition("[")[2].rstrip("]")
+
+    def reason_against(self, device: Device) -> str:
+        """Why this device is excused, by its own claims; empty: it is not."""
+        claims = device.capabilities
+        if self.dtype and self.dtype not in claims.dtypes:
+            return f"dtype {self.dtype} is not among the claimed {', '.join(claims.dtypes)}"
+        if self.level == 1 and device.torch_device is None:
+            return (
+                "torch does not own this device: its operators are tried through its Worker, level 2"
+            )
+        return self.needs(claims, self.arguments)
+
+
+def check(
+    *,
+    level: int,
+    op: str,
+    over: Mapping[str, Mapping[str, Any]] | None = None,
+    needs: Needs = lambda claims, arguments: "",
+) -> Callable[[Function], Function]:
+    """Marks a function as a check, with its variants by id. `op` may be overridden by a variant."""
+
+    def mark(function: Function) -> Function:
+        spec = CheckSpec(level=level, op=op, variants=over or {"": {}}, needs=needs)
+        function.__dict__["conformance"] = spec
+        return function
+
+    return mark
+
+
+def product(*parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Every combination of variants; ids joined by dashes in the order of the parts."""
+    combined: dict[str, dict[str, Any]] = {"": {}}
+    for part in parts:
+        combined = {
+            f"{left}-{right}".strip("-"): {**a, **b}
+            for left, a in combined.items()
+            for right, b in part.items()
+        }
+    return combined
+
+
+def dtypes(*names: str) -> dict[str, dict[str, Any]]:
+    """Variants of the argument `dtype`; with no name, all of the contract."""
+    every = names or tuple(dict.fromkeys(d for spec in OP_SPECS for d in spec.dtypes))
+    return {name: {"dtype": name} for name in every}
+
+
+def cases_of(module: ModuleType) -> tuple[Case, ...]:
+    """The cases of one module of checks, in the order in which they are written."""
+    file = f"test_{module.__name__.rpartition('.')[2]}.py"
+    functions = [f for f in vars(module).values() if inspect.isfunction(f)]
+    marked = [f for f in functions if "conformance" in f.__dict__]
+    return tuple(case for function in marked for case in _expand(file, function))
+
+
+def _expand(file: str, function: Function) -> list[Case]:
+    spec: CheckSpec = function.__dict__["conformance"]
+    return [
+        Case(
+            id=f"{file}::test_{function.__name__}" + (f"[{variant}]" if variant else ""),
+            level=spec.level,
+            op=arguments.get("op", spec.op),
+            dtype=arguments.get("dtype", ""),
+            function=function,
+            arguments=arguments,
+            needs=spec.needs,
+        )
+        for variant, arguments in spec.variants.items()
+    ]
+
+
+def all_cases(max_level: int = 2) -> tuple[Case, ...]:
+    """Every case up to a level: the manifest."""
+    from quire.conformance import checks
+
+    cases = [case for module in checks.MODULES for case in cases_of(module)]
+    return tuple(case for case in cases if case.level <= max_level)

@@ -1,0 +1,160 @@
+"""How far from the truth a device may be: a multiple of what honest rounding costs.
+
+    max |out - ref| <= a * max |base - ref| + b * u * max |ref| + eta
+
+once over the tensor and once for each row (its last dimension). `ref` is the float64 oracle, `base`
+the same formula in float32 rounded once to the dtype, u the dtype's unit roundoff and eta its
+smallest positive number. A constant tolerance would not do: the outputs of a softmax shrink with
+the length of the context, so that with 1e-2 a kernel that ignores the last of 4096 tokens passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Half the distance from 1 to the next number."""
+SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
+"""Below this a result may be flushed to zero, as accelerators do with float32's subnormals."""
+UNBOUNDED = 1e300
+"""Stands for infinity in reports: JSON has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """One class of operators: its factors, and why they are what they are."""
+
+    base_factor: float
+    """a of the rule."""
+    roundoffs: float
+    """b of the rule for half precision."""
+    float32_roundoffs: float
+    """b for float32, where base and device round in the same places and differ by order alone."""
+    max_roundoffs: float
+    """The bound never exceeds so many u * max |ref| of the whole tensor, however poor the base."""
+    reason: str
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "exact": Tolerance(
+        base_factor=0,
+        roundoffs=0,
+        float32_roundoffs=0,
+        max_roundoffs=0,
+        reason="copies, look-ups and integers leave nothing to round",
+    ),
+    "elementwise": Tolerance(
+        base_factor=2,
+        roundoffs=2,
+        float32_roundoffs=4,
+        max_roundoffs=16,
+        reason="twice the baseline, as FlashAttention's tests; in float32 the exponential and tanh "
+        "of a vector unit are good to about two units in the last place",
+    ),
+    "reduction": Tolerance(
+        base_factor=2,
+        roundoffs=2,
+        float32_roundoffs=16,
+        max_roundoffs=64,
+        reason="honest orders of summation differ by some units in float32, where nothing "
+        "dishonest is near: products in 10 or 11 bits are off by thousands; in half precision "
+        "honest kernels stay below 87 % and accumulation in half begins at 121 %",
+    ),
+    "attention": Tolerance(
+        base_factor=2,
+        roundoffs=2,
+        float32_roundoffs=32,
+        max_roundoffs=128,
+        reason="two reductions and an exponential follow each other, and a score's rounding is "
+        "multiplied by its size; one dropped token of 4096 is 2000 units off in float32, and at "
+        "least twelve times the bound in half precision",
+    ),
+    "quantised": Tolerance(
+        base_factor=2,
+        roundoffs=4,
+        float32_roundoffs=16,
+        max_roundoffs=64,
+        reason="the weights are rounded before the oracle sees them; what is left is a reduction "
+        "whose scales multiply its rounding",
+    ),
+}
+"""By `OpSpec.tolerance`. The one place of these numbers; no backend may change them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """How one result compares: the row (or the whole) with the least headroom."""
+
+    error: float
+    bound: float
+    where: str
+
+    @property
+    def headroom(self) -> float:
+        """Error / bound: above 1 is a failure."""
+        if self.error == 0:
+            return 0.0
+        return min(self.error / self.bound, UNBOUNDED) if self.bound else UNBOUNDED
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the device passed."""
+        return self.headroom <= 1
+
+
+def compare(out: Array, ref: Array, base: Array, *, dtype: str, tolerance: str) -> Measurement:
+    """Holds `out` against `ref` (both float64, the same shape) by the rule of the module."""
+    if out.shape != ref.shape:
+        return Measurement(
+            error=UNBOUNDED, bound=0.0, where=f"shape {out.shape} instead of {ref.shape}"
+        )
+    if out.size == 0:
+        return Measurement(error=0.0, bound=0.0, where="nothing")
+    width = ref.shape[-1] if ref.ndim > 1 else 1
+    out, ref, base = (x.reshape(-1, width) for x in (out, ref, base))
+    errors, base_errors = _distance(out, ref), _distance(base, ref)
+    sizes = np.where(np.isfinite(ref), np.abs(ref), 0.0)
+    limit = _bound(base_errors.max(), sizes.max(), sizes.max(), dtype, tolerance)
+    whole = Measurement(error=float(errors.max()), bound=limit, where="the whole tensor")
+    return max([whole, *_rows(errors, base_errors, sizes, dtype, tolerance)], key=_badness)
+
+
+def _rows(
+    errors: Array, base_errors: Array, sizes: Array, dtype: str, tolerance: str
+) -> list[Measurement]:
+    peak = float(sizes.max())
+    return [
+        Measurement(
+            error=float(error.max()),
+            bound=_bound(float(base.max()), float(size.max()), peak, dtype, tolerance),
+            where=f"row {row}",
+        )
+        for row, (error, base, size) in enumerate(zip(errors, base_errors, sizes, strict=True))
+    ]
+
+
+def _badness(measurement: Measurement) -> float:
+    return measurement.headroom
+
+
+def _bound(base_error: float, size: float, peak: float, dtype: str, tolerance: str) -> float:
+    rule = TOLERANCES[tolerance]
+    if rule.max_roundoffs == 0:
+        return 0.0
+    u = UNIT_ROUNDOFF[dtype]
+    factor = rule.float32_roundoffs if dtype == "float32" else rule.roundoffs
+    wanted = rule.base_factor * base_error + factor * u * size
+    return float(min(wanted, rule.max_roundoffs * u * peak) + SMALLEST[dtype])
+
+
+def _distance(a: Array, b: Array) -> Array:
+    """|a - b|; equal infinities are at no distance, NaN is at the greatest."""
+    with np.errstate(invalid="ignore"):
+        distance = np.where(a == b, 0.0, np.abs(a - b))
+    return np.nan_to_num(distance, nan=UNBOUNDED, posinf=UNBOUNDED)

@@ -1,0 +1,30 @@
+"""The truth that devices are held to: each formula written down in numpy, plainly.
+
+An oracle computes in the dtype of the arrays that it is given: in float64 it is the reference, in
+float32 (rounded once at the end) it is the baseline that says how much rounding is honest. No
+blocking, no tricks, no torch. The table maps `OpSpec.oracle` to the function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from quire.conformance.oracles import attention, layers, logits
+
+ORACLES: Mapping[str, Callable[..., Any]] = {
+    "layers.embedding": layers.embedding,
+    "layers.linear": layers.linear,
+    "layers.rms_norm": layers.rms_norm,
+    "layers.add_rms_norm": layers.add_rms_norm,
+    "layers.gated_activation": layers.gated_activation,
+    "layers.rotary": layers.rotary,
+    "layers.soft_cap": layers.soft_cap,
+    "logits.apply_penalties": logits.apply_penalties,
+    "logits.add_bias": logits.add_bias,
+    "logits.keep_only": logits.keep_only,
+    "logits.sample": logits.sample,
+    "logits.logprobs": logits.logprobs,
+    "attention.paged": attention.paged,
+}
+"""By `OpSpec.oracle`."""

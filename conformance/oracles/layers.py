@@ -1,0 +1,90 @@
+"""The operators of a model's layers, by their formulas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+_ERF = np.frompyfunc(math.erf, 1, 1)
+
+
+def embedding(token_ids: Array, weight: Array) -> Array:
+    """Row token_ids[t] of weight [V, H]: [T, H]."""
+    return weight[token_ids]
+
+
+def linear(x: Array, weight: Array, bias: Array | None) -> Array:
+    """out[t, n] = sum_k x[t, k] weight[n, k] + bias[n]: [T, N]."""
+    product = x @ weight.T
+    return product if bias is None else product + bias
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """X / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    Source: Zhang & Sennrich 2019, eq. 4.
+    """
+    mean_square = (x * x).mean(axis=-1, keepdims=True)
+    return x / np.sqrt(mean_square + x.dtype.type(eps)) * weight
+
+
+def add_rms_norm(
+    x: Array, residual: Array, weight: Array, eps: float, rounded: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """The norm of residual + x, and that sum, which `rounded` brings to the working dtype."""
+    total = rounded(residual + x)
+    return rms_norm(total, weight, eps), total
+
+
+def gated_activation(x: Array, kind: str) -> Array:
+    """act(x[:, :I]) * x[:, I:] for x [T, 2I]: [T, I].
+
+    Source: Shazeer 2020 (GLU variants), eq. 5; Hendrycks & Gimpel 2016, section 2.
+    """
+    gate, up = np.split(x, 2, axis=-1)
+    return _ACTIVATIONS[kind](gate) * up
+
+
+def _silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+def _gelu(x: Array) -> Array:
+    erf = _ERF(x / math.sqrt(2)).astype(x.dtype)
+    return x / 2 * (1 + erf)
+
+
+def _gelu_tanh(x: Array) -> Array:
+    inner = x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x**3)
+    return x / 2 * (1 + np.tanh(inner))
+
+
+_ACTIVATIONS = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}
+
+
+def rotary(heads: Array, cos: Array, sin: Array, *, is_interleaved: bool) -> Array:
+    """The pairs of the first 2F features of heads [T, n, D], turned by their angle: [T, n, D].
+
+    Pair i is (i, i + F), or (2i, 2i + 1) where `is_interleaved`; cos, sin [T, F].
+    Source: Su et al. 2021, eq. 34.
+    """
+    num_pairs = cos.shape[-1]
+    turned = heads.copy()
+    for i in range(num_pairs):
+        first, second = (2 * i, 2 * i + 1) if is_interleaved else (i, i + num_pairs)
+        a, b = heads[..., first], heads[..., second]
+        c, s = cos[:, i : i + 1], sin[:, i : i + 1]
+        turned[..., first] = a * c - b * s
+        turned[..., second] = b * c + a * s
+    return turned
+
+
+def soft_cap(x: Array, cap: float) -> Array:
+    """Cap * tanh(x / cap). Source: Gemma 2 report, section 2."""
+    return np.tanh(x / x.dtype.type(cap)) * x.dtype.type(cap)
