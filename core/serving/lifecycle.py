@@ -51,7 +51,7 @@ def run_server(
     Raises: ConfigError if the address cannot be had; what `start_engine` raises.
     """
     with contextlib.closing(bind(settings.host, settings.port)) as listener:
-        factory = uvicorn.Config("unused").get_loop_factory()
+        factory = uvicorn.Config("unused", log_config=None).get_loop_factory()
         with asyncio.Runner(loop_factory=factory) as runner:
             return runner.run(_live(config, settings, listener, announce, start_engine))
 
@@ -116,17 +116,20 @@ async def _serve(
     try:
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         stop.clear()
-        await _drain(state, stop)
+        has_died = not await _drain(state, stop)
         server.should_exit = True
         await serving
     finally:
         for task in (stopped, died):
             task.cancel()
-    return 1 if state.engine.errored else 0
+    return 1 if has_died else 0
 
 
-async def _drain(state: ServerState, hurry: asyncio.Event) -> None:
-    """Lets nobody in; those inside finish, up to the bound or a second signal; aborts the rest."""
+async def _drain(state: ServerState, hurry: asyncio.Event) -> bool:
+    """Lets nobody in; those inside finish, up to the bound or a second signal; aborts the rest.
+
+    Returns whether the engine lived until it was told to end.
+    """
     state.gate.close()
     logger.info("shutting down; %d requests are in flight", state.gate.num_inside)
     waiting = asyncio.ensure_future(state.gate.wait_empty(state.settings.shutdown_timeout_s))
@@ -136,9 +139,11 @@ async def _drain(state: ServerState, hurry: asyncio.Event) -> None:
         task.cancel()
     if state.gate.num_inside:
         logger.warning("aborting %d requests that are still in flight", state.gate.num_inside)
+    is_alive = not state.engine.errored
     # What is aborted ends with a last output, so that its response ends as it should.
     await state.engine.shutdown()
     await state.gate.wait_empty(_LAST_BYTES_S)
+    return is_alive
 
 
 async def _wait_death(state: ServerState) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import httpx
+import uvicorn
 from fake_engine import FakeEngine
 
 from quire.core.serving.app import make_app
+from quire.core.serving.lifecycle import bind
 from quire.core.serving.settings import ServerSettings
 
 
@@ -43,6 +46,22 @@ def error_of(response: httpx.Response, status: int) -> dict:
     assert set(body["error"]) == {"message", "type", "param", "code"}
     assert body["error"]["message"]
     return body["error"]
+
+
+@contextmanager
+def served_in_thread(engine: FakeEngine, **settings) -> Iterator[str]:
+    """The address of a server with a real socket, in a thread of this process."""
+    listener = bind("127.0.0.1", 0)
+    app = make_app(engine, ServerSettings(**settings))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+    assert not thread.is_alive()
 
 
 class LeavingClient:

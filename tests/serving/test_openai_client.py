@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
 
 import openai
 import pytest
-import uvicorn
+from asking import served_in_thread
 from fake_engine import REPLY, FakeEngine
-
-from quire.core.serving.app import make_app
-from quire.core.serving.lifecycle import bind
-from quire.core.serving.settings import ServerSettings
 
 KEY = "the-key"
 
@@ -21,17 +16,8 @@ KEY = "the-key"
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A server in a thread of this process."""
-    settings = ServerSettings(api_keys=(KEY,))
-    listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(FakeEngine(), settings), lifespan="off", log_config=None)
-    )
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    server.should_exit = True
-    thread.join(10)
-    assert not thread.is_alive()
+    with served_in_thread(FakeEngine(), api_keys=(KEY,)) as address:
+        yield f"{address}/v1"
 
 
 @pytest.fixture
