@@ -6,9 +6,15 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from quire.core.interface import NewRequest, SamplingSpec
 from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.penalties import SeenTokens
+
+_MOST_BIAS = 1e30
+"""A larger bias adds no certainty, and infinity would leave nothing finite to choose."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -28,6 +34,12 @@ class RequestState:
     """For those with penalties."""
     bad_words: list[tuple[tuple[int, ...], array[int]]] = field(default_factory=list)
     """Each word, and its tokens but the last."""
+    bias_ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """The tokens of `logit_bias`, each once."""
+    bias: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    """What to add to each."""
+    allowed_ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """`allowed_token_ids`, each once."""
     problem: str | None = None
     """Why it cannot be served; it runs with ids that are harmless until the engine drops it."""
     prompt_ids: list[int] = field(default_factory=list)
@@ -66,15 +78,27 @@ def make_request_state(
         sampling=SamplingSpec() if problems else sampling,
         problem="; ".join(problems) or None,
     )
-    if problems:
-        return state
+    if not problems:
+        _prepare(state, token_ids[: new.num_prompt_tokens], token_ids[new.num_prompt_tokens :])
+    return state
+
+
+def _prepare(state: RequestState, prompt: list[int], output: list[int]) -> None:
+    """Puts the settings that need it into the form that a step takes."""
+    sampling = state.sampling
     state.bad_words = [(word, array("i", word[:-1])) for word in sampling.bad_words if word]
+    if sampling.logit_bias:
+        biases: dict[int, float] = {}
+        for token, bias in sampling.logit_bias:
+            biases[token] = min(biases.get(token, 0.0) + bias, _MOST_BIAS)
+        state.bias_ids = np.array(list(biases), np.int64)
+        state.bias = np.array(list(biases.values()), np.float32)
+    if sampling.allowed_token_ids is not None:
+        state.allowed_ids = np.unique(np.array(sampling.allowed_token_ids, np.int64))
     if has_penalties(sampling):
-        prompt, output = token_ids[: new.num_prompt_tokens], token_ids[new.num_prompt_tokens :]
         state.seen = SeenTokens(prompt, output)
     if sampling.logits_processors:
-        state.prompt_ids = token_ids[: new.num_prompt_tokens]
-    return state
+        state.prompt_ids = prompt
 
 
 def has_penalties(sampling: SamplingSpec) -> bool:

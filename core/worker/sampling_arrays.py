@@ -5,7 +5,7 @@ Only what some row asks for is prepared: a step of greedy rows uploads nothing f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,9 +16,6 @@ from quire.core.worker.input_batch import InputBatch
 from quire.core.worker.random_numbers import uniform
 from quire.core.worker.request_state import RequestState
 from quire.core.worker.step_arrays import Array, Int64s
-
-_MOST_BIAS = 1e30
-"""A larger bias adds no certainty, and infinity would leave nothing finite to choose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,39 +124,41 @@ def _custom_row(row: int, state: RequestState) -> CustomRow:
 def _add_kept(sampling: SamplingArrays, chosen: list[tuple[int, RequestState]]) -> None:
     if not chosen:
         return
-    kept = [sorted(set(state.sampling.allowed_token_ids or ())) for _, state in chosen]
     rows = np.array([row for row, _ in chosen], np.int64)
     sampling.arrays |= {
         "keep_rows": rows,
-        "keep_row_of_entry": np.repeat(rows, [len(ids) for ids in kept]),
-        "keep_token_ids": _joined(kept),
+        "keep_row_of_entry": np.repeat(rows, [len(state.allowed_ids) for _, state in chosen]),
+        "keep_token_ids": np.concatenate([state.allowed_ids for _, state in chosen]),
     }
 
 
 def _add_biases(sampling: SamplingArrays, chosen: list[tuple[int, RequestState]]) -> None:
-    biases = [(row, _biases(state)) for row, state in chosen]
-    biases = [(row, bias) for row, bias in biases if bias]
-    if not biases:
+    biases = [_biases(state) for _, state in chosen]
+    if not sum(len(ids) for ids, _ in biases):
         return
-    rows = np.array([row for row, _ in biases], np.int64)
+    rows = np.array([row for row, _ in chosen], np.int64)
     sampling.arrays |= {
-        "bias_rows": np.repeat(rows, [len(bias) for _, bias in biases]),
-        "bias_token_ids": _joined(bias for _, bias in biases),
-        "bias": np.concatenate([np.array(list(bias.values()), np.float32) for _, bias in biases]),
+        "bias_rows": np.repeat(rows, [len(ids) for ids, _ in biases]),
+        "bias_token_ids": np.concatenate([ids for ids, _ in biases]),
+        "bias": np.concatenate([values for _, values in biases]),
     }
 
 
-def _biases(state: RequestState) -> dict[int, float]:
-    """What to add to which token of a row now: -inf for a token that is forbidden."""
+def _biases(state: RequestState) -> tuple[Int64s, npt.NDArray[np.float32]]:
+    """The tokens of a row to which something is added now, and what: -inf for a forbidden one."""
     spec = state.sampling
-    biases: dict[int, float] = {}
-    for token, bias in spec.logit_bias:
-        biases[token] = min(biases.get(token, 0.0) + bias, _MOST_BIAS)
-    forbidden = [word[-1] for word, prefix in state.bad_words if state.ends_with(prefix)]
+    forbidden = {word[-1] for word, prefix in state.bad_words if state.ends_with(prefix)}
     if state.num_output_tokens < spec.min_tokens:
-        forbidden += spec.min_tokens_forbids
-    biases.update(dict.fromkeys(forbidden, -np.inf))
-    return biases
+        forbidden.update(spec.min_tokens_forbids)
+    if not forbidden:
+        return state.bias_ids, state.bias
+    forbidden_ids = np.array(sorted(forbidden), np.int64)
+    others = ~np.isin(state.bias_ids, forbidden_ids)
+    values = np.full(len(forbidden_ids), -np.inf, np.float32)
+    return (
+        np.concatenate([state.bias_ids[others], forbidden_ids]),
+        np.concatenate([state.bias[others], values]),
+    )
 
 
 def _add_penalties(sampling: SamplingArrays, chosen: list[tuple[int, RequestState]]) -> None:
@@ -171,7 +170,3 @@ def _add_penalties(sampling: SamplingArrays, chosen: list[tuple[int, RequestStat
         "penalty_token_ids": np.concatenate([tokens.token_ids for tokens in seen]),
         "penalty_counts": np.concatenate([tokens.output_counts for tokens in seen]),
     }
-
-
-def _joined(lists: Iterable[Iterable[int]]) -> Int64s:
-    return np.array([item for items in lists for item in items], np.int64)

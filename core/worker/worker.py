@@ -122,7 +122,7 @@ class DefaultWorker(Worker):
         caches = self._caches_of(group)
 
         def copy() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), device_errors("cache"):
                 for cache in caches:
                     backend.copy_blocks(cache, source, target)
 
@@ -133,7 +133,7 @@ class DefaultWorker(Worker):
         self._running().finish_steps(0)
         self._device.queue().record().wait()
         backend = self._loaded().attention_backends[group]
-        with torch.inference_mode():
+        with torch.inference_mode(), device_errors("workspace"):
             layers = [backend.export_blocks(cache, block_ids) for cache in self._caches_of(group)]
         stacked: bytes = torch.stack(layers).float().cpu().numpy().astype("<f4").tobytes()
         return stacked
@@ -162,7 +162,7 @@ class DefaultWorker(Worker):
         self._running().finish_steps(0)
         self._device.queue().record().wait()
         host = torch.from_numpy(numbers.astype(np.float32).reshape(shape))
-        with torch.inference_mode():
+        with torch.inference_mode(), device_errors("workspace"):
             for cache, layer in zip(caches, host, strict=True):
                 model.attention_backends[group].import_blocks(cache, block_ids, layer)
 
