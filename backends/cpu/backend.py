@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
-from quire import kernels_cpu
 from quire.backends.cpu.host import count_cores, read_cpu, read_memory
+from quire.backends.cpu.openmp import prefer_short_waits
 from quire.core.interface import Backend, Device, DeviceError, DeviceInfo, Probe
 
 _NO_TORCH = "torch is not installed"
@@ -22,6 +23,9 @@ class CpuBackend(Backend):
     def probe(self) -> Probe:
         if find_spec("torch") is None:
             return Probe(problem=_NO_TORCH, remedy=_INSTALL_TORCH)
+        prefer_short_waits(os.environ)
+        from quire import kernels_cpu
+
         devices = (_device_info(),)
         if kernels_cpu.HAVE_NATIVE:
             return Probe(devices=devices)
@@ -35,12 +39,15 @@ class CpuBackend(Backend):
             )
         if find_spec("torch") is None:
             raise DeviceError(f"the CPU cannot be opened: {_NO_TORCH}; {_INSTALL_TORCH}")
+        prefer_short_waits(os.environ)
         from quire.backends.cpu.device import CpuDevice
 
         return CpuDevice(_device_info())
 
 
 def _device_info() -> DeviceInfo:
+    from quire import kernels_cpu
+
     cpu = read_cpu()
     kernels = f"native:{kernels_cpu.isa()}" if kernels_cpu.HAVE_NATIVE else "reference"
     return DeviceInfo(

@@ -17,6 +17,7 @@ from quire.backends.cpu import CpuBackend, host, sampling
 from quire.backends.cpu import backend as backend_module
 from quire.backends.cpu.attention import CpuAttention
 from quire.backends.cpu.device import CpuDevice
+from quire.backends.cpu.openmp import prefer_short_waits
 from quire.backends.cpu.ops import CpuOps
 from quire.backends.reference import ReferenceAttention, ReferenceOps
 from quire.core.interface import (
@@ -43,6 +44,26 @@ def test_probe_imports_no_torch():
         "probe = CpuBackend().probe()\n"
         "assert probe.is_usable, probe\n"
         "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_threads_wait_shortly_unless_the_user_chose():
+    """Spinning threads must not starve what shares the cores, and the user's word counts."""
+    environment: dict[str, str] = {}
+    prefer_short_waits(environment)
+    assert set(environment) == {"GOMP_SPINCOUNT"}
+    chosen = {"OMP_WAIT_POLICY": "active"}
+    prefer_short_waits(chosen)
+    assert chosen == {"OMP_WAIT_POLICY": "active"}
+
+
+def test_import_of_the_backend_loads_no_openmp():
+    """How its threads wait can only be said before it is loaded: no kernel and no torch until then."""
+    code = (
+        "import sys\n"
+        "import quire.backends.cpu\n"
+        "assert not {'torch', 'quire.kernels_cpu'} & set(sys.modules), sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
