@@ -118,3 +118,14 @@ def test_warm_up_leaves_no_request_behind(tiny, prompts, oracle):
     driver.worker.warm_up()
     assert len(driver.worker._running().requests) == 0
     assert driver.run(30) == oracle()
+
+
+def test_step_that_fills_the_largest_bucket_has_padding_requests_without_tokens(tiny, prompts):
+    """No token is left for them, and nobody minds."""
+    prompt = prompts["r50"] + prompts["r17"][:14]
+    plain = Driver(make_worker(tiny()))
+    plain.add("a", prompt, 4)
+    device = make_device(token_buckets=(8, 64), request_buckets=(4,))
+    padded = Driver(make_worker(tiny(), device=device, max_num_seqs=4))
+    padded.add("a", prompt, 4)
+    assert padded.run(64) == plain.run(64)
