@@ -18,7 +18,7 @@ from quire.core.executor.in_process import make_executor
 from quire.core.interface.worker import CachePlan, ModelInfo, PendingStep, StepBatch
 from quire.core.kv_cache.manager import KVCacheManager
 from quire.core.kv_cache.sizing import plan_cache
-from quire.core.planning import Plan, plan_engine
+from quire.core.planning import Plan, PlannedEngine, plan_engine
 from quire.core.scheduler.request import FinishReason, RequestSpec, RequestUpdate
 from quire.core.scheduler.scheduler import Scheduler
 from quire.core.scheduler.settings import SchedulerSettings
@@ -87,12 +87,7 @@ class EngineCore:
         timer = StartTimer()
         with timer.stage("plan"):
             planned = plan_engine(user)
-            executor = make_executor(planned.device, planned.plan.worker_config)
-        try:
-            return _start(planned.plan, executor, timer)
-        except BaseException:
-            executor.close()
-            raise
+        return start_core(planned, timer)
 
     def add(self, spec: RequestSpec) -> None:
         """Takes a request in. One that is refused ends with an update at the next step."""
@@ -222,6 +217,19 @@ def dead_error(cause: BaseException) -> EngineDeadError:
         "the engine core has died; restart the engine",
         root_cause=f"{type(cause).__name__}: {cause}",
     )
+
+
+def start_core(planned: PlannedEngine, timer: StartTimer) -> EngineCore:
+    """The core for a plan, on the device that was opened for it. The core owns the device.
+
+    Raises: CheckpointError, UnsupportedError, DeviceError; ConfigError if not one request fits.
+    """
+    executor = make_executor(planned.device, planned.plan.worker_config)
+    try:
+        return _start(planned.plan, executor, timer)
+    except BaseException:
+        executor.close()
+        raise
 
 
 def _start(plan: Plan, executor: Executor, timer: StartTimer) -> EngineCore:

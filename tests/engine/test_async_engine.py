@@ -43,7 +43,7 @@ async def tokens_of(outputs) -> list[int]:
 
 async def until(is_so) -> None:
     async with asyncio.timeout(30):
-        while not is_so():
+        while not is_so():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0)
 
 
