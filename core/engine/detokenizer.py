@@ -95,6 +95,17 @@ class Detokenizer:
             self._cut_window(len(text) - self._num_emitted)
         return before + delta
 
+    def finish_with(self, token_ids: Sequence[int]) -> str:
+        """Takes all tokens that are left and returns their text, at the price of one."""
+        if self._byte_values:
+            return "".join(map(self.append, token_ids)) + self.finish()
+        self._window += [
+            token_id
+            for token_id in token_ids
+            if token_id not in self._skipped_ids and token_id < self._num_known_ids
+        ]
+        return self.finish()
+
     def finish(self) -> str:
         """The text that was held back: bytes that stayed half a character."""
         if self._is_in_bytes:

@@ -91,6 +91,7 @@ class OutputState:
     """One of the outputs of a request."""
 
     __slots__ = (
+        "_is_text_late",
         "_num_shown_tokens",
         "_text",
         "cumulative_logprob",
@@ -119,8 +120,10 @@ class OutputState:
         self.stop_reason: int | str | None = None
         self._text = OutputText(params, codec, prepared.prompt_token_ids) if codec else None
         self._num_shown_tokens = 0
+        self._is_text_late = request.kind == "final" and not params.stop_strings
+        """Nobody sees or searches the text before the end: it is made there, at once."""
         self.is_silent = (
-            self._text is None
+            (self._text is None or self._is_text_late)
             and self.logprobs is None
             and not request.wants_prompt_logprobs
             and request.kind == "final"
@@ -151,7 +154,7 @@ class OutputState:
     def end(self, reason: FinishReason) -> None:
         """Ends the output from outside: aborted."""
         if self._text is not None:
-            self.pieces.append(self._text.finish((), is_stop_token=False)[0])
+            self._take_text((), reason)
         self.finish_reason = reason
 
     def show(self) -> CompletionOutput:
@@ -184,10 +187,15 @@ class OutputState:
 
     def _take_text(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> int:
         assert self._text is not None, self.request_id
-        if finish_reason is None:
+        is_stop_token = finish_reason is FinishReason.STOP
+        text, count = "", len(token_ids)
+        if self._is_text_late:
+            if finish_reason is not None:
+                all_ids = [*self.token_ids, *token_ids]
+                text = self._text.whole(all_ids, is_stop_token=is_stop_token)
+        elif finish_reason is None:
             text, count = self._text.append(token_ids)
         else:
-            is_stop_token = finish_reason is FinishReason.STOP
             text, count = self._text.finish(token_ids, is_stop_token=is_stop_token)
         if text:
             self.pieces.append(text)

@@ -51,6 +51,11 @@ class OutputText:
                 return "".join(pieces), number
         return "".join(pieces), len(token_ids)
 
+    def whole(self, token_ids: Sequence[int], *, is_stop_token: bool) -> str:
+        """The text of an output without stop strings, none of whose tokens was appended before."""
+        is_hidden = is_stop_token and not self._includes_stop and bool(token_ids)
+        return self._detokenizer.finish_with(token_ids[:-1] if is_hidden else token_ids)
+
     def finish(self, last_token_ids: Sequence[int], *, is_stop_token: bool) -> tuple[str, int]:
         """The text of the last tokens and all that was held back, and how many tokens count.
 

@@ -106,13 +106,27 @@ def test_append_other_kinds_equal_decode_at_once(codecs, kind, data, skip):
     assert "".join(stream(codec, ids, prompt, skip=skip)) == at_once(codec, ids, prompt, skip=skip)
 
 
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), skip=st.booleans())
+@pytest.mark.parametrize("kind", KINDS)
+def test_finish_with_all_tokens_equals_one_by_one(codecs, kind, data, skip):
+    """A text that is made at the end is the text that would have been streamed, broken bytes too."""
+    codec = codecs[kind]
+    one = st.integers(0, codec.num_known_ids + 2)
+    prompt, ids = data.draw(st.lists(one, max_size=8)), data.draw(st.lists(one, max_size=30))
+    streamed = "".join(stream(codec, ids, prompt, skip=skip))
+    detokenizer = Detokenizer(codec, prompt_token_ids=prompt, skip_special_tokens=skip)
+    assert detokenizer.finish_with(ids) == streamed
+
+
 @settings(max_examples=200, deadline=None)
 @given(values=st.lists(st.integers(0, 255), max_size=24))
 def test_append_byte_tokens_equal_utf8_decoding_with_replacement(codecs, values):
     """Bytes that are no character come out as marks in the end; the characters among them survive."""
     codec = codecs["byte_fallback"]
     ids_of = {value: token_id for token_id, value in codec.byte_values.items()}
-    deltas = stream(codec, [ids_of[value] for value in values])
+    word = codec.tokenizer.get_vocab()["quire"]  # a space at the very start would be stripped
+    deltas = stream(codec, [ids_of[value] for value in values], [word])
     assert "".join(deltas) == bytes(values).decode("utf-8", "replace")
 
 
