@@ -111,6 +111,7 @@ def test_prefix_that_is_being_computed_is_announced_until_it_is_there_or_never_c
     cache.settle(table, tokens, 6)
     hit = cache.find_prefix(other, longer)
     assert (hit.num_tokens, hit.num_pending_tokens) == (4, 8)
+    assert len(cache._announced) == 2
     cache.free(table)
     hit = cache.find_prefix(other, longer)
     assert (hit.num_tokens, hit.num_pending_tokens) == (4, 0)
@@ -123,12 +124,14 @@ def test_reset_forgets_the_past_and_what_running_requests_still_fill():
     tokens = list(range(13))
     table = cache.make_table()
     assert cache.admit(table, cache.find_prefix(table, tokens), num_tokens=13, num_new_tokens=5)
-    cache.settle(table, tokens, 5)
+    past, _ = run(cache, [99] * 9)
     cache.reset_prefix_cache()
+    assert cache.find_prefix(cache.make_table(), [99] * 9).num_tokens == 0
+    assert cache.find_prefix(cache.make_table(), tokens).num_pending_tokens == 0
     cache.settle(table, tokens, 13)
-    hit = cache.find_prefix(cache.make_table(), tokens)
-    assert (hit.num_tokens, hit.num_pending_tokens) == (0, 0)
+    assert cache.find_prefix(cache.make_table(), tokens).num_tokens == 0
     cache.free(table)
+    cache.free(past)
     assert run(cache, tokens)[1].num_tokens == 0
     assert run(cache, tokens)[1].num_tokens == 12
 
@@ -203,6 +206,22 @@ def test_window_gives_blocks_back_as_it_moves():
     assert cache.num_free_blocks == [2]
     assert cache.can_ever_hold(1000, max_chunk=4)
     assert not cache.can_ever_hold(1000, max_chunk=12)
+
+
+def test_window_moves_without_prefix_caching_too():
+    """Giving blocks back and finding them again are two things."""
+    cache = manager(6, num_blocks=(5,), enable_prefix_caching=False)
+    table, _ = run(cache, list(range(60)), chunk=4)
+    assert table.next_settle_at == 64
+    assert cache.num_free_blocks == [2]
+
+
+def test_admission_to_a_window_asks_for_window_and_chunk():
+    """The second chunk must not find that the first one was all there was room for."""
+    cache = manager(6, num_blocks=(4,))
+    table = cache.make_table()
+    assert not cache.admit(table, cache.no_prefix(), num_tokens=40, num_new_tokens=8)
+    assert cache.admit(table, cache.no_prefix(), num_tokens=40, num_new_tokens=3)
 
 
 def test_window_hit_needs_only_the_blocks_of_the_last_window():

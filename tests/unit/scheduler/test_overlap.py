@@ -109,20 +109,22 @@ def test_nobody_is_preempted_while_blocks_are_on_their_way_back(kit):
     assert house.scheduler.statistics().num_preemptions == 0
 
 
-def test_those_behind_take_no_block_from_one_who_waits(kit):
+def test_nobody_takes_the_blocks_for_which_another_one_waits(kit):
     """Else a prompt that needs several blocks would starve beside many that need one each."""
-    house = kit.house(
-        groups=[kit.group(window=8)], depth=2, num_blocks=(10,), max_num_batched_tokens=16
-    )
-    stop = kit.run_alone(kit.spec("z", [3] * 3, 1), 64).tokens[0]
-    scheduler = house.scheduler
-    house.add(kit.spec("old", range(40), 2))
-    house.add(kit.spec("young", [5] * 4, 9))
-    house.add(kit.spec("z", [3] * 3, 9, eos_token_ids=(stop,)))
-    house.run()
-    assert scheduler.statistics().num_preemptions == 0
-    for story in house.stories.values():
-        house.check_output(story)
+    house = kit.house(groups=[kit.group(window=8)], num_blocks=(40,), max_chunk_tokens=8)
+    scheduler, [pool] = house.scheduler, house.cache._pools
+    scheduler.add(kit.spec("old", range(40), 2))
+    scheduler.add(kit.spec("young", [5] * 4, 9))
+    scheduler.add(kit.spec("gone", [3] * 3, 9))
+    assert columns(scheduler.schedule()) == {"old": 8, "young": 4, "gone": 3}
+    scheduler.abort(["gone"])
+    scheduler.add(kit.spec("new", [6], 9))
+    hoard = pool.allocate(pool.num_free - 1)
+    assert scheduler.schedule() is None  # old needs two blocks; young and new could take the one
+    pool.free(hoard[:1])
+    assert columns(scheduler.schedule()) == {"old": 8}
+    pool.free(hoard[1:])
+    house.check()
 
 
 def test_window_that_moves_waits_for_its_own_blocks_instead_of_being_preempted(kit):

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire.core.interface.worker import SamplingSpec
-from quire.core.scheduler.policy import PriorityPolicy
+from quire.core.scheduler.policy import SchedulingPolicy, make_policy
 from quire.core.scheduler.request import FinishReason
 
 EXAMPLES = 250
@@ -63,6 +63,8 @@ class Scenario:
     resets_at: int | None
     is_patient: bool
     """Requests wait for any prefix that another one computes, however short."""
+    victim: int
+    """Which of the candidates is preempted."""
 
 
 plots = st.builds(
@@ -122,14 +124,26 @@ def scenarios(draw, *, with_mischief: bool):
         speculate_every=draw(st.integers(0, 4)) if mischief else 0,
         resets_at=draw(none_or(st.integers(0, 12))) if mischief else None,
         is_patient=draw(st.booleans()),
+        victim=draw(st.sampled_from([-1, -1, 0, 1])),
     )
 
 
-class PatientPolicy(PriorityPolicy):
-    """Tiny prompts, too, wait for each other, so that tiny scenarios show what that does."""
+class OddPolicy(SchedulingPolicy):
+    """A policy that decides as the scenario says: what comes out must not depend on it."""
+
+    def __init__(self, scenario):
+        self.scenario = scenario
+        self.base = make_policy(scenario.policy)
+
+    def order_key(self, request):
+        return self.base.order_key(request)
+
+    def choose_victim(self, candidates):
+        return candidates[max(-1, min(self.scenario.victim, len(candidates) - 1))]
 
     def waits_for_prefix(self, num_pending, num_missing):
-        return num_pending > 0
+        """Tiny prompts, too, wait for each other, so that tiny scenarios show what that does."""
+        return self.scenario.is_patient
 
 
 def build(kit, scenario: Scenario):
@@ -166,7 +180,7 @@ def build(kit, scenario: Scenario):
         max_chunk_tokens=scenario.max_chunk_tokens,
         enable_chunked_prefill=scenario.enable_chunked_prefill,
         policy=scenario.policy,
-        policy_object=PatientPolicy() if scenario.is_patient else None,
+        policy_object=OddPolicy(scenario),
     )
 
 

@@ -212,8 +212,9 @@ def test_low_priority_is_preempted_for_high(kit):
     assert house.stories["high"].last.num_preemptions == 0
 
 
-def test_any_choice_of_victim_keeps_the_books(kit):
-    """A policy decides who suffers, never what comes out."""
+@pytest.mark.parametrize("depth", [1, 2])
+def test_any_choice_of_victim_keeps_the_books(kit, depth):
+    """A policy decides who suffers, never what comes out; who had its turn in a step is not asked."""
 
     class First(SchedulingPolicy):
         def choose_victim(self, candidates):
@@ -222,10 +223,11 @@ def test_any_choice_of_victim_keeps_the_books(kit):
         def num_spare_blocks(self, num_running):
             return 0
 
-    house = kit.house(num_blocks=(7,), policy_object=First())
-    for name in "abcd":
-        house.add(kit.spec(name, [ord(name)] * 5, 8))
+    house = kit.house(num_blocks=(7,), policy_object=First(), depth=depth)
+    for number, name in enumerate("abcd"):
+        house.add(kit.spec(name, [number] * (4 + number), 8))
     house.run()
+    assert house.scheduler.statistics().num_preemptions > 0
     for story in house.stories.values():
         house.check_output(story)
 
@@ -266,6 +268,20 @@ def test_same_prompts_at_once_wait_for_the_first(kit):
     house.collect()
     assert columns(house.submit()) == {"a": 1, "b": 2, "c": 2, "d": 2, "other": 1}
     house.collect()
+    house.run()
+
+
+def test_request_that_waits_for_a_prefix_keeps_its_seat(kit):
+    """Who comes later does not overtake it by that."""
+    house = kit.house(
+        num_blocks=(300,), max_num_batched_tokens=600, max_model_len=200, max_num_seqs=2
+    )
+    for name in "ab":
+        house.add(kit.spec(name, [1] * 130, 3))
+    house.add(kit.spec("c", [7] * 5, 3))
+    assert columns(house.submit()) == {"a": 130}
+    house.collect()
+    assert columns(house.submit()) == {"a": 1, "b": 2}
     house.run()
 
 
