@@ -19,6 +19,7 @@ from quire.core.serving.protocol.chat import (
     ChatRequest,
     ChatResponse,
 )
+from quire.core.serving.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class ChatWriter:
 
     request: ChatRequest
     head: AnswerHead
+    token_bytes: TokenBytes
 
     async def whole(self, generation: Generation) -> ChatResponse:
         """The answer when everything is there."""
@@ -113,6 +115,7 @@ class ChatWriter:
             child.logprobs or [],
             num_top=self.request.top_logprobs or 0,
             names=names,
+            token_bytes=self.token_bytes,
         )
 
     def _says_something(self, child: CompletionOutput) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from quire.core.outputs import Logprob, TokenLogprobs
 from quire.core.serving.protocol.chat import ChatLogprobs, ChatTokenLogprob, ChatTopLogprob
 from quire.core.serving.protocol.completions import CompletionLogprobs, PromptLogprobs
+from quire.core.serving.token_bytes import TokenBytes
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not have."""
@@ -60,21 +61,20 @@ def chat_logprobs(
     *,
     num_top: int,
     names: TokenNames,
+    token_bytes: TokenBytes,
 ) -> ChatLogprobs:
     """One entry for each of `token_ids`, with its `num_top` most likely rivals."""
+
+    def record(token_id: int, entry: Logprob) -> dict[str, Any]:
+        name = names.of(token_id, entry)
+        bytes_ = token_bytes.of(token_id, entry, name)
+        return {"token": name, "logprob": finite(entry.logprob), "bytes": bytes_}
+
     content = []
     for token_id, position in zip(token_ids, positions, strict=True):
-        chosen = position[token_id]
-        top = [_chat_entry(i, e, names) for i, e in _most_likely(position, num_top)]
-        name = names.of(token_id, chosen)
-        content.append(
-            ChatTokenLogprob(
-                token=name,
-                logprob=finite(chosen.logprob),
-                bytes=_bytes_of(chosen, name),
-                top_logprobs=top,
-            )
-        )
+        top = [ChatTopLogprob(**record(i, e)) for i, e in _most_likely(position, num_top)]
+        chosen = record(token_id, position[token_id])
+        content.append(ChatTokenLogprob(**chosen, top_logprobs=top))
     return ChatLogprobs(content=content, refusal=None)
 
 
@@ -109,16 +109,6 @@ def _top_by_name(
 def _most_likely(position: TokenLogprobs, num_top: int) -> Iterator[tuple[int, Logprob]]:
     ranked = sorted(position.items(), key=lambda item: -finite(item[1].logprob))
     yield from ranked[:num_top]
-
-
-def _chat_entry(token_id: int, entry: Logprob, names: TokenNames) -> ChatTopLogprob:
-    name = names.of(token_id, entry)
-    return ChatTopLogprob(token=name, logprob=finite(entry.logprob), bytes=_bytes_of(entry, name))
-
-
-def _bytes_of(entry: Logprob, name: str) -> list[int]:
-    """UTF-8 of the token's text; of its name where it has no text."""
-    return list((entry.decoded_token or name).encode("utf-8", "replace"))
 
 
 def _as_record(entry: Logprob) -> dict[str, Any]:

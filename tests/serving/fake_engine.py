@@ -73,6 +73,7 @@ class FakeEngine:
     dead_error: EngineDeadError | None = None
     is_ready: bool = True
     default_sampling: Mapping[str, object] = field(default_factory=dict)
+    tokenizer: object = None
     num_finished: int = 0
     num_output_tokens: int = 0
 

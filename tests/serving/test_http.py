@@ -93,7 +93,7 @@ async def test_dead_engine_is_503_and_unhealthy():
     engine = FakeEngine()
     async with connected(engine) as client:
         assert (await client.get("/health")).status_code == 200
-        assert (await client.get("/ready")).status_code == 200
+        assert (await client.head("/ready")).status_code == 200
         engine.dead_error = EngineDeadError("gone", root_cause="bad memory")
         engine.is_ready = False
         assert "bad memory" in error_of(await client.post(COMPLETIONS, json=BODY), 503)["message"]

@@ -14,6 +14,7 @@ from quire.core.serving.protocol.chat import ChatRequest, TemplateFields
 from quire.core.serving.protocol.sampling import check_logprobs
 from quire.core.serving.server_state import Server, ServerState, make_names
 from quire.core.serving.sse import EventStream
+from quire.core.serving.token_bytes import TokenBytes
 
 router = APIRouter()
 
@@ -36,7 +37,8 @@ async def create_chat_completion(request: Request, server: Server) -> Response:
         add_special_tokens=bool(body.add_special_tokens),
     )
     head = AnswerHead(id=names.answer_id, model=server.model_name)
-    writer = ChatWriter(request=body, head=head)
+    token_bytes = TokenBytes(server.engine.tokenizer)
+    writer = ChatWriter(request=body, head=head, token_bytes=token_bytes)
     if body.is_streaming:
         return EventStream(writer.chunks(generation), owner=generation)
     async with generation:

@@ -11,6 +11,7 @@ from quire.core.serving.server_state import Server
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def get_health(server: Server) -> Response:
     """200 while the process and its engine live; after 503 only a restart helps."""
@@ -21,6 +22,7 @@ async def get_health(server: Server) -> Response:
     return Failure(status=503, message=message, type=SERVER, code="engine_dead").response()
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def get_ready(server: Server) -> Response:
     """200 while new requests are taken; 503 once the server shuts down or its engine is dead."""
