@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quire.core.interface.worker import SamplingSpec, StepResult
+from quire.core.scheduler.policy import SchedulingPolicy
 from quire.core.scheduler.request import FinishReason
 
 
@@ -111,7 +112,17 @@ def test_nobody_is_preempted_while_blocks_are_on_their_way_back(kit):
 
 def test_nobody_takes_the_blocks_for_which_another_one_waits(kit):
     """Else a prompt that needs several blocks would starve beside many that need one each."""
-    house = kit.house(groups=[kit.group(window=8)], num_blocks=(40,), max_chunk_tokens=8)
+
+    class NoSpare(SchedulingPolicy):
+        def num_spare_blocks(self, num_running):
+            return 0
+
+    house = kit.house(
+        groups=[kit.group(window=8)],
+        num_blocks=(40,),
+        max_chunk_tokens=8,
+        policy_object=NoSpare(),
+    )
     scheduler, [pool] = house.scheduler, house.cache._pools
     scheduler.add(kit.spec("old", range(40), 2))
     scheduler.add(kit.spec("young", [5] * 4, 9))
