@@ -24,6 +24,7 @@ from quire.core.engine.output_state import OutputKind
 from quire.core.engine.prompts import Prompt, parse_prompt
 from quire.core.engine.request_stream import RequestStream
 from quire.core.engine.sampling_spec import check_token_ids
+from quire.core.engine.tokenizer import start_import
 from quire.core.errors import EngineDeadError, RequestError
 from quire.core.outputs import RequestOutput
 from quire.core.sampling_params import SamplingParams
@@ -69,8 +70,10 @@ class AsyncEngine:
         Raises: ConfigError, UnsupportedError, PluginError, CheckpointError, DeviceError as
         the core met them; EngineDeadError for anything else, with the root cause.
         """
+        importer = start_import(config.model, config.tokenizer)
         client = await AsyncProcessClient.start(config, build_core=build_core)
         try:
+            await asyncio.to_thread(importer.join)
             front = await asyncio.to_thread(make_front, client.config, client.facts)
             template = client.config.chat_template
             chat = ChatRenderer(front.codec, template) if front.codec else None

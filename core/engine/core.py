@@ -12,7 +12,13 @@ from typing import Any
 from quire.core.config import EngineConfig
 from quire.core.engine.facts import EngineFacts, EngineStatistics
 from quire.core.engine.messages import same_death
-from quire.core.errors import DeviceOutOfMemory, EngineDeadError, RequestError
+from quire.core.errors import (
+    DeviceError,
+    DeviceLost,
+    DeviceOutOfMemory,
+    EngineDeadError,
+    RequestError,
+)
 from quire.core.executor.executor import Executor
 from quire.core.executor.in_process import make_executor
 from quire.core.interface.worker import CachePlan, ModelInfo, PendingStep, StepBatch
@@ -205,7 +211,9 @@ class EngineCore:
 def _wait_for_nothing(pending: PendingStep) -> None:
     try:
         pending.result()
-    except DeviceOutOfMemory:
+    except DeviceLost:
+        raise
+    except DeviceError:  # it was built on a step that did not happen
         return
 
 

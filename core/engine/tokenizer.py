@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -126,12 +127,30 @@ def load_codec(directory: str, *, tokenizer: str | None = None) -> TextCodec | N
     Raises: CheckpointError with the remedy for a tokenizer that cannot be loaded.
     """
     path = Path(tokenizer or directory)
-    has_files = any((path / file).is_file() for file in _TOKENIZER_FILES)
-    if tokenizer is None and not has_files:
+    if tokenizer is None and not _has_tokenizer(path):
         return None
-    if tokenizer is not None and path.is_dir() and not has_files:
+    if tokenizer is not None and path.is_dir() and not _has_tokenizer(path):
         raise no_tokenizer(tokenizer)
     return TextCodec(_load_from_transformers(tokenizer or directory))
+
+
+def start_import(model: str, tokenizer: str | None) -> threading.Thread:
+    """Begins to import what loads tokenizers, which takes seconds; join before `load_codec`.
+
+    Does nothing for a directory that has none.
+    """
+    has_none = tokenizer is None and Path(model).is_dir() and not _has_tokenizer(Path(model))
+
+    def import_it() -> None:
+        if has_none:
+            return
+        # `load_codec` says why, if it cannot be imported.
+        with contextlib.suppress(Exception):
+            from transformers import AutoTokenizer  # noqa: F401
+
+    thread = threading.Thread(target=import_it, name="quire-import-tokenizers", daemon=True)
+    thread.start()
+    return thread
 
 
 def no_tokenizer(where: str) -> CheckpointError:
@@ -140,6 +159,10 @@ def no_tokenizer(where: str) -> CheckpointError:
         f"no tokenizer was found: {where} holds none of {', '.join(_TOKENIZER_FILES)}; "
         "name one with tokenizer=..., or send token ids with detokenize=False"
     )
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / file).is_file() for file in _TOKENIZER_FILES)
 
 
 def _load_from_transformers(name: str) -> Any:
