@@ -54,9 +54,7 @@ class Case:
         if self.dtype and self.dtype not in claims.dtypes:
             return f"dtype {self.dtype} is not among the claimed {', '.join(claims.dtypes)}"
         if self.level == 1 and device.torch_device is None:
-            return (
-                "torch does not own this device: its operators are tried through its Worker, level 2"
-            )
+            return "torch does not own this device: its operators are tried through its Worker, level 2"
         return self.needs(claims, self.arguments)
 
 

@@ -155,9 +155,7 @@ class PagedRun:
                 hint=hint,
             )
 
-    def expected(
-        self, request: int, begin: int, end: int, width: type[np.floating[Any]]
-    ) -> Array:
+    def expected(self, request: int, begin: int, end: int, width: type[np.floating[Any]]) -> Array:
         """The oracle's outputs of tokens [begin, end) of one request."""
         paged = self.paged
         q, k, v = (

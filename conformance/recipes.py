@@ -255,7 +255,10 @@ def _expect_logprobs(arrays: Mapping[str, Array], options: Options) -> dict[str,
     return dict(zip(("selected", "ranks", "top_ids", "top_logprobs"), results, strict=True))
 
 
-_LOGITS = {"small": {"shape": (3, 50, 5), "num_top": 4}, "wide": {"shape": (4, 1000, 40), "num_top": 20}}
+_LOGITS = {
+    "small": {"shape": (3, 50, 5), "num_top": 4},
+    "wide": {"shape": (4, 1000, 40), "num_top": 20},
+}
 _NORMS: Mapping[str, Options] = {
     "h64": {"shape": (7, 64), "eps": 1e-5},
     "h33": {"shape": (3, 33), "eps": 1e-6},
@@ -281,9 +284,7 @@ RECIPES: Mapping[str, Recipe] = {
         },
         make=_linear,
         call=_call_linear,
-        expect=lambda a, o: {
-            "out": ORACLES["layers.linear"](a["x"], a["weight"], a.get("bias"))
-        },
+        expect=lambda a, o: {"out": ORACLES["layers.linear"](a["x"], a["weight"], a.get("bias"))},
         hint="Does it accumulate in float32, and add the bias before rounding?",
     ),
     "rms_norm": Recipe(
@@ -307,9 +308,7 @@ RECIPES: Mapping[str, Recipe] = {
             for kind in ("silu", "gelu_tanh", "gelu")
             for width in (48, 33)
         },
-        make=lambda rng, dtype, scale, o: {
-            "x": _normal(rng, (5, 2 * o["width"]), dtype, scale)
-        },
+        make=lambda rng, dtype, scale, o: {"x": _normal(rng, (5, 2 * o["width"]), dtype, scale)},
         call=lambda ops, t, o: {"out": ops.gated_activation(t["x"], o["kind"])},
         expect=lambda a, o: {"out": ORACLES["layers.gated_activation"](a["x"], o["kind"])},
         hint="The first half is activated, the second multiplies; is it the right form of GELU?",

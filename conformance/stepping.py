@@ -75,7 +75,11 @@ class Steps:
         self._step_id = 0
 
     def add(
-        self, request_id: str, prompt: Sequence[int], max_tokens: int, sampling: SamplingSpec = GREEDY
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        max_tokens: int,
+        sampling: SamplingSpec = GREEDY,
     ) -> Job:
         """A new job."""
         job = Job(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,3 +34,11 @@ def read_environment() -> Environment:
         cache_directory=Path(os.environ.get("QUIRE_CACHE") or Path(cache_root) / "quire"),
         is_offline=os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"),
     )
+
+
+def make_child_environment(
+    *, without: Sequence[str] = (), changes: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """This process's environment for a child: without names of these prefixes, with `changes`."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(tuple(without))}
+    return {**kept, **(changes or {})}

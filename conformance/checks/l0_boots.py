@@ -24,7 +24,8 @@ from quire.core.interface import (
 _MODES = ("synchronous", "asynchronous", "unified")
 _CLASSES = ("none", "run_to_run", "batch_invariant", "invariant")
 _COPIES = {
-    name: {"dtype_name": name} for name in ("float32", "float16", "bfloat16", "int32", "int64", "bool")
+    name: {"dtype_name": name}
+    for name in ("float32", "float16", "bfloat16", "int32", "int64", "bool")
 }
 
 _LISTING = """

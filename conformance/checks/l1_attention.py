@@ -48,7 +48,9 @@ def _needs(claims: Capabilities, arguments: Mapping[str, Any]) -> str:
         return f"cache dtype {arguments['dtype']} is not claimed"
     if asked.get("kind", "causal") not in claims.attention_kinds:
         return f"attention kind {asked['kind']!r} is not claimed"
-    missing = [f for key, f in _FEATURES.items() if key in asked and f not in claims.attention_features]
+    missing = [
+        f for key, f in _FEATURES.items() if key in asked and f not in claims.attention_features
+    ]
     return f"attention feature {missing[0]!r} is not claimed" if missing else ""
 
 
@@ -149,7 +151,9 @@ def unused_slots(trial: Trial, *, shape: tuple[int, int, int], dtype: str) -> No
             "NaN in unused slots of the cache reached the output: blocks or slots past a request's "
             "last token are read; multiplying them by 0 does not help, 0 * NaN is NaN",
         )
-        _hold_same(trial, before, after, "what lies in unused slots of the cache changed the output")
+        _hold_same(
+            trial, before, after, "what lies in unused slots of the cache changed the output"
+        )
 
 
 @check(level=1, op="paged_attention", over=product(_ONE, dtypes()), needs=_needs)
@@ -177,7 +181,9 @@ def causality(trial: Trial, *, shape: tuple[int, int, int], dtype: str) -> None:
     )
     first = PagedRun(trial, paged).step([(0, 45)])[0]
     second = PagedRun(trial, changed).step([(0, 45)])[0]
-    message = "changing tokens 30 to 44 changed the output of tokens before them: the future is seen"
+    message = (
+        "changing tokens 30 to 44 changed the output of tokens before them: the future is seen"
+    )
     _hold_same(trial, first[:30], second[:30], message)
 
 
@@ -185,7 +191,11 @@ def causality(trial: Trial, *, shape: tuple[int, int, int], dtype: str) -> None:
     level=1,
     op="paged_attention",
     over=product(
-        {f"{where}-{n}": {"where": where, "length": n} for n in (257, 2048) for where in ("first", "middle", "last")},
+        {
+            f"{where}-{n}": {"where": where, "length": n}
+            for n in (257, 2048)
+            for where in ("first", "middle", "last")
+        },
         dtypes(),
     ),
     needs=_needs,

@@ -158,9 +158,7 @@ def _needs_batch_invariant(claims: Capabilities, arguments: Mapping[str, Any]) -
 @check(level=1, op="", over=_cases(ops=_BY_ROW), needs=_needs_batch_invariant)
 def alone_equals_batch(trial: Trial, *, op: str, dtype: str) -> None:
     """A row has the same bits alone and among others, where that is claimed."""
-    spec, _, options, inputs = _prepare(
-        trial, op, dtype, variant=list(RECIPES[op].variants)[-1]
-    )
+    spec, _, options, inputs = _prepare(trial, op, dtype, variant=list(RECIPES[op].variants)[-1])
     whole = _Call(trial, spec, inputs, options).results["out"]
     for row in range(len(inputs["x"])):
         one = {**inputs, "x": inputs["x"][row : row + 1]}

@@ -52,7 +52,8 @@ def gated_activation(x: Array, kind: str) -> Array:
 
 
 def _silu(x: Array) -> Array:
-    return x / (1 + np.exp(-x))
+    with np.errstate(over="ignore"):  # exp of a large number is infinite, and its inverse 0
+        return np.asarray(x / (1 + np.exp(-x)))
 
 
 def _gelu(x: Array) -> Array:

@@ -46,9 +46,7 @@ def keep_only(logits: Array, rows: Array, row_of_entry: Array, token_ids: Array)
     return changed
 
 
-def logprobs(
-    logits: Array, token_ids: Array, num_top: int
-) -> tuple[Array, Array, Array, Array]:
+def logprobs(logits: Array, token_ids: Array, num_top: int) -> tuple[Array, Array, Array, Array]:
     """(selected [R], ranks [R], top_ids [R, n], top_logprobs [R, n]) of log_softmax(logits)."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     every = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

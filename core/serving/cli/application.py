@@ -15,6 +15,7 @@ from quire.core.errors import ConfigError, QuireError
 from quire.core.serving.cli.backends import backends
 from quire.core.serving.cli.bench import bench
 from quire.core.serving.cli.chat import chat
+from quire.core.serving.cli.conformance import conformance
 from quire.core.serving.cli.console import show_error
 from quire.core.serving.cli.demo import demo
 from quire.core.serving.cli.errors import status_of
@@ -82,6 +83,7 @@ def _make_application() -> typer.Typer:
     for command in (generate, chat, serve, backends, plan, demo):
         app.command()(command)
     app.add_typer(bench, name="bench")
+    app.add_typer(conformance, name="conformance")
     return app
 
 

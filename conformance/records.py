@@ -1,0 +1,146 @@
+"""The report: plain records, from which JSON, its schema and the page are made."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+
+from quire.conformance.numerics import UNBOUNDED
+from quire.conformance.trial import Outcome
+
+SCHEMA_VERSION = "1.0"
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one case."""
+
+    id: str
+    level: int
+    op: str
+    dtype: str
+    outcome: str
+    """`passed`, `failed`, `unsupported`; `excused` (failed, as expected) or `unexpected_pass`."""
+    reason: str = ""
+    error: float | None = None
+    """Of the measurement with the least headroom; None: nothing was measured."""
+    bound: float | None = None
+    headroom: float | None = None
+    """error / bound: above 1 is a failure."""
+    provider: str = ""
+    seconds: float = 0.0
+    worker: str = ""
+
+
+class RawRun(msgspec.Struct, frozen=True, kw_only=True):
+    """What one run of pytest leaves for the report."""
+
+    seed: int
+    level: int
+    rows: list[Row]
+
+
+class Expectation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line of excuse."""
+
+    test: str
+    """The exact id."""
+    kind: str
+    """`known-bug` or `hardware-limit`."""
+    issue: str
+    reason: str
+    until: str
+    """The version of the suite at which this line becomes an error."""
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether one level is granted."""
+
+    level: int
+    is_granted: bool
+    num_exceptions: int
+    text: str
+
+
+class VendorCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What the backend cost its vendor, counted in its source."""
+
+    files: int
+    lines_of_code: int
+    quire_modules: list[str]
+    """Modules of Quire that it imports."""
+    assignments: list[str]
+    """`file:line` of each assignment onto an object of Quire's: patches."""
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of the suite on one device."""
+
+    schema_version: str
+    is_sealed: bool
+    """Whether the official command ran it: no conftest, ini or plug-in of anybody."""
+    seed: int
+    created: str
+    level: int
+    quire_version: str
+    interface_version: str
+    suite_hash: str
+    """Of every file of the suite."""
+    environment: dict[str, str]
+    backend: str
+    distribution: str
+    device: str
+    architecture: str
+    capabilities: dict[str, Any]
+    verdicts: list[Verdict]
+    counts: dict[str, int]
+    missing: list[str]
+    """Ids of the manifest that have no row."""
+    problems: list[str]
+    """What is wrong beside rows: lines of expectation that do not fit, ids of nobody."""
+    expectations: list[Expectation]
+    cost: VendorCost
+    rows: list[Row]
+    checksum: str = ""
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether every level up to the one asked for is granted."""
+        return all(verdict.is_granted for verdict in self.verdicts)
+
+    @property
+    def headline(self) -> str:
+        """The first line: what is granted, with how many exceptions."""
+        granted = [verdict for verdict in self.verdicts if verdict.is_granted]
+        sealed = "" if self.is_sealed else " (unsealed)"
+        if not granted or granted[-1].level < self.level:
+            worst = next(v for v in self.verdicts if not v.is_granted)
+            return f"{self.backend}: {worst.text}{sealed}"
+        return f"{self.backend}: {granted[-1].text}{sealed}"
+
+
+def row_of(outcome: Outcome, *, worker: str) -> Row:
+    """The row of one case."""
+    worst = outcome.worst
+    return Row(
+        id=outcome.case.id,
+        level=outcome.case.level,
+        op=outcome.case.op,
+        dtype=outcome.case.dtype,
+        outcome=outcome.outcome,
+        reason=outcome.reason,
+        error=None if worst is None else min(worst.error, UNBOUNDED),
+        bound=None if worst is None else min(worst.bound, UNBOUNDED),
+        headroom=None if worst is None else min(worst.headroom, UNBOUNDED),
+        provider=outcome.provider,
+        seconds=round(outcome.seconds, 4),
+        worker=worker,
+    )
+
+
+def checksum_of(report: Report) -> str:
+    """Over everything in the report but the checksum itself."""
+    blank = msgspec.structs.replace(report, checksum="")
+    encoded = msgspec.json.encode(blank, order="deterministic")
+    return f"sha256:{hashlib.sha256(encoded).hexdigest()}"

@@ -1,0 +1,42 @@
+"""Which levels a set of rows grants: a pure function, so that anybody can check it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from quire.conformance.cases import all_cases
+from quire.conformance.records import Row, Verdict
+
+_FAILURES = ("failed", "unexpected_pass")
+
+
+def manifest_of(level: int) -> list[str]:
+    """The ids that a run up to `level` consists of."""
+    return [case.id for case in all_cases(level)]
+
+
+def judge(rows: Sequence[Row], *, level: int, problems: Sequence[str]) -> list[Verdict]:
+    """One verdict for each level: granted iff its ids are complete and none failed."""
+    return [_judge_level(rows, upto, problems) for upto in range(level + 1)]
+
+
+def _judge_level(rows: Sequence[Row], level: int, problems: Sequence[str]) -> Verdict:
+    counts = Counter(row.outcome for row in rows if row.level <= level)
+    failures = sum(counts[outcome] for outcome in _FAILURES)
+    num_missing = len(set(manifest_of(level)) - {row.id for row in rows})
+    exceptions = counts["excused"]
+    findings = [
+        f"{number} {what}"
+        for number, what in (
+            (failures, "failed"),
+            (num_missing, "missing"),
+            (len(problems), "problems with expectations or ids"),
+        )
+        if number
+    ]
+    with_exceptions = f" with {exceptions} exceptions" if exceptions else ""
+    text = f"level {level}{with_exceptions}"
+    if findings:
+        text = f"level {level} not granted: {', '.join(findings)}{with_exceptions}"
+    return Verdict(level=level, is_granted=not findings, num_exceptions=exceptions, text=text)

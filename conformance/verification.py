@@ -1,0 +1,53 @@
+"""Is a report complete, unmodified and honest? From the file and the installed suite alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from quire.conformance.records import Report, Row, checksum_of
+from quire.conformance.reporting import problems_of_ids, read_report, suite_hash
+from quire.conformance.verdicts import judge, manifest_of
+
+
+def verify(path: Path) -> list[str]:
+    """Everything that is wrong with a report; empty: nothing.
+
+    Raises: ConfigError if it cannot be read as one.
+    """
+    return list(_findings(read_report(path)))
+
+
+def _findings(report: Report) -> Iterator[str]:
+    if report.checksum != checksum_of(report):
+        yield "modified: the checksum does not fit the content; the file was edited after the run"
+    if not report.is_sealed:
+        yield "unsealed: it was made by plain pytest, not by `quire conformance run`"
+    if report.suite_hash != suite_hash():
+        yield (
+            "another suite: the files of the suite that made it are not those installed here "
+            f"(report of quire {report.quire_version})"
+        )
+    missing = sorted(set(manifest_of(report.level)) - {row.id for row in report.rows})
+    if missing:
+        yield f"incomplete: {len(missing)} tests of level {report.level} are missing: {missing[:3]}"
+    if missing != report.missing:
+        yield "dishonest: the list of missing tests is not what its rows say"
+    yield from problems_of_ids(report.rows, manifest_of(report.level))
+    if judge(report.rows, level=report.level, problems=report.problems) != report.verdicts:
+        yield "dishonest: the verdicts do not follow from the rows"
+    if dict(Counter(row.outcome for row in report.rows)) != report.counts:
+        yield "dishonest: the counts do not follow from the rows"
+    excused = {line.test for line in report.expectations}
+    for row in report.rows:
+        yield from _row_findings(row, excused)
+
+
+def _row_findings(row: Row, excused: set[str]) -> Iterator[str]:
+    if row.outcome == "passed" and row.headroom is not None and row.headroom > 1:
+        yield f"dishonest: {row.id} passed with an error above its bound"
+    if row.outcome == "excused" and row.id not in excused:
+        yield f"dishonest: {row.id} is excused by no expectation"
+    if row.outcome == "unsupported" and not row.reason:
+        yield f"dishonest: {row.id} is unsupported without a reason"

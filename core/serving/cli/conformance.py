@@ -1,0 +1,110 @@
+"""`quire conformance`: run the suite that certifies a device, and read its reports."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quire.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from quire.conformance.records import Report
+
+conformance = typer.Typer(
+    name="conformance", help="Certify a device with the conformance suite.", no_args_is_help=True
+)
+
+
+def _require_extra() -> None:
+    missing = [name for name in ("pytest", "xdist", "torch") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"the conformance suite needs {', '.join(missing)}; install them with "
+            'pip install "quire[conformance,torch]"'
+        )
+
+
+@conformance.command()
+def run(
+    backend: Annotated[str, typer.Option(help="The backend, as in `quire backends`.")],
+    level: Annotated[int, typer.Option(help="The highest level to run.")] = 2,
+    workers: Annotated[int, typer.Option("-n", "--workers", help="Parallel processes.")] = 0,
+    expectations: Annotated[
+        Path | None, typer.Option(help="A TOML file of tests that are known to fail.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="A folder for the report.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="An earlier report.json to compare with.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The run's seed; default: drawn.")] = None,
+) -> None:
+    """Run the sealed suite on a device. Ends with 1 if a level is not granted."""
+    _require_extra()
+    from quire.conformance.reporting import read_report
+    from quire.conformance.run import run_suite
+
+    result = run_suite(
+        backend,
+        level=level,
+        workers=workers,
+        seed=seed,
+        expectations=expectations,
+        folder=report,
+        baseline=read_report(baseline) if baseline else None,
+    )
+    _show(result)
+    if not result.is_passed:
+        raise typer.Exit(1)
+
+
+@conformance.command()
+def verify(path: Annotated[Path, typer.Argument(help="A report.json.")]) -> None:
+    """Check that a report is complete, unmodified and honest. Ends with 1 if not."""
+    _require_extra()
+    from quire.conformance.reporting import read_report
+    from quire.conformance.verification import verify as find
+
+    findings = find(path)
+    for finding in findings:
+        typer.echo(f"{path}: {finding}", err=True)
+    if findings:
+        raise typer.Exit(1)
+    typer.echo(f"{path}: complete, unmodified and honest. {read_report(path).headline}")
+
+
+@conformance.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="A report.json.")],
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    baseline: Annotated[Path | None, typer.Option(help="An earlier report.json.")] = None,
+) -> None:
+    """Make the HTML page of a report."""
+    _require_extra()
+    from quire.conformance.page import render
+    from quire.conformance.reporting import read_report
+
+    before = read_report(baseline) if baseline else None
+    output.write_text(render(read_report(path), before), encoding="utf-8")
+    typer.echo(f"wrote {output}")
+
+
+@conformance.command(name="list")
+def list_tests(
+    level: Annotated[int, typer.Option(help="The highest level to list.")] = 2,
+) -> None:
+    """List the ids of the tests: the manifest."""
+    _require_extra()
+    from quire.conformance.verdicts import manifest_of
+
+    for name in manifest_of(level):
+        typer.echo(name)
+
+
+def _show(result: Report) -> None:
+    counts = ", ".join(f"{count} {name}" for name, count in result.counts.items())
+    typer.echo(f"{result.headline} ({counts}; seed {result.seed})")
+    for problem in [*result.problems, *(f"{name}: missing" for name in result.missing)]:
+        typer.echo(f"  {problem}", err=True)
