@@ -254,7 +254,8 @@ class FakeStream:
         self._metrics.last_token_time_s = time.monotonic()
         self._metrics.first_token_time_s = self._metrics.first_token_time_s or time.monotonic()
         if self._kind == "delta":
-            self._waiting.append(self._output([child.delta() for child in changed]))
+            # One output each, as the engine's own updates come.
+            self._waiting.extend(self._output([child.delta()]) for child in changed)
         if all(child.reason for child in self._children):
             self._end(is_done=self._kind == "delta")
 

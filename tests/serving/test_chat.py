@@ -150,6 +150,7 @@ async def test_chat_prompt_logprobs_stand_beside_the_choices(client):
         ({"web_search_options": {}}, "web_search_options"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
         ({"store": True}, "store"),
+        ({"store": 0}, "store"),
         ({"service_tier": "flex"}, "service_tier"),
         ({"echo": True}, "echo"),
         ({"top_logprobs": 2}, "top_logprobs"),

@@ -158,7 +158,8 @@ async def test_completion_usage_counts_each_prompt_once(client):
         {"max_tokens": 0, "echo": True, "logprobs": 1},
         {"max_tokens": 0},
         {"prompt_logprobs": 2},
-        {"n": 2, "echo": True},
+        {"n": 2, "echo": True, "logprobs": 1},
+        {"n": 2, "prompt_logprobs": 1, "return_token_ids": True},
     ],
     ids=str,
 )

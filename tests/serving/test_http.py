@@ -139,6 +139,8 @@ async def test_api_key_is_asked_for_where_it_protects():
             {"authorization": "s3cret"},
             {"authorization": "Basic s3cret"},
             {"authorization": "Bearer s3cret2"},
+            {"authorization": "Bearer s3cre"},
+            {"authorization": "Bearer "},
             {"authorization": "Bearer \u00e9".encode("latin-1").decode("latin-1")},
         ):
             raw = {k: v.encode("latin-1") for k, v in headers.items()}
