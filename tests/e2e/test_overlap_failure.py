@@ -38,9 +38,12 @@ class _FailingQueue:
         self.left = at
         self.real_run = DeferredQueue.run
 
-    def run(self, queue: DeferredQueue, work) -> None:
-        self.left -= 1
-        self.real_run(queue, self._fail if self.left == 0 else work)
+    def as_method(self):
+        def run(queue: DeferredQueue, work) -> None:
+            self.left -= 1
+            self.real_run(queue, self._fail if self.left == 0 else work)
+
+        return run
 
     def _fail(self) -> None:
         raise self.error
@@ -55,7 +58,7 @@ def test_step_out_of_memory_is_repeated_and_changes_no_token(
         expected = _tokens(llm)
     with _start(model) as llm:
         failing = _FailingQueue(DeviceOutOfMemory("no room"), at)
-        monkeypatch.setattr(DeferredQueue, "run", lambda q, work: failing.run(q, work))
+        monkeypatch.setattr(DeferredQueue, "run", failing.as_method())
         assert _tokens(llm) == expected
         assert failing.left <= 0
         assert llm.statistics().num_failed_steps == 1
@@ -67,7 +70,7 @@ def test_device_lost_in_mid_step_ends_everything_with_its_cause(
     """One typed error that names the root cause, now and for every later request."""
     with _start(model) as llm:
         failing = _FailingQueue(DeviceLost("the board left the bus"), 4)
-        monkeypatch.setattr(DeferredQueue, "run", lambda q, work: failing.run(q, work))
+        monkeypatch.setattr(DeferredQueue, "run", failing.as_method())
         with pytest.raises(EngineDeadError, match="left the bus"):
             _tokens(llm)
         with pytest.raises(EngineDeadError, match="left the bus"):
