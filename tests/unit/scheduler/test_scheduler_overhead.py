@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import cProfile
 import json
 
-from quire.benchmarks.scheduler_overhead import main, measure
+from quire.benchmarks.scheduler_overhead import answer, main, make_scheduler
 
 
-def test_step_of_64_decodes_costs_the_scheduler_less_than_half_a_millisecond():
-    """The engine must pass 100,000 tokens a second on a device that takes no time.
+def test_step_of_64_decodes_calls_few_functions_for_each_request():
+    """A loop over the cache or the queue on the path of every token shows as calls.
 
-    The benchmark shows the real figure, far below; a loop over the cache or the queue that slips into the path of every
-    token would show here.
+    Calls are counted, not timed: the count is the same on every machine. The benchmark times.
     """
-    assert measure(64, 300, 1).total_median_us < 500
+    num_running, num_steps = 64, 32
+    scheduler = make_scheduler(num_running, num_steps, 1)
+    profile = cProfile.Profile()
+    profile.enable()
+    for _ in range(num_steps):
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.update(batch, answer(batch, 7))
+    profile.disable()
+    num_calls = sum(entry.callcount for entry in profile.getstats())
+    assert num_calls / (num_running * num_steps) < 20
 
 
 def test_benchmark_prints_a_table_and_writes_its_figures(capsys, tmp_path):
