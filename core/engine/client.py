@@ -140,7 +140,7 @@ class ProcessClient(CoreClient):
         try:
             ready = read_start(self._process, self._next())
         except BaseException:
-            self._process.close()
+            self._process.kill()
             raise
         self.config, self.facts = ready.config, ready.facts
 
@@ -240,7 +240,7 @@ class AsyncProcessClient:
             socket = zmq.asyncio.Socket(shadow=process.from_core)
             ready = read_start(process, process.decode(await socket.recv()))
         except BaseException:
-            await asyncio.to_thread(process.close)
+            await asyncio.to_thread(process.kill)
             raise
         return cls(process, ready, socket)
 

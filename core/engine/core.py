@@ -32,6 +32,9 @@ from quire.core.scheduler.settings import SchedulerSettings
 MAX_STEPS_IN_FLIGHT = 2
 """One runs, and the next waits ready behind it; more would only delay what comes back."""
 
+STEPS_ALONE_AFTER_FAILURE = 64
+"""Steps that do not overlap after one ran out of memory: were the next to fail too, none got on."""
+
 
 @dataclass(slots=True)
 class StartTimer:
@@ -78,6 +81,8 @@ class EngineCore:
         self._cache = cache
         self._executor = executor
         self._num_ahead = MAX_STEPS_IN_FLIGHT if config.overlap_scheduling else 1
+        self._num_steps_alone = 0
+        """So many steps run one at a time: there was no memory for two."""
         self._in_flight: deque[StepInFlight] = deque()
         self._refused: list[RequestUpdate] = []
         self._num_added = 0
@@ -178,7 +183,20 @@ class EngineCore:
             raise same_death(self._dead)
 
     def _step(self) -> list[RequestUpdate]:
-        while len(self._in_flight) < self._num_ahead:
+        updates = self._submit_steps()
+        if not self._in_flight:
+            return updates
+        oldest = self._in_flight.popleft()
+        try:
+            result = oldest.pending.result()
+        except DeviceOutOfMemory as error:
+            return updates + self._fail(oldest.batch, error)
+        self._num_steps_alone = max(0, self._num_steps_alone - 1)
+        return updates + self.scheduler.update(oldest.batch, result)
+
+    def _submit_steps(self) -> list[RequestUpdate]:
+        """Hands steps over until enough are in flight, or memory is short until one is back."""
+        while len(self._in_flight) < (1 if self._num_steps_alone else self._num_ahead):
             batch = self.scheduler.schedule()
             if batch is None:
                 break
@@ -187,14 +205,7 @@ class EngineCore:
             except DeviceOutOfMemory as error:
                 return self._fail(batch, error)
             self._in_flight.append(StepInFlight(batch, pending))
-        if not self._in_flight:
-            return []
-        oldest = self._in_flight.popleft()
-        try:
-            result = oldest.pending.result()
-        except DeviceOutOfMemory as error:
-            return self._fail(oldest.batch, error)
-        return self.scheduler.update(oldest.batch, result)
+        return []
 
     def _fail(self, batch: StepBatch, error: DeviceOutOfMemory) -> list[RequestUpdate]:
         """The step did not happen.
@@ -205,6 +216,8 @@ class EngineCore:
         for one in later:
             self._in_flight.remove(one)
             _wait_for_nothing(one.pending)
+        if self._num_ahead > 1:
+            self._num_steps_alone = STEPS_ALONE_AFTER_FAILURE
         return self.scheduler.fail_step(batch, str(error))
 
 

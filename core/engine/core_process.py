@@ -103,6 +103,11 @@ class CoreProcess:
                 traceback=self._crash_text(),
             )
 
+    def kill(self) -> None:
+        """Ends the child now, as when its start is given up, and closes the sockets."""
+        self._process.kill()
+        self.close()
+
     def close(self) -> None:
         """Ends the child, by force if it does not listen, and closes the sockets.
 

@@ -82,11 +82,17 @@ class InProcessExecutor(Executor):
 
 
 def make_executor(device: Device, config: WorkerConfig) -> Executor:
-    """The executor for a model on one device, which it owns from here on."""
-    worker = device.make_worker(config)
-    if worker is None:
-        # Here and not above: a device with a worker of its own needs neither this one nor torch.
-        from quire.core.worker.worker import DefaultWorker
-
-        worker = DefaultWorker(device, config)
+    """The executor for a model on one device, which it owns from here on, also if it fails."""
+    try:
+        worker = device.make_worker(config) or _make_default_worker(device, config)
+    except BaseException:
+        device.close()
+        raise
     return InProcessExecutor(worker, device=device)
+
+
+def _make_default_worker(device: Device, config: WorkerConfig) -> Worker:
+    # Here and not above: a device with a worker of its own needs neither this one nor torch.
+    from quire.core.worker.worker import DefaultWorker
+
+    return DefaultWorker(device, config)

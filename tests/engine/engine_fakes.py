@@ -62,15 +62,17 @@ class FakeRequest:
 
 
 class FakeWorker(Worker):
-    """Remembers requests as a real worker does. `before_step` is called with each batch and may raise."""
+    """Remembers requests as a real worker does. `before_step` and `before_submit` may raise."""
 
     def __init__(
         self,
         *,
         before_step: Callable[[StepBatch], None] = lambda batch: None,
+        before_submit: Callable[[StepBatch], None] = lambda batch: None,
         is_asynchronous: bool = False,
     ) -> None:
         self.before_step = before_step
+        self.before_submit = before_submit
         self.is_asynchronous = is_asynchronous
         self.requests: dict[str, FakeRequest] = {}
         self.pending: list[FakePending] = []
@@ -94,6 +96,7 @@ class FakeWorker(Worker):
 
     def submit(self, batch: StepBatch) -> PendingStep:
         self.log.append(f"submit {batch.step_id}")
+        self.before_submit(batch)
         pending = FakePending(self, batch)
         self.pending.append(pending)
         if not self.is_asynchronous:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from model_fakes import build_cpu_core
+from model_fakes import build_cpu_core, build_sim_core
 from tiny_models import make_tiny_model
 
 from quire import LLM, SamplingParams
@@ -16,15 +16,17 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
+@pytest.fixture(scope="module", params=["llama-cpu", "gemma2-cpu", "gemma2-sim"])
 def pair(request, tmp_path_factory):
-    """The same tiny model in both engines."""
+    """The same tiny model in both engines; on the simulated device steps overlap."""
     transformers = pytest.importorskip("transformers")
-    directory = make_tiny_model(request.param, tmp_path_factory.mktemp("models"))
+    variant, _, device = request.param.partition("-")
+    build_core = build_sim_core if device == "sim" else build_cpu_core
+    directory = make_tiny_model(variant, tmp_path_factory.mktemp("models"))
     oracle = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     with LLM(
         str(directory),
-        build_core=build_cpu_core,
+        build_core=build_core,
         cache_memory_bytes=8 << 20,
         max_num_batched_tokens=48,
     ) as llm:
@@ -66,6 +68,12 @@ def test_generate_greedy_equals_transformers(pair):
         text = llm.get_tokenizer().decode(expected, skip_special_tokens=True)
         assert output.outputs[0].text == text
         assert output.outputs[0].finish_reason == "length"
+
+
+def test_generate_overlaps_where_the_device_is_asynchronous(pair):
+    """The device decides whether the next step is scheduled while this one runs."""
+    llm, _ = pair
+    assert llm.config.overlap_scheduling == (llm.facts.device == "sim")
 
 
 def test_generate_logprobs_equal_transformers(pair):
