@@ -17,8 +17,8 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     """Clients must send one of these; empty: nobody is asked."""
     max_body_bytes: int = 32 * 2**20
-    max_prompts: int = 4096
-    """The most prompts in one request."""
+    max_outputs: int = 4096
+    """The most outputs of one request: its prompts times `n`."""
     max_logprobs: int = 20
     """The most log-probabilities a position that a client may ask for."""
     shutdown_timeout_s: float = 30.0

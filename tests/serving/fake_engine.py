@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from quire.core.config import EngineConfig
 from quire.core.engine.async_engine import QueueFullError
 from quire.core.engine.facts import EngineFacts, EngineStatistics
 from quire.core.errors import EngineDeadError, RequestError
@@ -67,6 +68,7 @@ class FakeEngine:
     die_at: int | None = None
     """The token at which the engine dies."""
     facts: EngineFacts = field(default_factory=facts)
+    config: EngineConfig = field(default_factory=lambda: EngineConfig(model="fake"))
     submitted: list[Submitted] = field(default_factory=list)
     streams: dict[str, FakeStream] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)

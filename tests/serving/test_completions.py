@@ -6,6 +6,8 @@ import pytest
 from asking import connected, error_of, events_of
 from fake_engine import BOS_ID, EOS_ID, REPLY, FakeEngine
 
+from quire.core.config import EngineConfig
+
 PATH = "/v1/completions"
 
 
@@ -56,7 +58,6 @@ async def test_completion_fields_reach_the_engine(client, engine):
         "allowed_token_ids": [1, 2],
         "bad_words": ["z"],
         "truncate_prompt_tokens": 2,
-        "priority": 3,
         "cache_salt": "salt",
     }
     body = {"prompt": "abc", "logit_bias": {"7": 1.5}, "logprobs": 2, **fields}
@@ -313,6 +314,8 @@ async def test_completion_end_token_counts_but_is_not_text(client):
         ({"logit_bias": {"1": 101}}, "logit_bias", "logit_bias"),
         ({"logit_bias": {"999": 1}}, "prompt", "999"),
         ({"stop": [""]}, "stop", "stop"),
+        ({"stop": ["x"] * 129}, "stop", "128"),
+        ({"bad_words": ["x"] * 1025}, "bad_words", "1024"),
         ({"min_tokens": 99}, "min_tokens", "min_tokens"),
         ({"min_tokens": 1, "max_tokens": 0}, "min_tokens", "min_tokens"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "x"),
@@ -325,7 +328,7 @@ async def test_completion_end_token_counts_but_is_not_text(client):
         ({"logits_processors": ["nope"]}, "logits_processors", "processor"),
         ({"request_id": "a b"}, "request_id", "request_id"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 async def test_completion_bad_field_is_refused_by_name(client, engine, fields, param, word):
     """Whoever asks what is not served reads the field's name, whether he streams or not."""
@@ -363,11 +366,29 @@ async def test_completion_stream_options_without_stream_are_refused(client):
     assert error_of(await client.post(PATH, json=body), 400)["param"] == "stream_options"
 
 
-async def test_completion_too_many_prompts_is_refused():
-    """One request cannot fill the server's memory with prompts."""
-    async with connected(FakeEngine(), max_prompts=2) as client:
-        error = error_of(await client.post(PATH, json={"prompt": ["a"] * 3}), 400)
-    assert error["param"] == "prompt"
+async def test_completion_too_many_outputs_are_refused():
+    """One request cannot fill the server's memory with prompts, nor with outputs of one."""
+    async with connected(FakeEngine(), max_outputs=4) as client:
+        assert (
+            error_of(await client.post(PATH, json={"prompt": ["a"] * 5}), 400)["param"] == "prompt"
+        )
+        body = {"prompt": ["a"] * 2, "n": 3}
+        assert error_of(await client.post(PATH, json=body), 400)["param"] == "n"
+        assert (await client.post(PATH, json={**body, "n": 2})).status_code == 200
+
+
+async def test_completion_priority_needs_the_policy_that_honours_it():
+    """Where requests go in order of arrival, a priority is refused and not dropped."""
+    async with connected(FakeEngine()) as client:
+        assert (
+            error_of(await client.post(PATH, json={"prompt": "a", "priority": 1}), 400)["param"]
+            == "priority"
+        )
+        assert (await client.post(PATH, json={"prompt": "a", "priority": 0})).status_code == 200
+    engine = FakeEngine(config=EngineConfig(model="fake", scheduling_policy="priority"))
+    async with connected(engine) as client:
+        assert (await client.post(PATH, json={"prompt": "a", "priority": -5})).status_code == 200
+    assert engine.submitted[0].params.priority == -5
 
 
 async def test_completion_one_bad_prompt_of_several_runs_none(client, engine):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from quire.core.errors import RequestError
-from quire.core.sampling_params import SamplingParams
 from quire.core.serving.protocol.base import Count, RequestBody, TokenId
 
 MAX_BIAS = 100.0
 """The largest bias of a logit, either way, as the OpenAI API has it."""
+MAX_STOPS = 128
+MAX_BAD_WORDS = 1024
+"""What is looked for at every token is not without end."""
 
 _SAME_NAME = (
     "n",
@@ -62,7 +64,7 @@ class SamplingFields(RequestBody):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -77,7 +79,7 @@ class SamplingFields(RequestBody):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     allowed_token_ids: list[TokenId] | None = None
-    bad_words: list[str] | None = None
+    bad_words: list[str] | None = Field(default=None, max_length=MAX_BAD_WORDS)
     logits_processors: list[str] | None = None
     """Names registered with the engine."""
     truncate_prompt_tokens: Count | None = None
@@ -123,21 +125,6 @@ class SamplingFields(RequestBody):
         if self.logit_bias is not None:
             settings["logit_bias"] = _bias_of(self.logit_bias)
         return settings
-
-
-def check_logprobs(params: SamplingParams, limit: int) -> None:
-    """Holds the request to the server's limit of log-probabilities a position.
-
-    Raises: RequestError naming the field.
-    """
-    for name in ("logprobs", "prompt_logprobs"):
-        asked = getattr(params, name)
-        if asked is not None and asked > limit:
-            raise RequestError(
-                f"{name} asks for {asked} tokens a position; this server gives at most {limit} "
-                "(--max-logprobs)",
-                param=name,
-            )
 
 
 def _bias_of(given: dict[str, float]) -> dict[int, float]:

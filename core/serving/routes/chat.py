@@ -10,8 +10,8 @@ from quire.core.serving.bodies import read_body
 from quire.core.serving.chat_answers import ChatWriter
 from quire.core.serving.disconnect import run_while_connected
 from quire.core.serving.generation import Generation
+from quire.core.serving.limits import check_limits
 from quire.core.serving.protocol.chat import ChatRequest, TemplateFields
-from quire.core.serving.protocol.sampling import check_logprobs
 from quire.core.serving.server_state import Server, ServerState, make_names
 from quire.core.serving.sse import EventStream
 from quire.core.serving.token_bytes import TokenBytes
@@ -25,7 +25,7 @@ async def create_chat_completion(request: Request, server: Server) -> Response:
     body = await read_body(request, ChatRequest)
     server.check_model(body.model)
     params = body.to_sampling_params(server.engine.default_sampling)
-    check_logprobs(params, server.settings.max_logprobs)
+    check_limits(params, 1, settings=server.settings, config=server.engine.config)
     names = make_names(request, "chatcmpl", body.request_id)
     generation = await Generation.begin(
         server.engine,

@@ -7,14 +7,13 @@ from typing import cast
 
 from fastapi import APIRouter, Request, Response
 
-from quire.core.errors import RequestError
 from quire.core.serving.answers import AnswerHead
 from quire.core.serving.bodies import read_body
 from quire.core.serving.completion_answers import CompletionWriter
 from quire.core.serving.disconnect import run_while_connected
 from quire.core.serving.generation import Generation, Prompt
+from quire.core.serving.limits import check_limits
 from quire.core.serving.protocol.completions import CompletionRequest
-from quire.core.serving.protocol.sampling import check_logprobs
 from quire.core.serving.server_state import Server, make_names
 from quire.core.serving.sse import EventStream
 
@@ -27,12 +26,13 @@ async def create_completion(request: Request, server: Server) -> Response:
     body = await read_body(request, CompletionRequest)
     server.check_model(body.model)
     params = body.to_sampling_params(server.engine.default_sampling)
-    check_logprobs(params, server.settings.max_logprobs)
+    prompts = prompts_of(body)
+    check_limits(params, len(prompts), settings=server.settings, config=server.engine.config)
     names = make_names(request, "cmpl", body.request_id)
     generation = await Generation.begin(
         server.engine,
         server.metrics,
-        prompts_of(body, server.settings.max_prompts),
+        prompts,
         params,
         request_id=names.engine_id,
         output_kind="delta" if body.is_streaming else "final",
@@ -47,19 +47,9 @@ async def create_completion(request: Request, server: Server) -> Response:
     return Response(answer.to_json(), media_type="application/json")
 
 
-def prompts_of(body: CompletionRequest, limit: int) -> list[Prompt]:
-    """The prompts of a request: a text, token ids, or several of either.
-
-    Raises: RequestError if there is none or more than `limit`.
-    """
+def prompts_of(body: CompletionRequest) -> list[Prompt]:
+    """The prompts of a request: a text, token ids, or several of either."""
     given = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         return [cast("Prompt", given)]
-    if not given:
-        raise RequestError("prompt is an empty list; give text or token ids", param="prompt")
-    if len(given) > limit:
-        raise RequestError(
-            f"prompt holds {len(given)} prompts; this server takes at most {limit} at once",
-            param="prompt",
-        )
     return list(cast("Sequence[Prompt]", given))

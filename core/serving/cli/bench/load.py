@@ -9,11 +9,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 from quire.core.errors import ConfigError
+from quire.core.serving.cli.bench.prompts import random_prompts, read_prompts
+from quire.core.serving.cli.bench.report import distribution
 
 _SAMPLE = (
     "The quick brown fox jumps over the lazy dog, and 12 pumpkins follow it to Oslo: why? (x+y) = z"
@@ -126,6 +129,58 @@ class Target:
             record.error = f"{type(error).__name__}: {error}"
         record.end_s = time.monotonic()
         return record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptShape:
+    """Which prompts are sent."""
+
+    number: int
+    length: int
+    """Tokens of a random one."""
+    file: Path | None
+    """Given ones instead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """All that was seen."""
+
+    model: str
+    records: list[RequestRecord]
+    elapsed_s: float
+
+    @property
+    def errors(self) -> list[str]:
+        """What failed requests said, each thing once."""
+        return sorted({record.error for record in self.records if record.error})
+
+
+async def measure(load: Load, shape: PromptShape) -> Measurement:
+    """Sends everything and waits for the last answer.
+
+    Raises: ConfigError if no server answers or no prompts can be made.
+    """
+    async with load.connected() as target:
+        prompts: Sequence[Any]
+        if shape.file is None:
+            ids = await target.token_ids()
+            prompts = random_prompts(shape.number, shape.length, ids, load.seed)
+        else:
+            prompts = read_prompts(shape.file, shape.number)
+        begun_s = time.monotonic()
+        records = await target.send_all(prompts)
+        elapsed_s = time.monotonic() - begun_s
+        return Measurement(model=target.model, records=records, elapsed_s=elapsed_s)
+
+
+def numbers_of(seen: Measurement) -> dict[str, float | int]:
+    """Counts, rates, and the distributions of the times of requests that did not fail."""
+    numbers = summarize(seen.records, seen.elapsed_s)
+    for name in ("time_to_first_token", "inter_token", "request"):
+        values = [v for record in seen.records if not record.error for v in record.times_s(name)]
+        numbers |= distribution(name, values)
+    return numbers
 
 
 def summarize(records: Sequence[RequestRecord], elapsed_s: float) -> dict[str, float | int]:

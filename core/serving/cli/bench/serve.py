@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from quire.core.serving.cli.bench.prompts import random_prompts, read_prompts
-from quire.core.serving.cli.bench.report import distribution, publish
+from quire.core.serving.cli.bench.report import publish
 from quire.core.serving.cli.errors import FAILURE, require_extra
 
 
@@ -37,7 +35,7 @@ def serve(
 ) -> None:
     """Send requests to a running server; tell times to first token, between tokens and in all."""
     require_extra("bench", "httpx")
-    from quire.core.serving.cli.bench.load import Load, summarize
+    from quire.core.serving.cli.bench.load import Load, PromptShape, measure, numbers_of
 
     load = Load(
         url=url.rstrip("/"),
@@ -49,28 +47,17 @@ def serve(
         timeout_s=timeout_s,
         seed=seed,
     )
-
-    async def run() -> tuple[dict[str, Any], list[Any], float]:
-        async with load.connected() as target:
-            prompts: list[Any] = (
-                random_prompts(num_prompts, input_len, await target.token_ids(), seed)
-                if prompts_file is None
-                else read_prompts(prompts_file, num_prompts)
-            )
-            begun_s = time.monotonic()
-            records = await target.send_all(prompts)
-            return {"model": target.model}, records, time.monotonic() - begun_s
-
-    setup, records, elapsed_s = asyncio.run(run())
-    numbers = summarize(records, elapsed_s)
-    for name in ("time_to_first_token", "inter_token", "request"):
-        values = [v for r in records if not r.error for v in r.times_s(name)]
-        numbers |= distribution(name, values)
-    setup |= {"url": url, "num_prompts": num_prompts, "input_len": input_len}
+    shape = PromptShape(number=num_prompts, length=input_len, file=prompts_file)
+    seen = asyncio.run(measure(load, shape))
+    setup: dict[str, Any] = {
+        "url": url,
+        "model": seen.model,
+        "num_prompts": num_prompts,
+        "input_len": input_len,
+    }
     setup |= {"output_len": output_len, "request_rate": request_rate}
     setup["max_concurrency"] = max_concurrency
-    publish("serve", numbers, setup, write_json)
-    errors = sorted({record.error for record in records if record.error})
-    if errors:
-        typer.echo("requests failed: " + "; ".join(errors[:5]), err=True)
+    publish("serve", numbers_of(seen), setup, write_json)
+    if seen.errors:
+        typer.echo("requests failed: " + "; ".join(seen.errors[:5]), err=True)
         raise typer.Exit(FAILURE)
