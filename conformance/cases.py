@@ -54,8 +54,13 @@ class Case:
         if self.dtype and self.dtype not in claims.dtypes:
             return f"dtype {self.dtype} is not among the claimed {', '.join(claims.dtypes)}"
         if self.level == 1 and device.torch_device is None:
-            return "torch does not own this device: its operators are tried through its Worker, level 2"
+            return "torch does not own this device: its operators are tried through its Worker"
         return self.needs(claims, self.arguments)
+
+
+def _needs_nothing(claims: Capabilities, arguments: Mapping[str, Any]) -> str:
+    del claims, arguments
+    return ""
 
 
 def check(
@@ -63,7 +68,7 @@ def check(
     level: int,
     op: str,
     over: Mapping[str, Mapping[str, Any]] | None = None,
-    needs: Needs = lambda claims, arguments: "",
+    needs: Needs = _needs_nothing,
 ) -> Callable[[Function], Function]:
     """Marks a function as a check, with its variants by id. `op` may be overridden by a variant."""
 

@@ -43,7 +43,8 @@ def _make_test(cases: list[Case]) -> Callable[..., None]:
         conformance.run(case, record_property)
 
     test.__doc__ = cases[0].function.__doc__
-    return test
+    made: Callable[..., None] = test
+    return made
 
 
 def _plain(case: Case) -> Callable[..., None]:

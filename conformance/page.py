@@ -102,7 +102,7 @@ def _cell(rows: Sequence[Row]) -> str:
     if "excused" in outcomes:
         return f'<td class="cell" style="background:{_EXCUSED}">excused</td>'
     if outcomes == {"unsupported"}:
-        return f'<td class="cell" style="background:{_UNSUPPORTED}">–</td>'
+        return f'<td class="cell" style="background:{_UNSUPPORTED}">not claimed</td>'
     colour = next(colour for limit, colour, _ in _SCALE if worst <= limit)
     text = f"{worst:.0%}" if headrooms else "passed"
     return f'<td class="cell" style="background:{colour}" title="{len(rows)} tests">{text}</td>'

@@ -39,8 +39,13 @@ class Paged:
 
     def picked(self, index: int) -> Paged:
         """The problem with one of its requests alone."""
-        parts = {name: [getattr(self, name)[index]] for name in ("q", "k", "v", "tables")}
-        return replace(self, **parts)
+        return replace(
+            self,
+            q=[self.q[index]],
+            k=[self.k[index]],
+            v=[self.v[index]],
+            tables=[self.tables[index]],
+        )
 
     def renumbered(self, rng: np.random.Generator) -> Paged:
         """The same problem in other blocks."""
@@ -105,11 +110,21 @@ class PagedRun:
         out = guard(torch.full(shape, float("nan"), dtype=inputs["q"].dtype), self._where)
         plan = self.attention.plan(self._batch(ranges, active))
         extras = {name: guarded[name].view for name in self.paged.extras}
-        heads = (guarded[name].view for name in ("q", "k", "v"))
-        result = self.attention.forward(*heads, self.cache, plan, out.view, **extras)
+        q, k, v = (guarded[name].view for name in ("q", "k", "v"))
+        result = self.attention.forward(
+            q,
+            k,
+            v,
+            self.cache,
+            plan,
+            out.view,
+            sinks=extras.get("sinks"),
+            alibi_slopes=extras.get("alibi_slopes"),
+        )
         self._trial.device.synchronize()
         check_all({**guarded, "out": out}, writes={"out"})
-        outputs = iter(result.cpu().split([ranges[r][1] - ranges[r][0] for r in active]))
+        counts = [ranges[r][1] - ranges[r][0] for r in active]
+        outputs = iter(torch.split(result.cpu(), counts))
         empty = inputs["q"].new_empty((0, *shape[1:]))
         return [next(outputs) if r in active else empty for r in range(len(ranges))]
 

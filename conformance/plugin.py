@@ -66,7 +66,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _rows_of(config: pytest.Config) -> _Rows:
-    rows: _Rows = config.pluginmanager.get_plugin("conformance-rows")
+    rows = config.pluginmanager.get_plugin("conformance-rows")
+    assert isinstance(rows, _Rows), rows
     return rows
 
 

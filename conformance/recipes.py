@@ -152,8 +152,10 @@ def _heads(
     if "qkv" not in tensors:
         return tensors["q"], tensors["k"], ("q", "k")
     _, q_heads, k_heads, size, _ = options["shape"]
-    parts = tensors["qkv"].split([q_heads * size, k_heads * size, k_heads * size], dim=-1)
-    return parts[0].unflatten(-1, (-1, size)), parts[1].unflatten(-1, (-1, size)), ("qkv",)
+    widths = [q_heads * size, k_heads * size, k_heads * size]
+    parts = torch.split(tensors["qkv"], widths, dim=-1)
+    q, k = (part.view(len(part), -1, size) for part in parts[:2])
+    return q, k, ("qkv",)
 
 
 def _expect_rotary(arrays: Mapping[str, Array], options: Options) -> dict[str, Array]:
@@ -241,7 +243,9 @@ def _logprobs(rng: np.random.Generator, dtype: str, scale: float, options: Optio
     rows, vocabulary, _ = options["shape"]
     logits = _normal(rng, (rows, vocabulary), dtype, 4 * scale)
     logits[:, vocabulary // 3] = logits[:, vocabulary // 2]
-    return {"logits": logits, "token_ids": _integers(rng, vocabulary, rows)}
+    token_ids = _integers(rng, vocabulary, rows)
+    token_ids[1] = vocabulary // 2  # one that ties
+    return {"logits": logits, "token_ids": token_ids}
 
 
 def _call_logprobs(ops: Ops, tensors: Mapping[str, Tensor], options: Options) -> dict[str, Tensor]:

@@ -35,7 +35,8 @@ def _judge_level(rows: Sequence[Row], level: int, problems: Sequence[str]) -> Ve
         )
         if number
     ]
-    with_exceptions = f" with {exceptions} exceptions" if exceptions else ""
+    plural = "" if exceptions == 1 else "s"
+    with_exceptions = f" with {exceptions} exception{plural}" if exceptions else ""
     text = f"level {level}{with_exceptions}"
     if findings:
         text = f"level {level} not granted: {', '.join(findings)}{with_exceptions}"

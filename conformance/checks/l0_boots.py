@@ -9,7 +9,7 @@ import torch
 
 from quire.conformance.buffers import same_bits
 from quire.conformance.cases import check, product
-from quire.conformance.trial import Trial
+from quire.conformance.trial import Finding, Trial
 from quire.core.interface import (
     OP_SPECS,
     AttentionSpec,
@@ -133,9 +133,8 @@ def refuses_what_it_does_not_claim(trial: Trial) -> None:
         is_told = all(isinstance(reason, Reason) for reason in error.reasons) and error.reasons
         trial.require(is_told, "the refusal carries no Reason")
         return
-    trial.require(
-        False,  # noqa: FBT003 - the way here is the finding
-        f"attention of kind {kind!r} is not claimed and was not refused with UnsupportedError",
+    raise Finding(
+        f"attention of kind {kind!r} is not claimed and was not refused with UnsupportedError"
     )
 
 
@@ -202,13 +201,12 @@ def out_of_memory_is_typed(trial: Trial) -> None:
         except DeviceOutOfMemory as error:
             trial.require(str(error), "DeviceOutOfMemory says nothing")
         except Exception as error:  # whatever else is raised is the finding
-            trial.require(
-                False,  # noqa: FBT003 - as above
+            raise Finding(
                 f"an allocation that cannot be met raised {type(error).__name__} instead of "
-                "DeviceOutOfMemory; the engine would take the device for dead",
-            )
+                "DeviceOutOfMemory; the engine would take the device for dead"
+            ) from error
         else:
-            trial.require(False, "64 times the device's memory was allocated")  # noqa: FBT003
+            raise Finding("64 times the device's memory was allocated")
     cache = attention.allocate(2)
     trial.require(cache.tensors, "after running out of memory the device allocates nothing")
 

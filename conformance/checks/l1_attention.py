@@ -174,10 +174,9 @@ def causality(trial: Trial, *, shape: tuple[int, int, int], dtype: str) -> None:
     other = make_paged(trial, paged.spec, [45])
     changed = replace(
         paged,
-        **{
-            name: [torch.cat((getattr(paged, name)[0][:30], getattr(other, name)[0][30:]))]
-            for name in ("q", "k", "v")
-        },
+        q=[torch.cat((paged.q[0][:30], other.q[0][30:]))],
+        k=[torch.cat((paged.k[0][:30], other.k[0][30:]))],
+        v=[torch.cat((paged.v[0][:30], other.v[0][30:]))],
     )
     first = PagedRun(trial, paged).step([(0, 45)])[0]
     second = PagedRun(trial, changed).step([(0, 45)])[0]
@@ -290,16 +289,17 @@ def cache_writes(trial: Trial, *, shape: tuple[int, int, int], dtype: str) -> No
     """A step writes its own slots, bit for bit, and no other."""
     paged = make_paged(trial, _spec(trial, shape, dtype), [20, 35])
     run = PagedRun(trial, paged)
-    run.step([(0, 20), (0, 0)])
     every = list(range(paged.num_blocks))
-    before = run.attention.export_blocks(run.cache, every)
-    run.step([(0, 0), (0, 35)])
-    after = run.attention.export_blocks(run.cache, every)
-    others = [block for block in every if block not in paged.tables[1]]
-    trial.require(
-        same_bits(before[others], after[others]),
-        "a step changed blocks of the cache that belong to another request or to nobody",
-    )
+    steps: tuple[Ranges, ...] = (((0, 20), (0, 0)), ((0, 0), (0, 35)))
+    for owner, ranges in enumerate(steps):
+        before = run.attention.export_blocks(run.cache, every)
+        run.step(ranges)
+        after = run.attention.export_blocks(run.cache, every)
+        others = [block for block in every if block not in paged.tables[owner]]
+        trial.require(
+            same_bits(before[others], after[others]),
+            "a step changed blocks of the cache that belong to another request or to nobody",
+        )
     written = after[paged.tables[1]].flatten(0, 1)[:35]
     wanted = torch.cat((paged.k[1], paged.v[1]), dim=-1).float()
     trial.require(

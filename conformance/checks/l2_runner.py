@@ -29,7 +29,7 @@ _NUM_BLOCKS = 64
 _DTYPES = dtypes("float32", "bfloat16")
 _LENGTHS = {"r50": 50, "r7": 7, "r33": 33, "r1": 1, "r16": 16}
 _NUM_OUTPUT = 8
-_BASE_FACTOR, _ROUNDOFFS = 4, 64
+_BASE_FACTOR, _ROUNDOFFS = 4, 16
 """The rule of `numerics` over a whole model: rounding is passed on through two layers, and two
 honest orders of it are further apart than one operator's."""
 

@@ -16,7 +16,7 @@ _ERF = np.frompyfunc(math.erf, 1, 1)
 
 def embedding(token_ids: Array, weight: Array) -> Array:
     """Row token_ids[t] of weight [V, H]: [T, H]."""
-    return weight[token_ids]
+    return np.asarray(weight[token_ids])
 
 
 def linear(x: Array, weight: Array, bias: Array | None) -> Array:
@@ -31,7 +31,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     Source: Zhang & Sennrich 2019, eq. 4.
     """
     mean_square = (x * x).mean(axis=-1, keepdims=True)
-    return x / np.sqrt(mean_square + x.dtype.type(eps)) * weight
+    return np.asarray(x / np.sqrt(mean_square + x.dtype.type(eps)) * weight)
 
 
 def add_rms_norm(
@@ -48,7 +48,7 @@ def gated_activation(x: Array, kind: str) -> Array:
     Source: Shazeer 2020 (GLU variants), eq. 5; Hendrycks & Gimpel 2016, section 2.
     """
     gate, up = np.split(x, 2, axis=-1)
-    return _ACTIVATIONS[kind](gate) * up
+    return np.asarray(_ACTIVATIONS[kind](gate) * up)
 
 
 def _silu(x: Array) -> Array:
@@ -57,13 +57,13 @@ def _silu(x: Array) -> Array:
 
 
 def _gelu(x: Array) -> Array:
-    erf = _ERF(x / math.sqrt(2)).astype(x.dtype)
-    return x / 2 * (1 + erf)
+    erf = np.asarray(_ERF(x / math.sqrt(2))).astype(x.dtype)
+    return np.asarray(x / 2 * (1 + erf))
 
 
 def _gelu_tanh(x: Array) -> Array:
     inner = x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x**3)
-    return x / 2 * (1 + np.tanh(inner))
+    return np.asarray(x / 2 * (1 + np.tanh(inner)))
 
 
 _ACTIVATIONS = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}
@@ -88,4 +88,4 @@ def rotary(heads: Array, cos: Array, sin: Array, *, is_interleaved: bool) -> Arr
 
 def soft_cap(x: Array, cap: float) -> Array:
     """Cap * tanh(x / cap). Source: Gemma 2 report, section 2."""
-    return np.tanh(x / x.dtype.type(cap)) * x.dtype.type(cap)
+    return np.asarray(np.tanh(x / x.dtype.type(cap)) * x.dtype.type(cap))

@@ -1,0 +1,664 @@
+"""Backends that are broken on purpose, each in one way, on top of the honest reference."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import msgspec
+import pytest
+import torch
+
+from quire.backends.reference import ReferenceAttention, ReferenceOps, TorchDevice
+from quire.core.interface import (
+    Capabilities,
+    DeviceInfo,
+    Event,
+    MemoryInfo,
+    Ops,
+    Queue,
+    Worker,
+    WorkerConfig,
+)
+from quire.core.worker.worker import DefaultWorker
+
+DTYPES = ("float32", "bfloat16", "float16")
+CLAIMS = Capabilities(
+    dtypes=DTYPES,
+    cache_dtypes=DTYPES,
+    block_sizes=(16, 32),
+    attention_kinds=frozenset({"causal", "sliding_window", "chunked"}),
+    attention_features=frozenset({"soft_cap", "sinks", "alibi"}),
+    copy_mode="unified",
+    determinism="run_to_run",
+)
+
+
+def make_device(
+    *,
+    ops: type[Ops] = ReferenceOps,
+    attention: type[ReferenceAttention] = ReferenceAttention,
+    base: type[TorchDevice] = TorchDevice,
+    **claims: object,
+) -> TorchDevice:
+    """The reference with one part exchanged."""
+
+    class Sabotaged(base):
+        def _make_ops(self):
+            return ops()
+
+        def _attention_class(self, spec):
+            return attention
+
+    capabilities = replace(CLAIMS, **claims)
+    return Sabotaged(info=DeviceInfo(index=0, name="sabotaged"), capabilities=capabilities)
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+class NextRow(ReferenceOps):
+    def embedding(self, token_ids, weight):
+        return super().embedding((token_ids + 1) % len(weight), weight)
+
+
+class HalfAccumulation(ReferenceOps):
+    def linear(self, x, packed):
+        weight = packed.payload.weight
+        total = torch.zeros((len(x), len(weight)), dtype=x.dtype)
+        for k in range(0, x.shape[1], 8):
+            total = total + x[:, k : k + 8] @ weight[:, k : k + 8].T
+        return total
+
+
+class ForgetsBias(ReferenceOps):
+    def pack_linear(self, weight, bias):
+        return super().pack_linear(weight, None)
+
+
+class EpsOutsideTheRoot(ReferenceOps):
+    def rms_norm(self, x, weight, eps):
+        wide = x.float()
+        root = wide.square().mean(-1, keepdim=True).sqrt() + eps
+        return (wide / root * weight.float()).to(x.dtype)
+
+
+class MemoisesByShape(ReferenceOps):
+    def __init__(self):
+        self._answers = {}
+
+    def rms_norm(self, x, weight, eps):
+        key = (x.shape, x.dtype)
+        if key not in self._answers:
+            self._answers[key] = super().rms_norm(x, weight, eps)
+        return self._answers[key].clone()
+
+
+class MutatesInputs(ReferenceOps):
+    def rms_norm(self, x, weight, eps):
+        result = super().rms_norm(x, weight, eps)
+        x.copy_(result)
+        return result
+
+
+class WritesPastTheEnd(ReferenceOps):
+    def soft_cap(self, x, cap):
+        longer = torch.as_strided(x, (x.numel() + 2,), (1,), x.storage_offset())
+        super().soft_cap(x, cap)
+        longer[-1] = 0
+
+
+class LeavesResidual(ReferenceOps):
+    def add_rms_norm(self, x, residual, weight, eps):
+        return self.rms_norm(residual + x, weight, eps)
+
+
+class NormalisesBeforeRounding(ReferenceOps):
+    def add_rms_norm(self, x, residual, weight, eps):
+        residual.add_(x)
+        return self.rms_norm(x, weight, eps)
+
+
+class SwapsHalves(ReferenceOps):
+    def gated_activation(self, x, kind):
+        return super().gated_activation(x.roll(x.shape[-1] // 2, dims=-1), kind)
+
+
+class WrongGelu(ReferenceOps):
+    def gated_activation(self, x, kind):
+        return super().gated_activation(x, "gelu_tanh" if kind == "gelu" else kind)
+
+
+class PositionOffByOne(ReferenceOps):
+    def rotary(self, q, k, cos, sin, *, is_interleaved):
+        super().rotary(q, k, cos.roll(1, 0), sin.roll(1, 0), is_interleaved=is_interleaved)
+
+
+class SwapsPairs(ReferenceOps):
+    def rotary(self, q, k, cos, sin, *, is_interleaved):
+        super().rotary(q, k, cos, sin, is_interleaved=not is_interleaved)
+
+
+class CapsTwice(ReferenceOps):
+    def soft_cap(self, x, cap):
+        super().soft_cap(x, cap)
+        super().soft_cap(x, cap)
+
+
+class SkipsByException(ReferenceOps):
+    def soft_cap(self, x, cap):
+        pytest.skip("this hardware has no tanh")
+
+
+class RefusesWhatItClaims(ReferenceOps):
+    def soft_cap(self, x, cap):
+        raise NotImplementedError("soft_cap")
+
+
+class PenalisesTwice(ReferenceOps):
+    def apply_penalties(self, logits, rows, token_ids, output_counts, settings):
+        for _ in range(2):
+            super().apply_penalties(logits, rows, token_ids, output_counts, settings)
+
+
+class DividesNegatives(ReferenceOps):
+    def apply_penalties(self, logits, rows, token_ids, output_counts, settings):
+        repetition = settings[rows, 0]
+        logits[rows, token_ids] /= repetition
+        settings = settings.clone()
+        settings[:, 0] = 1
+        super().apply_penalties(logits, rows, token_ids, output_counts, settings)
+
+
+class AssignsBias(ReferenceOps):
+    def add_bias(self, logits, rows, token_ids, bias):
+        logits[rows, token_ids] = bias
+
+
+class ForbidsEveryRow(ReferenceOps):
+    def keep_only(self, logits, rows, row_of_entry, token_ids):
+        super().keep_only(logits, torch.arange(len(logits)), row_of_entry, token_ids)
+
+
+class LogBaseTwo(ReferenceOps):
+    def logprobs(self, logits, token_ids, num_top):
+        result = super().logprobs(logits, token_ids, num_top)
+        return replace(result, selected=result.selected / math.log(2))
+
+
+class TiesShareTheWorseRank(ReferenceOps):
+    def logprobs(self, logits, token_ids, num_top):
+        result = super().logprobs(logits, token_ids, num_top)
+        chosen = logits.gather(-1, token_ids.unsqueeze(-1))
+        return replace(result, ranks=(logits >= chosen).sum(-1))
+
+
+class Noisy(ReferenceOps):
+    def linear(self, x, packed):
+        exact = super().linear(x, packed)
+        return exact * (1 + torch.randn(exact.shape) * 2.0**-23).to(exact.dtype)
+
+
+class DependsOnTheBatch(ReferenceOps):
+    def linear(self, x, packed):
+        scale = 1 + (len(x) > 1) * torch.finfo(x.dtype).eps
+        return super().linear(x, packed) * scale
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+class IgnoresUniform(ReferenceOps):
+    def sample(self, logits, settings):
+        return super().sample(
+            logits, replace(settings, uniform=torch.full_like(settings.uniform, 0.5))
+        )
+
+
+class LastOfTies(ReferenceOps):
+    def sample(self, logits, settings):
+        if not settings.is_all_greedy:
+            return super().sample(logits, settings)
+        return logits.shape[-1] - 1 - logits.flip(-1).argmax(-1)
+
+
+class ForgetsTemperature(ReferenceOps):
+    def sample(self, logits, settings):
+        ones = torch.where(settings.temperature > 0, 1.0, 0.0)
+        return super().sample(logits, replace(settings, temperature=ones))
+
+
+class TopKBreaksTies(ReferenceOps):
+    def sample(self, logits, settings):
+        order = logits.argsort(dim=-1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(
+            -1, order, torch.arange(logits.shape[-1]).expand_as(order)
+        )
+        logits = logits.masked_fill(rank >= settings.top_k.unsqueeze(-1), float("-inf"))
+        return super().sample(logits, settings)
+
+
+class TopKOffByOne(ReferenceOps):
+    def sample(self, logits, settings):
+        return super().sample(logits, replace(settings, top_k=settings.top_k + 1))
+
+
+class TopPOffByOne(ReferenceOps):
+    """Leaves out the token that makes the sum reach top_p."""
+
+    def sample(self, logits, settings):
+        ranked, order = (
+            (logits / settings.temperature.unsqueeze(-1)).softmax(-1).sort(-1, descending=True)
+        )
+        is_over = ranked.cumsum(-1) >= settings.top_p.unsqueeze(-1)
+        is_over[:, 0] = False
+        gone = torch.zeros_like(is_over).scatter_(-1, order, is_over)
+        off = replace(settings, top_p=torch.ones_like(settings.top_p))
+        return super().sample(logits.masked_fill(gone, float("-inf")), off)
+
+
+class MinPOfOne(ReferenceOps):
+    """Holds min_p against 1 instead of the largest probability."""
+
+    def sample(self, logits, settings):
+        probabilities = (logits / settings.temperature.unsqueeze(-1)).softmax(-1)
+        least = torch.minimum(settings.min_p.unsqueeze(-1), probabilities.amax(-1, keepdim=True))
+        off = replace(settings, min_p=torch.zeros_like(settings.min_p))
+        return super().sample(logits.masked_fill(probabilities < least, float("-inf")), off)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+class IgnoresBlockTable(ReferenceAttention):
+    def plan(self, batch):
+        rows, width = batch.block_table.shape
+        table = torch.arange(1, width + 1).expand(rows, width)
+        return super().plan(replace(batch, block_table=table % 4 + 1))
+
+
+class DropsLastToken(ReferenceAttention):
+    def plan(self, batch):
+        starts = batch.query_start_loc_host
+        lens = [
+            n - (starts[r + 1] - starts[r] == 1 and n > 1)
+            for r, n in enumerate(batch.seq_lens_host)
+        ]
+        return super().plan(replace(batch, seq_lens_host=lens))
+
+
+class HalfSums(ReferenceAttention):
+    """Sums weights and values in the dtype of the inputs, token by token."""
+
+    def _explicit(self, queries, keys, values, group, sinks, alibi_slopes):
+        dtype = getattr(torch, self.spec.dtype)
+        scores = torch.einsum("nhgqd,nhsd->nhgqs", queries, keys) * self.spec.scale
+        if group.bias is not None:
+            scores = scores + group.bias
+        powers = (scores - scores.amax(-1, keepdim=True)).exp().to(dtype)
+        total = torch.zeros(powers.shape[:-1], dtype=dtype)
+        out = torch.zeros((*powers.shape[:-1], values.shape[-1]), dtype=dtype)
+        for s in range(powers.shape[-1]):
+            total = total + powers[..., s]
+            out = out + powers[..., s, None] * values[:, :, None, None, s].to(dtype)
+        return (out / total[..., None]).float()
+
+
+class ReadsAllBlocks(ReferenceAttention):
+    def forward(self, q, k, v, cache, plan, out, **extras):
+        result = super().forward(q, k, v, cache, plan, out, **extras)
+        return result.add_(0 * cache.tensors["v"].float().sum().to(out.dtype))
+
+
+class SeesTheFuture(ReferenceAttention):
+    def plan(self, batch):
+        plan = super().plan(batch)
+        return replace(plan, groups=tuple(replace(g, is_causal=False) for g in plan.groups))
+
+
+class ChangesSpec(ReferenceAttention):
+    """Serves another spec than it was asked for."""
+
+    def __init__(self, spec, torch_device="cpu"):
+        super().__init__(self._changed(spec), torch_device)
+
+
+class NoSoftCap(ChangesSpec):
+    def _changed(self, spec):
+        return replace(spec, soft_cap=None)
+
+
+class DoubledSoftCap(ChangesSpec):
+    def _changed(self, spec):
+        return replace(spec, soft_cap=spec.soft_cap and 2 * spec.soft_cap)
+
+
+class WindowOffByOne(ChangesSpec):
+    def _changed(self, spec):
+        return replace(spec, window=spec.window and spec.window + 1)
+
+
+class WrongScale(ChangesSpec):
+    def _changed(self, spec):
+        return replace(spec, scale=spec.scale * 1.02)
+
+
+class WrongGroups(ReferenceAttention):
+    """Query head h reads key head h % Hk."""
+
+    def forward(self, q, k, v, cache, plan, out, **extras):
+        heads = torch.arange(self.spec.num_heads).view(-1, self.spec.num_kv_heads).T.flatten()
+        inner = torch.empty_like(out)
+        super().forward(q[:, heads], k, v, cache, plan, inner, **extras)
+        out[:, heads] = inner
+        return out
+
+
+class WritesTheNeighbour(ReferenceAttention):
+    """Leaves a trace in the block that nobody owns."""
+
+    def forward(self, q, k, v, cache, plan, out, **extras):
+        cache.tensors["k"][-1] = 0
+        return super().forward(q, k, v, cache, plan, out, **extras)
+
+
+class CopiesOneBlock(ReferenceAttention):
+    def copy_blocks(self, cache, source, target):
+        super().copy_blocks(cache, source[:1], target[:1])
+
+
+class UnderstatesItsBlocks(ReferenceAttention):
+    def cache_layout(self):
+        layout = super().cache_layout()
+        return replace(layout, bytes_per_block=layout.bytes_per_block // 2)
+
+
+class UntypedOutOfMemory(ReferenceAttention):
+    def allocate(self, num_blocks):
+        if num_blocks > 1 << 30:
+            raise RuntimeError("HIP error 2")
+        return super().allocate(num_blocks)
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+class LiesAboutMemory(TorchDevice):
+    def memory(self):
+        return MemoryInfo(total_bytes=1 << 30, free_bytes=1 << 31)
+
+
+class _Done(Event):
+    def is_done(self):
+        return True
+
+    def wait(self):
+        return None
+
+
+class RacingQueue(Queue):
+    """Copies on one stream and computes on another, with nothing between them."""
+
+    def __init__(self):
+        self._work: deque[Callable[[], None]] = deque()
+
+    def upload(self, staging, target):
+        target.copy_(staging)
+
+    def run(self, work):
+        self._work.append(work)
+
+    def download(self, source, staging):
+        staging.copy_(source)
+
+    def record(self):
+        while self._work:
+            self._work.popleft()()
+        return _Done()
+
+
+class EarlyEventQueue(Queue):
+    """Says that a copy is done before it is."""
+
+    def __init__(self):
+        self._waiting: list[Callable[[], object]] = []
+
+    def _flush(self):
+        for copy in self._waiting:
+            copy()
+        self._waiting.clear()
+
+    def upload(self, staging, target):
+        self._waiting.append(lambda: target.copy_(staging))
+
+    def run(self, work):
+        self._flush()
+        work()
+
+    def download(self, source, staging):
+        self._flush()
+        staging.copy_(source)
+
+    def record(self):
+        return _Done()
+
+
+def with_queue(queue: type[Queue]) -> TorchDevice:
+    """The reference behind another queue."""
+
+    class Queued(TorchDevice):
+        def __init__(self, **parts):
+            super().__init__(**parts)
+            self._queue = queue()
+
+        def queue(self):
+            return self._queue
+
+    return make_device(base=Queued)
+
+
+# --- workers --------------------------------------------------------------------------------------
+
+
+class ForgetsSeeds(DefaultWorker):
+    def execute(self, batch):
+        return super().execute(_reseeded(batch, lambda seed: 0))
+
+
+class SeedsByBatch(DefaultWorker):
+    def execute(self, batch):
+        return super().execute(_reseeded(batch, lambda seed: seed + len(batch.request_ids)))
+
+
+def _reseeded(batch, change):
+    new = [
+        msgspec.structs.replace(
+            request,
+            sampling=msgspec.structs.replace(request.sampling, seed=change(request.sampling.seed)),
+        )
+        for request in batch.new_requests
+    ]
+    return msgspec.structs.replace(batch, new_requests=new)
+
+
+class IgnoresNewBlocks(DefaultWorker):
+    """Writes every new block of a request into its first."""
+
+    def execute(self, batch):
+        new = [
+            msgspec.structs.replace(r, block_ids=[[b[0]] * len(b) for b in r.block_ids])
+            for r in batch.new_requests
+        ]
+        return super().execute(msgspec.structs.replace(batch, new_requests=new))
+
+
+def with_worker(worker: type[DefaultWorker], **claims: object) -> TorchDevice:
+    """The reference with another worker."""
+
+    class Working(TorchDevice):
+        def make_worker(self, config: WorkerConfig) -> Worker | None:
+            return worker(self, config)
+
+    return make_device(base=Working, **claims)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saboteur:
+    """One broken backend, and the test that must catch it with these words."""
+
+    name: str
+    device: Callable[[], TorchDevice]
+    test: str
+    words: str
+
+
+def _broken(name: str, device: Callable[[], TorchDevice], test: str, words: str) -> Saboteur:
+    return Saboteur(name=name, device=device, test=f"test_{test}", words=words)
+
+
+def _ops(cls: type[Ops], test: str, words: str, **claims: object) -> Saboteur:
+    return _broken(cls.__name__, lambda: make_device(ops=cls, **claims), test, words)
+
+
+def _attention(cls: type[ReferenceAttention], test: str, words: str) -> Saboteur:
+    return _broken(cls.__name__, lambda: make_device(attention=cls), test, words)
+
+
+_OPS, _SAMPLE = "l1_ops.py::test_", "l1_sampling.py::test_"
+_ATTEND, _BOOTS, _RUNS = "l1_attention.py::test_", "l0_boots.py::test_", "l2_runner.py::test_"
+
+SABOTEURS: tuple[Saboteur, ...] = (
+    _ops(NextRow, f"{_OPS}numerics[embedding-h64-float32-normal]", "copied bit for bit"),
+    _ops(
+        HalfAccumulation, f"{_OPS}numerics[linear-k1024-bfloat16-normal]", "accumulate in float32"
+    ),
+    _ops(ForgetsBias, f"{_OPS}numerics[linear-k96-bias-float32-normal]", "add the bias"),
+    _ops(
+        EpsOutsideTheRoot,
+        f"{_OPS}numerics[rms_norm-h64-float32-small]",
+        "eps added inside the root",
+    ),
+    _ops(MemoisesByShape, f"{_OPS}new_data[rms_norm-float32]", "same shapes and new data"),
+    _ops(MutatesInputs, f"{_OPS}purity[rms_norm-float32]", "the input 'x' was changed"),
+    _ops(WritesPastTheEnd, f"{_OPS}purity[soft_cap-float32]", "memory around 'x' was overwritten"),
+    _ops(LeavesResidual, f"{_OPS}numerics[add_rms_norm-h64-float32-normal]", "goes into residual"),
+    _ops(
+        NormalisesBeforeRounding,
+        f"{_OPS}numerics[add_rms_norm-h33-bfloat16-normal]",
+        "what is normalised",
+    ),
+    _ops(
+        SwapsHalves,
+        f"{_OPS}numerics[gated_activation-silu-i48-float32-normal]",
+        "first half is activated",
+    ),
+    _ops(
+        WrongGelu, f"{_OPS}numerics[gated_activation-gelu-i48-float32-normal]", "right form of GELU"
+    ),
+    _ops(PositionOffByOne, f"{_OPS}numerics[rotary-half-float32-normal]", "rotary"),
+    _ops(SwapsPairs, f"{_OPS}numerics[rotary-interleaved-float16-normal]", "is_interleaved"),
+    _ops(CapsTwice, f"{_OPS}numerics[soft_cap-cap30-float32-normal]", "cap * tanh"),
+    _ops(
+        SkipsByException,
+        f"{_OPS}numerics[soft_cap-cap30-float32-normal]",
+        "only the suite may skip",
+    ),
+    _ops(
+        RefusesWhatItClaims,
+        f"{_OPS}numerics[soft_cap-cap30-float32-normal]",
+        "serve it, or do not claim it",
+    ),
+    _ops(PenalisesTwice, f"{_OPS}numerics[apply_penalties-small-float32-normal]", "Once an entry"),
+    _ops(
+        DividesNegatives, f"{_OPS}numerics[apply_penalties-wide-float32-normal]", "repetition first"
+    ),
+    _ops(AssignsBias, f"{_OPS}numerics[add_bias-small-float32-normal]", "add_bias"),
+    _ops(ForbidsEveryRow, f"{_OPS}numerics[keep_only-small-float32-normal]", "other rows stay"),
+    _ops(LogBaseTwo, f"{_OPS}numerics[logprobs-small-float32-normal]", "log_softmax"),
+    _ops(
+        TiesShareTheWorseRank,
+        f"{_OPS}numerics[logprobs-wide-float32-small]",
+        "ties share the better rank",
+    ),
+    _ops(Noisy, f"{_OPS}repeats[linear-float32]", "gave other bits"),
+    _ops(
+        DependsOnTheBatch,
+        f"{_OPS}alone_equals_batch[linear-bfloat16]",
+        "other bits alone",
+        determinism="batch_invariant",
+    ),
+    _ops(IgnoresUniform, f"{_SAMPLE}same_logits_new_uniform[v50]", "must follow settings.uniform"),
+    _ops(LastOfTies, f"{_SAMPLE}greedy_ties[v300]", "Ties go to the lowest id"),
+    _ops(ForgetsTemperature, f"{_SAMPLE}draws[v50]", "after the temperature"),
+    _ops(TopKBreaksTies, f"{_SAMPLE}top_k_ties[v50]", "tie with the k-th"),
+    _ops(TopKOffByOne, f"{_SAMPLE}top_k[v50]", "exactly the k largest"),
+    _ops(TopPOffByOne, f"{_SAMPLE}top_p[v50]", "makes the sum reach top_p"),
+    _ops(MinPOfOne, f"{_SAMPLE}min_p[v50]", "row's largest probability"),
+    _attention(IgnoresBlockTable, f"{_ATTEND}decode[mha-d64-b16-float32]", "block table"),
+    _attention(DropsLastToken, f"{_ATTEND}needle[last-2048-bfloat16]", "the last of 2048 tokens"),
+    _attention(HalfSums, f"{_ATTEND}decode[gqa4-d64-b32-bfloat16]", "accumulated in float32"),
+    _attention(ReadsAllBlocks, f"{_ATTEND}unused_slots[gqa2-d64-float32]", "NaN in unused slots"),
+    _attention(SeesTheFuture, f"{_ATTEND}causality[gqa2-d64-float32]", "the future is seen"),
+    _attention(NoSoftCap, f"{_ATTEND}kinds[softcap-float32]", "soft_cap=0.8"),
+    _attention(DoubledSoftCap, f"{_ATTEND}kinds[softcap-bfloat16]", "cap * tanh"),
+    _attention(WindowOffByOne, f"{_ATTEND}kinds[window20-float16]", "p - window < j <= p"),
+    _attention(WrongScale, f"{_ATTEND}prefill[mha-d64-b16-float32]", "float64 oracle"),
+    _attention(
+        WrongGroups, f"{_ATTEND}gqa_equals_mha[gqa2-d64-float16]", "h // (heads / key heads)"
+    ),
+    _attention(
+        WritesTheNeighbour, f"{_ATTEND}cache_writes[gqa2-d64-float32]", "belong to another request"
+    ),
+    _attention(CopiesOneBlock, f"{_ATTEND}block_moves[gqa2-d64-float32]", "copy_blocks"),
+    _attention(UnderstatesItsBlocks, f"{_BOOTS}allocates_and_frees", "plan for less than is taken"),
+    _attention(
+        UntypedOutOfMemory, f"{_BOOTS}out_of_memory_is_typed", "instead of DeviceOutOfMemory"
+    ),
+    _broken(
+        "LiesAboutMemory",
+        lambda: make_device(base=LiesAboutMemory),
+        f"{_BOOTS}memory_is_sane",
+        "between 0 and the total",
+    ),
+    _broken(
+        "Racing", lambda: with_queue(RacingQueue), f"{_BOOTS}queue_keeps_order", "out of order"
+    ),
+    _broken(
+        "EarlyEvent",
+        lambda: with_queue(EarlyEventQueue),
+        f"{_BOOTS}staging_may_rest",
+        "done before its copy",
+    ),
+    _broken(
+        "ForgetsSeeds",
+        lambda: with_worker(ForgetsSeeds),
+        f"{_RUNS}seeds[float32]",
+        "is the seed used",
+    ),
+    _broken(
+        "SeedsByBatch",
+        lambda: with_worker(SeedsByBatch),
+        f"{_RUNS}seeds[float32]",
+        "whatever else happens",
+    ),
+    _broken(
+        "IgnoresNewBlocks",
+        lambda: with_worker(IgnoresNewBlocks),
+        f"{_RUNS}chunked_prefill[chunk33-float32]",
+        "float64 model",
+    ),
+    _broken(
+        "PositionInRunner",
+        lambda: make_device(ops=PositionOffByOne),
+        f"{_RUNS}greedy[float32]",
+        "less likely",
+    ),
+    _broken(
+        "SumsInRunner",
+        lambda: make_device(ops=DependsOnTheBatch, determinism="invariant"),
+        f"{_RUNS}same_bits_in_any_batch[float32]",
+        "other bits in a batch",
+    ),
+)
