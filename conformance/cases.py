@@ -27,6 +27,8 @@ class CheckSpec:
     op: str
     variants: Mapping[str, Mapping[str, Any]]
     needs: Needs
+    on_torch: bool
+    """Whether it needs tensors of torch on the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,7 @@ class Case:
     function: Function
     arguments: Mapping[str, Any]
     needs: Needs
+    on_torch: bool
 
     @property
     def variant(self) -> str:
@@ -53,8 +56,8 @@ class Case:
         claims = device.capabilities
         if self.dtype and self.dtype not in claims.dtypes:
             return f"dtype {self.dtype} is not among the claimed {', '.join(claims.dtypes)}"
-        if self.level == 1 and device.torch_device is None:
-            return "torch does not own this device: its operators are tried through its Worker"
+        if self.on_torch and device.torch_device is None:
+            return "torch does not own this device; what it does is tried through its Worker"
         return self.needs(claims, self.arguments)
 
 
@@ -69,11 +72,21 @@ def check(
     op: str,
     over: Mapping[str, Mapping[str, Any]] | None = None,
     needs: Needs = _needs_nothing,
+    on_torch: bool | None = None,
 ) -> Callable[[Function], Function]:
-    """Marks a function as a check, with its variants by id. `op` may be overridden by a variant."""
+    """Marks a function as a check, with its variants by id. `op` may be overridden by a variant.
+
+    `on_torch`: whether it needs tensors of torch on the device; None: at level 1.
+    """
 
     def mark(function: Function) -> Function:
-        spec = CheckSpec(level=level, op=op, variants=over or {"": {}}, needs=needs)
+        spec = CheckSpec(
+            level=level,
+            op=op,
+            variants=over or {"": {}},
+            needs=needs,
+            on_torch=level == 1 if on_torch is None else on_torch,
+        )
         function.__dict__["conformance"] = spec
         return function
 
@@ -117,6 +130,7 @@ def _expand(file: str, function: Function) -> list[Case]:
             function=function,
             arguments=arguments,
             needs=spec.needs,
+            on_torch=spec.on_torch,
         )
         for variant, arguments in spec.variants.items()
     ]

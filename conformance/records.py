@@ -106,18 +106,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_passed(self) -> bool:
-        """Whether every level up to the one asked for is granted."""
-        return all(verdict.is_granted for verdict in self.verdicts)
+        """Whether the level asked for is granted, which includes those below."""
+        return self.verdicts[-1].is_granted
 
     @property
     def headline(self) -> str:
         """The first line: what is granted, with how many exceptions."""
-        granted = [verdict for verdict in self.verdicts if verdict.is_granted]
         sealed = "" if self.is_sealed else " (unsealed)"
-        if not granted or granted[-1].level < self.level:
-            worst = next(v for v in self.verdicts if not v.is_granted)
-            return f"{self.backend}: {worst.text}{sealed}"
-        return f"{self.backend}: {granted[-1].text}{sealed}"
+        return f"{self.backend}: {self.verdicts[-1].text}{sealed}"
 
 
 def row_of(outcome: Outcome, *, worker: str) -> Row:

@@ -59,6 +59,15 @@ class Trial:
         """The block size that cases use where they do not name one: 16, or else 32."""
         return 16 if 16 in self.capabilities.block_sizes else 32
 
+    @property
+    def head_size(self) -> int:
+        """The head size that cases use where they do not name one: 64, 128, or the first claimed."""
+        claimed = self.capabilities.head_sizes
+        return (
+            next((size for size in (64, 128) if claimed is None or size in claimed), 0)
+            or (claimed or (64,))[0]
+        )
+
     def require(self, holds: object, message: str) -> None:
         """Raises Finding with `message` unless `holds`."""
         if not holds:

@@ -15,10 +15,11 @@ def cost_of(target: str) -> VendorCost:
     files = list(_files(target.partition(":")[0]))
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
     modules = {name for tree in trees.values() for name in _quire_imports(tree)}
+    own = target.partition(":")[0]
     return VendorCost(
         files=len(files),
         lines_of_code=sum(_code_lines(path) for path in files),
-        quire_modules=sorted(modules),
+        quire_modules=sorted(m for m in modules if not f"{m}.".startswith(f"{own}.")),
         assignments=[
             f"{path.name}:{line}" for path, tree in trees.items() for line in _patches(tree)
         ],

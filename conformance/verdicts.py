@@ -9,6 +9,7 @@ from quire.conformance.cases import all_cases
 from quire.conformance.records import Row, Verdict
 
 _FAILURES = ("failed", "unexpected_pass")
+_TRIED = ("passed", "excused", *_FAILURES)
 
 
 def manifest_of(level: int) -> list[str]:
@@ -17,7 +18,11 @@ def manifest_of(level: int) -> list[str]:
 
 
 def judge(rows: Sequence[Row], *, level: int, problems: Sequence[str]) -> list[Verdict]:
-    """One verdict for each level: granted iff its ids are complete and none failed."""
+    """One verdict for each level: granted iff its ids are complete and none failed.
+
+    A level of which a device can try nothing is not granted by itself; for a device that torch does
+    not own, level 2 stands for the operators of level 1.
+    """
     return [_judge_level(rows, upto, problems) for upto in range(level + 1)]
 
 
@@ -26,6 +31,7 @@ def _judge_level(rows: Sequence[Row], level: int, problems: Sequence[str]) -> Ve
     failures = sum(counts[outcome] for outcome in _FAILURES)
     num_missing = len(set(manifest_of(level)) - {row.id for row in rows})
     exceptions = counts["excused"]
+    is_tried = any(row.level == level and row.outcome in _TRIED for row in rows)
     findings = [
         f"{number} {what}"
         for number, what in (
@@ -35,6 +41,7 @@ def _judge_level(rows: Sequence[Row], level: int, problems: Sequence[str]) -> Ve
         )
         if number
     ]
+    findings += [] if is_tried else ["nothing of it can be tried on this device"]
     plural = "" if exceptions == 1 else "s"
     with_exceptions = f" with {exceptions} exception{plural}" if exceptions else ""
     text = f"level {level}{with_exceptions}"

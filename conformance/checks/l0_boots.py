@@ -101,16 +101,15 @@ def capabilities_are_coherent(trial: Trial) -> None:
     trial.require(
         claims.determinism in _CLASSES, f"determinism {claims.determinism!r} is none of {_CLASSES}"
     )
+    trial.require(claims.head_sizes != (), "no head size is claimed; None says any")
     for name in ("token_buckets", "request_buckets"):
         buckets = getattr(claims, name)
         trial.require(list(buckets) == sorted(set(buckets)), f"{name} {buckets} do not ascend")
 
 
-@check(level=0, op="device")
+@check(level=0, op="device", on_torch=True)
 def everything_names_its_provider(trial: Trial) -> None:
     """Every operator says who serves it: `quire plan` shows it."""
-    if trial.device.torch_device is None:
-        return
     ops = trial.device.ops()
     trial.require(ops is trial.device.ops(), "Device.ops() must be the same object at each call")
     for spec in OP_SPECS:
@@ -120,11 +119,9 @@ def everything_names_its_provider(trial: Trial) -> None:
         )
 
 
-@check(level=0, op="device")
+@check(level=0, op="device", on_torch=True)
 def refuses_what_it_does_not_claim(trial: Trial) -> None:
     """Attention beyond the claims is refused with every reason, not attempted."""
-    if trial.device.torch_device is None:
-        return
     claims = trial.capabilities
     kind = next((k for k in ("mla", "recurrent") if k not in claims.attention_kinds), "vendor:none")
     try:
@@ -139,7 +136,7 @@ def refuses_what_it_does_not_claim(trial: Trial) -> None:
 
 
 def _spec(trial: Trial, *, kind: str = "causal") -> AttentionSpec:
-    size = (trial.capabilities.head_sizes or (64,))[0]
+    size = trial.head_size
     dtype = trial.capabilities.dtypes[0]
     return AttentionSpec(
         num_heads=4,
@@ -167,11 +164,9 @@ def memory_is_sane(trial: Trial) -> None:
     trial.require(all(n >= 0 for n in info.by_tag.values()), f"negative tags: {info.by_tag}")
 
 
-@check(level=0, op="device")
+@check(level=0, op="device", on_torch=True)
 def allocates_and_frees(trial: Trial) -> None:
     """A thousand caches come and go without eating the device."""
-    if trial.device.torch_device is None:
-        return
     attention = trial.device.attention(_spec(trial))
     layout = attention.cache_layout()
     for _ in range(1000):
@@ -188,11 +183,9 @@ def allocates_and_frees(trial: Trial) -> None:
     trial.require(shapes == got, f"allocate gave {got}, cache_layout promised {shapes}")
 
 
-@check(level=0, op="device")
+@check(level=0, op="device", on_torch=True)
 def out_of_memory_is_typed(trial: Trial) -> None:
     """Too large a cache raises DeviceOutOfMemory, and the device works afterwards."""
-    if trial.device.torch_device is None:
-        return
     attention = trial.device.attention(_spec(trial))
     wanted = 64 * trial.device.memory().total_bytes // attention.cache_layout().bytes_per_block
     for _ in range(3):
@@ -216,12 +209,10 @@ def _host_values(trial: Trial, dtype_name: str) -> torch.Tensor:
     return values.to(getattr(torch, dtype_name))
 
 
-@check(level=0, op="queue", over=product(_COPIES))
+@check(level=0, op="queue", over=product(_COPIES), on_torch=True)
 def copies_round_trip(trial: Trial, *, dtype_name: str) -> None:
     """What is uploaded comes down again bit for bit, and nothing around it changes."""
-    where = trial.device.torch_device
-    if where is None:
-        return
+    where = str(trial.device.torch_device)
     device, queue = trial.device, trial.device.queue()
     values = _host_values(trial, dtype_name)
     up = device.make_staging(values.shape, dtype_name)
@@ -239,12 +230,10 @@ def copies_round_trip(trial: Trial, *, dtype_name: str) -> None:
     trial.require(is_whole, "an upload wrote beyond its target")
 
 
-@check(level=0, op="queue")
+@check(level=0, op="queue", on_torch=True)
 def queue_keeps_order(trial: Trial) -> None:
     """Uploads, work and downloads happen in the order in which they were queued."""
-    where = trial.device.torch_device
-    if where is None:
-        return
+    where = str(trial.device.torch_device)
     device, queue = trial.device, trial.device.queue()
     trial.require(queue is device.queue(), "Device.queue() must be the same object at each call")
     target = torch.zeros(1000, device=where)
@@ -270,12 +259,10 @@ def _double(tensor: torch.Tensor) -> None:
     tensor.mul_(2)
 
 
-@check(level=0, op="queue")
+@check(level=0, op="queue", on_torch=True)
 def staging_may_rest(trial: Trial) -> None:
     """A staging buffer that is written again after its event does no harm to what was sent."""
-    where = trial.device.torch_device
-    if where is None:
-        return
+    where = str(trial.device.torch_device)
     device, queue = trial.device, trial.device.queue()
     up = device.make_staging((256,), "float32")
     targets = [torch.zeros(256, device=where) for _ in range(4)]

@@ -22,7 +22,8 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "gqa2-d128": {"shape": (4, 2, 128)},
 }
 _BLOCKS = {"b16": {"block": 16}, "b32": {"block": 32}}
-_ONE = {"gqa2-d64": {"shape": (4, 2, 64)}}
+_ONE = {"gqa2": {"shape": (4, 2, 0)}}
+"""Head size 0: `Trial.head_size`."""
 _KINDS: dict[str, dict[str, Any]] = {
     "window20": {"claims": {"kind": "sliding_window", "window": 20}},
     "window1": {"claims": {"kind": "sliding_window", "window": 1}},
@@ -38,9 +39,9 @@ _LENGTHS = (49, 33, 17, 2, 70)
 
 def _needs(claims: Capabilities, arguments: Mapping[str, Any]) -> str:
     """Why a device is excused: its claims about head sizes, blocks, kinds and features."""
-    size, block = arguments.get("shape", (4, 2, 64))[2], arguments.get("block")
+    size, block = arguments.get("shape", (4, 2, 0))[2], arguments.get("block")
     asked: Mapping[str, Any] = arguments.get("claims", {})
-    if claims.head_sizes is not None and size not in claims.head_sizes:
+    if size and claims.head_sizes is not None and size not in claims.head_sizes:
         return f"head size {size} is not among the claimed {claims.head_sizes}"
     if block is not None and block not in claims.block_sizes:
         return f"block size {block} is not among the claimed {claims.block_sizes}"
@@ -55,7 +56,7 @@ def _needs(claims: Capabilities, arguments: Mapping[str, Any]) -> str:
 
 
 def _spec(trial: Trial, shape: tuple[int, int, int], dtype: str, **more: Any) -> AttentionSpec:
-    num_heads, num_kv_heads, size = shape
+    num_heads, num_kv_heads, size = *shape[:2], shape[2] or trial.head_size
     block = more.pop("block", None) or trial.block_size
     return AttentionSpec(
         num_heads=num_heads,
@@ -116,7 +117,7 @@ def mixed_batch(trial: Trial, *, shape: tuple[int, int, int], block: int, dtype:
 @check(level=1, op="paged_attention", over=product(_KINDS, dtypes()), needs=_needs)
 def kinds(trial: Trial, *, claims: Mapping[str, Any], dtype: str) -> None:
     """Windows, chunks, soft caps, sinks and ALiBi, each as `AttentionSpec` says."""
-    run = PagedRun(trial, make_paged(trial, _spec(trial, (4, 2, 64), dtype, **claims), _LENGTHS))
+    run = PagedRun(trial, make_paged(trial, _spec(trial, (4, 2, 0), dtype, **claims), _LENGTHS))
     wanted = ", ".join(f"{key}={value}" for key, value in claims.items())
     hint = (
         "With a window position p sees j where p - window < j <= p; a cap is cap * tanh(score / "
@@ -133,7 +134,7 @@ def kinds(trial: Trial, *, claims: Mapping[str, Any], dtype: str) -> None:
 )
 def split_prefill(trial: Trial, *, at: int, dtype: str) -> None:
     """A prompt cut anywhere gives what the whole prompt gives."""
-    run = PagedRun(trial, make_paged(trial, _spec(trial, (4, 2, 64), dtype), [45]))
+    run = PagedRun(trial, make_paged(trial, _spec(trial, (4, 2, 0), dtype), [45]))
     run.step([(0, at)])
     hint = "Does the second part see what the first wrote to the cache?"
     run.measure([(at, 45)], run.step([(at, 45)]), f"a prompt cut after {at} tokens", hint)
@@ -201,7 +202,7 @@ def causality(trial: Trial, *, shape: tuple[int, int, int], dtype: str) -> None:
 )
 def needle(trial: Trial, *, where: str, length: int, dtype: str) -> None:
     """One token alone has a value; whoever drops it from a long context answers zero."""
-    paged = make_paged(trial, _spec(trial, (2, 1, 64), dtype), [length])
+    paged = make_paged(trial, _spec(trial, (2, 1, 0), dtype), [length])
     at = {"first": 0, "middle": length // 2, "last": length - 1}[where]
     values = torch.zeros_like(paged.v[0])
     values[at] = paged.v[0][at] * 8

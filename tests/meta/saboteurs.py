@@ -599,19 +599,17 @@ SABOTEURS: tuple[Saboteur, ...] = (
     _attention(IgnoresBlockTable, f"{_ATTEND}decode[mha-d64-b16-float32]", "block table"),
     _attention(DropsLastToken, f"{_ATTEND}needle[last-2048-bfloat16]", "the last of 2048 tokens"),
     _attention(HalfSums, f"{_ATTEND}decode[gqa4-d64-b32-bfloat16]", "accumulated in float32"),
-    _attention(ReadsAllBlocks, f"{_ATTEND}unused_slots[gqa2-d64-float32]", "NaN in unused slots"),
-    _attention(SeesTheFuture, f"{_ATTEND}causality[gqa2-d64-float32]", "the future is seen"),
+    _attention(ReadsAllBlocks, f"{_ATTEND}unused_slots[gqa2-float32]", "NaN in unused slots"),
+    _attention(SeesTheFuture, f"{_ATTEND}causality[gqa2-float32]", "the future is seen"),
     _attention(NoSoftCap, f"{_ATTEND}kinds[softcap-float32]", "soft_cap=0.8"),
     _attention(DoubledSoftCap, f"{_ATTEND}kinds[softcap-bfloat16]", "cap * tanh"),
     _attention(WindowOffByOne, f"{_ATTEND}kinds[window20-float16]", "p - window < j <= p"),
     _attention(WrongScale, f"{_ATTEND}prefill[mha-d64-b16-float32]", "float64 oracle"),
+    _attention(WrongGroups, f"{_ATTEND}gqa_equals_mha[gqa2-float16]", "h // (heads / key heads)"),
     _attention(
-        WrongGroups, f"{_ATTEND}gqa_equals_mha[gqa2-d64-float16]", "h // (heads / key heads)"
+        WritesTheNeighbour, f"{_ATTEND}cache_writes[gqa2-float32]", "belong to another request"
     ),
-    _attention(
-        WritesTheNeighbour, f"{_ATTEND}cache_writes[gqa2-d64-float32]", "belong to another request"
-    ),
-    _attention(CopiesOneBlock, f"{_ATTEND}block_moves[gqa2-d64-float32]", "copy_blocks"),
+    _attention(CopiesOneBlock, f"{_ATTEND}block_moves[gqa2-float32]", "copy_blocks"),
     _attention(UnderstatesItsBlocks, f"{_BOOTS}allocates_and_frees", "plan for less than is taken"),
     _attention(
         UntypedOutOfMemory, f"{_BOOTS}out_of_memory_is_typed", "instead of DeviceOutOfMemory"

@@ -274,3 +274,21 @@ def test_vendor_cost_counts_lines_imports_and_patches(tmp_path, monkeypatch):
     assert (cost.files, cost.lines_of_code) == (1, 5)
     assert cost.quire_modules == ["quire.core", "quire.core.interface"]
     assert cost.assignments == ["acme_quire_cost.py:5", "acme_quire_cost.py:6"]
+
+
+def test_judge_level_of_which_nothing_can_be_tried_is_not_granted_alone():
+    """A device that claims nothing passes nothing."""
+    unsupported = [
+        msgspec.structs.replace(row, outcome="unsupported", reason="not claimed") for row in rows()
+    ]
+    (verdict,) = judge(unsupported, level=0, problems=[])
+    assert not verdict.is_granted
+    assert "nothing of it can be tried" in verdict.text
+
+
+def test_run_in_parallel_gives_the_rows_of_a_serial_run(report):
+    """The seed and the id decide the data: neither order nor worker has a say."""
+    parallel = run_suite("cpu", level=0, workers=2, seed=report.seed, is_quiet=True)
+    facts = [[(row.id, row.outcome, row.error) for row in r.rows] for r in (report, parallel)]
+    assert facts[0] == facts[1]
+    assert {row.worker for row in parallel.rows} == {"gw0", "gw1"}
