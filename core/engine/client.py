@@ -32,6 +32,8 @@ from quire.core.engine.messages import (
 from quire.core.errors import EngineDeadError, RequestError
 from quire.core.scheduler.request import RequestSpec, RequestUpdate
 
+_CLOSED = "the engine was closed; start another"
+
 
 class CoreClient(ABC):
     """An engine core for a front that may wait. Used by one thread."""
@@ -176,7 +178,7 @@ class ProcessClient(CoreClient):
     def close(self) -> None:
         """Ends the process."""
         if self._dead is None:
-            self._dead = EngineDeadError("the engine was closed")
+            self._dead = EngineDeadError(_CLOSED)
         self._process.close()
 
     def _call(self, name: str) -> Any:
@@ -221,6 +223,7 @@ class AsyncProcessClient:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._num_calls = 0
         self._dead: EngineDeadError | None = None
+        self._is_closed = False
         self.config, self.facts = ready.config, ready.facts
 
     @classmethod
@@ -251,7 +254,7 @@ class AsyncProcessClient:
 
     @property
     def dead_error(self) -> EngineDeadError | None:
-        """Why the core is dead."""
+        """Why the core is dead; None also after an orderly end."""
         return self._dead
 
     def add(self, specs: Sequence[RequestSpec]) -> None:
@@ -291,8 +294,8 @@ class AsyncProcessClient:
 
     async def close(self) -> None:
         """Ends the process and waits for it. Nobody may be in `receive` any more."""
-        if self._dead is None:
-            self._die(EngineDeadError("the engine was closed"))
+        self._is_closed = True
+        self._fail_calls(EngineDeadError(_CLOSED))
         self._socket.close(linger=0)
         await asyncio.to_thread(self._process.close)
 
@@ -319,6 +322,9 @@ class AsyncProcessClient:
 
     def _die(self, error: EngineDeadError) -> None:
         self._dead = error
+        self._fail_calls(error)
+
+    def _fail_calls(self, error: EngineDeadError) -> None:
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(same_death(error))
@@ -326,6 +332,8 @@ class AsyncProcessClient:
     def _raise_if_dead(self) -> None:
         if self._dead is not None:
             raise same_death(self._dead)
+        if self._is_closed:
+            raise EngineDeadError(_CLOSED)
 
 
 def read_start(process: CoreProcess, message: FromCore) -> Ready:

@@ -240,17 +240,23 @@ def make_fake_core(
 
 
 def build_fake_core(config: EngineConfig) -> EngineCore:
-    """For an engine process. `options` say what is to go wrong: `fake.start` and `fake.step`, at step `fake.at`."""
+    """For an engine process. `options` say what is to go wrong.
+
+    `fake.start`; `fake.step`, at step `fake.at` or in the first step with `fake.running` requests;
+    `fake.pause_s` passes before each step.
+    """
     fault = config.options.get("fake.start")
     if fault is not None:
         raise START_FAULTS[fault]
     step_fault, at = config.options.get("fake.step"), int(config.options.get("fake.at", "3"))
+    running = int(config.options.get("fake.running", "0"))
     pause_s = float(config.options.get("fake.pause_s", "0"))
 
     def before_step(batch: StepBatch) -> None:
         if pause_s:
             _pause(pause_s)
-        if step_fault is not None and batch.step_id == at:
+        is_time = len(batch.request_ids) >= running if running else batch.step_id == at
+        if step_fault is not None and is_time:
             _fail(step_fault)
 
     worker = FakeWorker(before_step=before_step, is_asynchronous=bool(config.overlap_scheduling))
@@ -286,6 +292,8 @@ def _fail(fault: str) -> None:
     match fault:
         case "exit":
             os._exit(7)
+        case "hang":
+            _pause(600.0)
         case "oom":
             raise DeviceOutOfMemory("no room for a tensor", requested_bytes=10)
         case "lost":

@@ -23,7 +23,9 @@ GREEDY = {"temperature": 0.0, "seed": 0, "detokenize": False}
 @asynccontextmanager
 async def started(**settings):
     options = {
-        f"fake.{name}": settings.pop(name) for name in ("step", "at", "pause_s") if name in settings
+        f"fake.{name}": settings.pop(name)
+        for name in ("step", "at", "running", "pause_s")
+        if name in settings
     }
     config = EngineConfig(model="fake-model", options=options, **settings)
     engine = await AsyncEngine.start(config, build_core=build_fake_core)
@@ -91,7 +93,7 @@ async def test_submit_slow_consumer_finds_deltas_merged():
 
 async def test_generate_cancelled_consumer_aborts_in_the_core():
     """A client that hangs up frees its place in the engine."""
-    async with started(pause_s="0.005") as engine:
+    async with started(pause_s="0.02") as engine:
         begun = asyncio.Event()
 
         async def consume():
@@ -110,7 +112,7 @@ async def test_generate_cancelled_consumer_aborts_in_the_core():
 
 async def test_abort_ends_stream_with_reason_abort():
     """An aborted request gets a last output, with what it had."""
-    async with started(pause_s="0.005") as engine:
+    async with started(pause_s="0.02") as engine:
         stream = await engine.submit([5], params(200), "a")
         first = await anext(stream)
         await engine.abort("a")
@@ -158,16 +160,15 @@ async def test_submit_full_queue_is_refused_and_frees_up():
 @pytest.mark.parametrize(
     ("kill", "fields", "cause"),
     [
-        (signal.SIGKILL, {"pause_s": "0.002"}, "SIGKILL"),
-        (None, {"step": "bug", "at": "20"}, "a bug of the worker"),
-        (None, {"step": "exit", "at": "20"}, "code 7"),
+        (signal.SIGKILL, {"step": "hang", "running": "8", "pause_s": "0.02"}, "SIGKILL"),
+        (None, {"step": "bug", "running": "8", "pause_s": "0.02"}, "a bug of the worker"),
+        (None, {"step": "exit", "running": "8", "pause_s": "0.02"}, "code 7"),
     ],
 )
 async def test_core_dies_everybody_who_waits_gets_the_cause(kill, fields, cause):
     """One typed error with the root cause for every stream and every later call; nobody hangs."""
     async with started(**fields) as engine:
         streams = [await engine.submit([5 + i], params(200), str(i)) for i in range(8)]
-        await anext(streams[0])
         if kill:
             os.kill(engine.core_pid, kill)
         results = await asyncio.wait_for(
@@ -186,10 +187,11 @@ async def test_core_dies_everybody_who_waits_gets_the_cause(kill, fields, cause)
 
 async def test_statistics_pending_when_core_dies_raises():
     """A call that will never be answered ends with the same error."""
-    async with started(pause_s="5") as engine:
+    async with started(step="hang", at="0") as engine:
         await engine.submit([5], params(200), "a")
         call = asyncio.create_task(engine.statistics())
-        await asyncio.sleep(0)
+        while (await asyncio.wait([call], timeout=0.2))[0]:  # answered before the step began
+            call = asyncio.create_task(engine.statistics())
         os.kill(engine.core_pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError, match="SIGKILL"):
             await asyncio.wait_for(call, timeout=30)
@@ -208,6 +210,9 @@ async def test_shutdown_drains_then_refuses():
         assert await tokens_of(stream) == expected_tokens([5], 60)
         await closing
         assert not psutil.pid_exists(pid)
+        assert not engine.errored
+        with pytest.raises(EngineDeadError, match="closed"):
+            await engine.statistics()
 
 
 async def test_shutdown_without_patience_aborts():
@@ -224,9 +229,8 @@ async def test_start_refused_configuration_raises_it():
     config = EngineConfig(model="fake-model", options={"fake.start": "config"})
     with pytest.raises(ConfigError, match="nothing fits"):
         await AsyncEngine.start(config, build_core=build_fake_core)
-    assert not [
-        c for c in psutil.Process().children() if "quire-engine-core" in " ".join(c.cmdline())
-    ]
+    children = psutil.Process().children()
+    assert not [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
 async def test_event_loop_stays_free_while_much_arrives():

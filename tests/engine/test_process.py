@@ -149,7 +149,7 @@ def test_receive_after_death_tells_the_cause_every_time(fault, cause):
 
 def test_receive_after_kill_tells_the_signal():
     """A core that the kernel kills leaves no words; how it ended is the cause."""
-    client = start(pause_s="0.002")
+    client = start(step="hang", at="2")
     try:
         client.add([spec("a", [5], max_tokens=200)])
         client.receive()
@@ -162,7 +162,7 @@ def test_receive_after_kill_tells_the_signal():
 
 def test_receive_after_crash_in_native_code_shows_where():
     """A segmentation fault leaves the stack of every thread."""
-    client = start(pause_s="0.002")
+    client = start(step="hang", at="2")
     try:
         client.add([spec("a", [5], max_tokens=200)])
         client.receive()
