@@ -140,7 +140,8 @@ class PagedRun:
         for row, r in enumerate(active):
             blocks = self.paged.tables[r]
             used = math.ceil(ranges[r][1] / size)
-            table[row, :used] = torch.tensor(blocks[:used])
+            gone = self._blocks_before_window(ranges[r][0])
+            table[row, gone:used] = torch.tensor(blocks[gone:used])
             slots += [blocks[t // size] * size + t % size for t in range(*ranges[r])]
         index_dtype = getattr(torch, self._trial.capabilities.index_dtype)
         return AttentionBatch(
@@ -155,6 +156,13 @@ class PagedRun:
             max_query_len=max(counts),
             max_seq_len=max(ends),
         )
+
+    def _blocks_before_window(self, first_query: int) -> int:
+        """Blocks that no query of the step sees; the engine may have given them away."""
+        spec = self.paged.spec
+        if spec.kind != "sliding_window" or spec.window is None:
+            return 0
+        return max(0, first_query - spec.window + 1) // spec.block_size
 
     def measure(self, ranges: Ranges, outputs: Sequence[Tensor], what: str, hint: str = "") -> None:
         """Holds the outputs of a step against the oracle."""

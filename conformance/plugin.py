@@ -117,7 +117,8 @@ def _lost(report: pytest.TestReport) -> Row:
         op="",
         dtype="",
         outcome="failed",
-        reason=f"the test could not run: {report.longreprtext[-1000:]}",
+        reason="the test could not run to its end: the process that drives the device crashed, "
+        f"hung until it was ended, or could not open it. {report.longreprtext[-1000:]}",
     )
 
 

@@ -25,13 +25,20 @@ _CHANGES = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 _WITHOUT = ("PYTEST_",)
 """Prefixes of variables with which pytest would let itself be told things."""
 HIGHEST_LEVEL = 2
+_HANG_S = 300
+"""A test that takes so long hangs: its process ends, and the test has failed."""
+_INI = f"""[pytest]
+faulthandler_timeout = {_HANG_S}
+faulthandler_exit_on_timeout = true
+"""
+_MAX_CRASHES = 20
 
 
 def run_suite(
     backend: str,
     *,
     level: int = HIGHEST_LEVEL,
-    workers: int = 0,
+    workers: int = 1,
     seed: int | None = None,
     expectations: Path | None = None,
     folder: Path | None = None,
@@ -63,7 +70,7 @@ def _run_sealed(
     with tempfile.TemporaryDirectory(prefix="quire-conformance-") as name:
         where = Path(name)
         rows, ini = where / "rows.json", where / "pytest.ini"
-        ini.write_text("[pytest]\n")
+        ini.write_text(_INI)
         command = [
             *_command(ini, workers),
             *("--backend", backend, "--level", str(level)),
@@ -95,5 +102,7 @@ def _command(ini: Path, workers: int) -> Sequence[str]:
         *("-c", str(ini), "--rootdir", str(suite), "--noconftest", "--import-mode=importlib"),
         *("-p", "quire.conformance.plugin", "-p", "no:cacheprovider"),
         *("-q", "--no-header", "--tb=short"),
-        *(("-p", "xdist.plugin", "-n", str(workers)) if workers else ()),
+        # One process at least that is not this one: a backend that crashes fails one test.
+        *("-p", "xdist.plugin", "-n", str(max(1, workers))),
+        f"--max-worker-restart={_MAX_CRASHES}",
     ]

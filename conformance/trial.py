@@ -61,12 +61,9 @@ class Trial:
 
     @property
     def head_size(self) -> int:
-        """The head size that cases use where they do not name one: 64, 128, or the first claimed."""
-        claimed = self.capabilities.head_sizes
-        return (
-            next((size for size in (64, 128) if claimed is None or size in claimed), 0)
-            or (claimed or (64,))[0]
-        )
+        """The size that cases use where they do not name one: 64, 128, or the first claimed."""
+        claimed = self.capabilities.head_sizes or (64,)
+        return next((size for size in (64, 128) if size in claimed), claimed[0])
 
     def require(self, holds: object, message: str) -> None:
         """Raises Finding with `message` unless `holds`."""

@@ -120,8 +120,8 @@ def kinds(trial: Trial, *, claims: Mapping[str, Any], dtype: str) -> None:
     run = PagedRun(trial, make_paged(trial, _spec(trial, (4, 2, 0), dtype, **claims), _LENGTHS))
     wanted = ", ".join(f"{key}={value}" for key, value in claims.items())
     hint = (
-        "With a window position p sees j where p - window < j <= p; a cap is cap * tanh(score / "
-        "cap) after the scale; see AttentionSpec."
+        "With a window position p sees j where p - window < j <= p, and blocks wholly before it "
+        "may belong to others; a cap is cap * tanh(score / cap) after the scale."
     )
     _mixed(run, measured=f"attention with {wanted}", hint=hint)
 

@@ -312,6 +312,20 @@ class ReadsAllBlocks(ReferenceAttention):
         return result.add_(0 * cache.tensors["v"].float().sum().to(out.dtype))
 
 
+class ReadsBeforeTheWindow(ReferenceAttention):
+    """Multiplies what no query sees by zero."""
+
+    def plan(self, batch):
+        self._first_blocks = batch.block_table[:, 0].long()
+        return super().plan(batch)
+
+    def forward(self, q, k, v, cache, plan, out, **extras):
+        result = super().forward(q, k, v, cache, plan, out, **extras)
+        return result.add_(
+            0 * cache.tensors["v"][self._first_blocks, 0].float().sum().to(out.dtype)
+        )
+
+
 class SeesTheFuture(ReferenceAttention):
     def plan(self, batch):
         plan = super().plan(batch)
@@ -600,6 +614,7 @@ SABOTEURS: tuple[Saboteur, ...] = (
     _attention(DropsLastToken, f"{_ATTEND}needle[last-2048-bfloat16]", "the last of 2048 tokens"),
     _attention(HalfSums, f"{_ATTEND}decode[gqa4-d64-b32-bfloat16]", "accumulated in float32"),
     _attention(ReadsAllBlocks, f"{_ATTEND}unused_slots[gqa2-float32]", "NaN in unused slots"),
+    _attention(ReadsBeforeTheWindow, f"{_ATTEND}kinds[window20-float32]", "may belong to others"),
     _attention(SeesTheFuture, f"{_ATTEND}causality[gqa2-float32]", "the future is seen"),
     _attention(NoSoftCap, f"{_ATTEND}kinds[softcap-float32]", "soft_cap=0.8"),
     _attention(DoubledSoftCap, f"{_ATTEND}kinds[softcap-bfloat16]", "cap * tanh"),

@@ -31,7 +31,7 @@ def _require_extra() -> None:
 def run(
     backend: Annotated[str, typer.Option(help="The backend, as in `quire backends`.")],
     level: Annotated[int, typer.Option(help="The highest level to run.")] = 2,
-    workers: Annotated[int, typer.Option("-n", "--workers", help="Parallel processes.")] = 0,
+    workers: Annotated[int, typer.Option("-n", "--workers", help="Parallel processes.")] = 1,
     expectations: Annotated[
         Path | None, typer.Option(help="A TOML file of tests that are known to fail.")
     ] = None,
