@@ -75,6 +75,7 @@ def test_vendor_of_fourteen_lines_is_granted_its_level(tmp_path):
     assert "Acme One" in (tmp_path / "acme" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_vendor_whose_driver_kills_the_process_fails_those_tests_alone(tmp_path):
     """A crash is a row with a reason, and the other tests still say something."""
     install(tmp_path, "crash", "os._exit(11)")

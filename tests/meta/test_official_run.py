@@ -286,6 +286,7 @@ def test_judge_level_of_which_nothing_can_be_tried_is_not_granted_alone():
     assert "nothing of it can be tried" in verdict.text
 
 
+@pytest.mark.slow
 def test_run_in_parallel_gives_the_rows_of_a_serial_run(report):
     """The seed and the id decide the data: neither order nor worker has a say."""
     parallel = run_suite("cpu", level=0, workers=2, seed=report.seed, is_quiet=True)
