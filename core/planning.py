@@ -6,7 +6,7 @@ same Plan that `quire plan` prints.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,13 +106,11 @@ def make_plan(
 
     Raises: UnsupportedError with every reason; ConfigError; CheckpointError.
     """
-    capabilities = device.capabilities
-    resolved = resolve(user, capabilities, describe_model(directory))
+    resolved = resolve(user, device.capabilities, describe_model(directory))
     config = resolved.config
     worker_config = make_worker_config(config, directory)
-    refused = list(_setting_reasons(config, worker_config, capabilities))
-    if refused:  # what they need of memory and attention cannot be said
-        raise UnsupportedError(refused, what=f"{user.model} on {chosen.name}")
+    what = f"{user.model} on {chosen.name}"
+    _refuse(_setting_reasons(config, worker_config, device.capabilities), what)
     description = describe_model(
         directory,
         dtype=config.dtype,
@@ -120,17 +118,7 @@ def make_plan(
         block_size=worker_config.block_size,
     )
     memory = _memory(description, config, worker_config, device)
-    reasons = [
-        *(
-            r
-            for g in description.attention_groups
-            for r in _attention_reasons(g.spec, capabilities)
-        ),
-        *device.reasons_against(worker_config),
-        *_memory_reasons(memory, device),
-    ]
-    if reasons:
-        raise UnsupportedError(reasons, what=f"{user.model} on {chosen.name}")
+    _refuse(_model_reasons(description, memory, worker_config, device), what)
     cache = _cache_rows(description, device)
     kernels = _kernels(device, cache)
     plan = Plan(
@@ -148,6 +136,13 @@ def make_plan(
         notes=tuple(_notes(chosen, kernels)),
     )
     return plan, description
+
+
+def _refuse(reasons: Iterable[Reason], what: str) -> None:
+    """Raises UnsupportedError if there is a reason."""
+    found = list(reasons)
+    if found:
+        raise UnsupportedError(found, what=what)
 
 
 def make_worker_config(config: EngineConfig, directory: Path) -> WorkerConfig:
@@ -193,6 +188,22 @@ def _setting_reasons(
                 have=", ".join(map(str, claimed)) or "none",
                 remedy=f"choose one of these, or leave {setting} out",
             )
+
+
+def _model_reasons(
+    description: ModelDescription,
+    memory: Sequence[MemoryRow],
+    worker_config: WorkerConfig,
+    device: Device,
+) -> Iterator[Reason]:
+    """What the model needs and the device lacks.
+
+    The settings have passed already: what a refused one needs of memory could not be said.
+    """
+    for group in description.attention_groups:
+        yield from _attention_reasons(group.spec, device.capabilities)
+    yield from device.reasons_against(worker_config)
+    yield from _memory_reasons(memory, device)
 
 
 def _attention_reasons(spec: AttentionSpec, capabilities: Capabilities) -> Iterator[Reason]:
