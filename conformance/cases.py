@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from quire.core.interface import OP_SPECS, Capabilities, Device
+from quire.core.interface import OP_SPECS, Capabilities
 
 Function = Callable[..., None]
 Needs = Callable[[Capabilities, Mapping[str, Any]], str]
@@ -51,12 +51,14 @@ class Case:
         """What stands in the brackets of the id."""
         return self.id.partition("[")[2].rstrip("]")
 
-    def reason_against(self, device: Device) -> str:
-        """Why this device is excused, by its own claims; empty: it is not."""
-        claims = device.capabilities
+    def reason_against(self, claims: Capabilities, *, is_torch: bool) -> str:
+        """Why a device with these claims is excused; empty: it is not.
+
+        `is_torch`: whether torch owns its tensors.
+        """
         if self.dtype and self.dtype not in claims.dtypes:
             return f"dtype {self.dtype} is not among the claimed {', '.join(claims.dtypes)}"
-        if self.on_torch and device.torch_device is None:
+        if self.on_torch and not is_torch:
             return "torch does not own this device; what it does is tried through its Worker"
         return self.needs(claims, self.arguments)
 

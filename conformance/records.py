@@ -92,6 +92,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     distribution: str
     device: str
     architecture: str
+    is_torch: bool
+    """Whether torch owns the device's tensors; if not, operators are tried through its Worker."""
     capabilities: dict[str, Any]
     verdicts: list[Verdict]
     counts: dict[str, int]

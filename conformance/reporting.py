@@ -72,6 +72,7 @@ def make_report(
         distribution=_distribution(entry),
         device=info.name,
         architecture=info.architecture,
+        is_torch=device.torch_device is not None,
         capabilities=claims,
         verdicts=judge(rows, level=raw.level, problems=problems),
         counts=dict(sorted(Counter(row.outcome for row in rows).items())),

@@ -118,7 +118,8 @@ def run_case(
     case: Case, device: Device, *, backend: Backend | None, seed: int, directory: Path
 ) -> Outcome:
     """Runs one case. Whatever a declared capability raises is a failure; the suite alone skips."""
-    reason = case.reason_against(device)
+    is_torch = device.torch_device is not None
+    reason = case.reason_against(device.capabilities, is_torch=is_torch)
     if reason:
         return Outcome(case=case, outcome="unsupported", reason=reason)
     trial = Trial(backend=backend, device=device, case_id=case.id, seed=seed, directory=directory)

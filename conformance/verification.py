@@ -6,9 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
+from quire.conformance.cases import all_cases
 from quire.conformance.records import Report, Row, checksum_of
 from quire.conformance.reporting import problems_of_ids, read_report, suite_hash
 from quire.conformance.verdicts import judge, manifest_of
+from quire.core.interface import Capabilities
 
 
 def verify(path: Path) -> list[str]:
@@ -39,9 +43,22 @@ def _findings(report: Report) -> Iterator[str]:
         yield "dishonest: the verdicts do not follow from the rows"
     if dict(Counter(row.outcome for row in report.rows)) != report.counts:
         yield "dishonest: the counts do not follow from the rows"
+    yield from _excuse_findings(report)
     excused = {line.test for line in report.expectations}
     for row in report.rows:
         yield from _row_findings(row, excused)
+
+
+def _excuse_findings(report: Report) -> Iterator[str]:
+    """Rows that are unsupported although the claims in the report do not excuse them."""
+    claims = msgspec.convert(report.capabilities, type=Capabilities)
+    cases = {case.id: case for case in all_cases(report.level)}
+    for row in report.rows:
+        case = cases.get(row.id)
+        if case is None or row.outcome != "unsupported":
+            continue
+        if not case.reason_against(claims, is_torch=report.is_torch):
+            yield f"dishonest: {row.id} is {row.outcome}; its claims say otherwise"
 
 
 def _row_findings(row: Row, excused: set[str]) -> Iterator[str]:

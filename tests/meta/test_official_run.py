@@ -114,6 +114,16 @@ def test_verify_passed_row_above_its_bound_is_dishonest(report, tmp_path):
     assert findings == [f"dishonest: {row.id} passed with an error above its bound"]
 
 
+def test_verify_failure_passed_off_as_unsupported_is_dishonest(report, tmp_path):
+    """What is excused follows from the claims in the same report."""
+    row = msgspec.structs.replace(report.rows[0], outcome="unsupported", reason="not today")
+    rows = [row, *report.rows[1:]]
+    counts = {"passed": len(rows) - 1, "unsupported": 1}
+    lie = msgspec.structs.replace(report, rows=rows, counts=counts, checksum="")
+    findings = verify(rewrite(lie, tmp_path, checksum=checksum_of(lie)))
+    assert findings == [f"dishonest: {row.id} is unsupported; its claims say otherwise"]
+
+
 def test_verify_missing_row_is_incomplete(report, tmp_path):
     """A test that was left out is missed by the manifest."""
     short = msgspec.structs.replace(report, rows=report.rows[1:], checksum="")
