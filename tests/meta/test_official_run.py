@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -20,6 +22,7 @@ from quire.conformance.vendor_cost import cost_of
 from quire.conformance.verdicts import judge, manifest_of
 from quire.conformance.verification import verify
 from quire.core.errors import ConfigError
+from quire.core.serving.cli import conformance as conformance_command
 from quire.core.serving.cli.application import application
 
 FIRST = "test_l0_boots.py::test_memory_is_sane"
@@ -303,3 +306,25 @@ def test_run_in_parallel_gives_the_rows_of_a_serial_run(report):
     facts = [[(row.id, row.outcome, row.error) for row in r.rows] for r in (report, parallel)]
     assert facts[0] == facts[1]
     assert {row.worker for row in parallel.rows} == {"gw0", "gw1"}
+
+
+def test_command_without_the_extra_says_how_to_install_it(monkeypatch):
+    """Nobody reads a traceback for a missing package."""
+    monkeypatch.setattr(conformance_command, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'pip install "quire\[conformance,torch\]"'):
+        conformance_command.list_tests(level=0)
+
+
+def test_docs_name_tests_and_options_that_there_are():
+    """The page for vendors is held to the suite."""
+    page = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text()
+    ids = set(re.findall(r'"(test_\w+\.py::\S+)"', page))
+    assert ids
+    assert ids <= set(manifest_of(2))
+    shown = CliRunner().invoke(
+        application, ["conformance", "run", "--help"], env={"COLUMNS": "200"}
+    )
+    commands = re.findall(r"quire conformance run (.*)", page)
+    options = {option for command in commands for option in re.findall(r"--?[a-z]+", command)}
+    assert options >= {"--backend", "--level", "-n", "--report"}
+    assert all(option in shown.output for option in options), shown.output
