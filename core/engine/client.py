@@ -340,6 +340,7 @@ def read_start(process: CoreProcess, message: FromCore) -> Ready:
     """The first message of a core. Raises: what the core met at its start; EngineDeadError."""
     match message:
         case Ready():
+            process.wait_for_ears()
             return message
         case Fatal(error):
             raise restore_error(error)

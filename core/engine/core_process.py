@@ -20,9 +20,11 @@ from quire.core.engine.core import BuildCore
 from quire.core.engine.endpoints import BoundSockets, Endpoints, bind_sockets, make_closer
 from quire.core.engine.messages import ErrorRecord, Exited, FromCore, Shutdown, ToCore
 from quire.core.engine.process import run_core_process
+from quire.core.errors import EngineDeadError
 
 _WATCH_ADDRESS = "inproc://exited"
 _SHUTDOWN_GRACE_S = 10.0
+_CONNECT_LIMIT_MS = 10_000
 _MAX_CRASH_CHARS = 4000
 
 
@@ -79,6 +81,14 @@ class CoreProcess:
     def from_core(self) -> zmq.Socket[bytes]:
         """Messages of the child."""
         return self._sockets.from_core
+
+    def wait_for_ears(self) -> None:
+        """Returns when the child can hear: its second socket may connect a moment after its first.
+
+        Raises: EngineDeadError if it does not.
+        """
+        if not self._sockets.to_core.poll(_CONNECT_LIMIT_MS, zmq.POLLOUT):
+            raise EngineDeadError("the engine core started and does not listen; start another")
 
     def send(self, message: ToCore) -> None:
         """Hands a message to the child.
