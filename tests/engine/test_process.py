@@ -15,6 +15,7 @@ import pytest
 from engine_fakes import build_fake_core, expected_tokens, spec
 
 from quire.core.config import EngineConfig
+from quire.core.engine import core_process
 from quire.core.engine.client import CoreClient, ProcessClient
 from quire.core.errors import ConfigError, EngineDeadError, RequestError, UnsupportedError
 
@@ -93,6 +94,18 @@ def test_idle_process_uses_no_cpu(client):
     wait_until(lambda: time.monotonic() - began > 0.5)
     used = sum(child.cpu_times()[:2]) - before
     assert used < 0.1, f"{used} s of CPU in half a second"
+
+
+def test_wait_for_ears_before_the_child_listens_refuses(monkeypatch):
+    """A request that is sent before the core's socket is there would be lost, and waited for for ever."""
+    monkeypatch.setattr(core_process, "_CONNECT_LIMIT_MS", 0)
+    process = core_process.CoreProcess(EngineConfig(model="fake-model"), build_fake_core)
+    try:
+        with pytest.raises(EngineDeadError, match="does not listen"):
+            process.wait_for_ears()
+    finally:
+        process.kill()
+    assert is_gone(process.pid)
 
 
 def test_start_over_loopback_serves_too():
@@ -191,6 +204,7 @@ PARENT = """
 import os, signal, sys
 from engine_fakes import build_fake_core, spec
 from quire.core.config import EngineConfig
+from quire.core.engine import core_process
 from quire.core.engine.client import ProcessClient
 
 if __name__ == "__main__":
