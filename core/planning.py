@@ -95,7 +95,11 @@ def plan_engine(user: EngineConfig) -> PlannedEngine:
     chosen = choose_device(user.device)
     directory = resolve_model_directory(user.model, user.revision)
     device = chosen.backend.open(chosen.index)
-    plan, description = make_plan(user, directory, chosen, device)
+    try:
+        plan, description = make_plan(user, directory, chosen, device)
+    except BaseException:
+        device.close()
+        raise
     return PlannedEngine(plan=plan, device=device, description=description)
 
 

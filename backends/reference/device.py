@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from quire.backends.reference.attention import ReferenceAttention
+from quire.backends.reference.host_memory import PeakMemory
 from quire.backends.reference.ops import ReferenceOps
 from quire.core.interface import (
     AttentionBackend,
@@ -62,6 +63,14 @@ class TorchDevice(Device):
             return _host_memory()
         free_bytes, total_bytes = torch.get_device_module(device).mem_get_info(device)
         return MemoryInfo(total_bytes=total_bytes, free_bytes=free_bytes, by_tag=self._tags())
+
+    def measure_peak_bytes(self, work: Callable[[], None]) -> int:
+        if torch.device(self.torch_device).type != "cpu":
+            return super().measure_peak_bytes(work)
+        with PeakMemory() as peak:
+            work()
+            self.synchronize()
+        return peak.size_bytes
 
     def _tags(self) -> Mapping[str, int]:
         """Bytes held by what, where the device knows."""

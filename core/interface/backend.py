@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -118,6 +118,17 @@ class Device(ABC):
     @abstractmethod
     def memory(self) -> MemoryInfo:
         """What the device's memory holds now."""
+
+    def measure_peak_bytes(self, work: Callable[[], None]) -> int:
+        """Runs `work` and waits for it; how much more memory the device held at its peak.
+
+        Right as it stands where allocators keep what they took from the driver; a device whose
+        memory flows back at once measures in its own way.
+        """
+        before = self.memory().free_bytes
+        work()
+        self.synchronize()
+        return max(0, before - self.memory().free_bytes)
 
     @abstractmethod
     def ops(self) -> Ops:

@@ -32,6 +32,9 @@ from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.running_step import RunningStep
 
+_PROBE_TOKENS = 128
+"""Of the step from which the memory of the largest is reckoned."""
+
 
 class DefaultWorker(Worker):
     """Runs a model of ours on a device that torch knows.
@@ -76,12 +79,15 @@ class DefaultWorker(Worker):
         """What may be used, less the weights and the peak of the largest step; never negative."""
         if self._config.cache_memory_bytes is not None:
             return self._config.cache_memory_bytes
-        model = self._loaded()
+        model, config = self._loaded(), self._config
         if self._device.capabilities.copy_mode == "unified":
-            # Memory that the rest of the machine uses too tells nothing when it is measured.
-            self._activation_bytes = estimate_step_bytes(model.description, self._config)
+            # An allocator may serve the steps from memory that it kept: then shapes tell more.
+            estimated = estimate_step_bytes(model.description, config)
+            self._activation_bytes = max(estimated, self._scaled_step_bytes())
         else:
-            self._activation_bytes = self._measured_step_bytes()
+            self._activation_bytes = self._measured_step_bytes(
+                config.max_num_batched_tokens, config.max_num_seqs
+            )
         allowed = int(self._config.device_memory_fraction * self._free_at_start)
         return max(0, allowed - model.weight_bytes - self._activation_bytes)
 
@@ -224,21 +230,34 @@ class DefaultWorker(Worker):
     def _caches_of(self, group: int) -> list[LayerCache]:
         return [self._caches[layer] for layer in self._loaded().attention_groups[group].layers]
 
-    def _measured_step_bytes(self) -> int:
-        """What the largest step takes of the device, with a cache of NULL_BLOCK alone."""
-        model, config = self._loaded(), self._config
-        before = self._device.memory().free_bytes
-        runner = self._make_runner(self._make_caches([1] * len(model.attention_groups)))
+    def _scaled_step_bytes(self) -> int:
+        """The peak of the largest step where that one would take seconds, from two small ones.
+
+        Activations grow with the tokens, which one request shows; logits and sampling with the
+        requests, which a step of one token each shows.
+        """
+        config = self._config
+        num_tokens = min(_PROBE_TOKENS, config.max_num_batched_tokens)
+        self._measured_step_bytes(1, 1)  # what is taken once and for all grows with nothing
+        by_token = self._measured_step_bytes(num_tokens, 1) / num_tokens
+        by_request = self._measured_step_bytes(config.max_num_seqs, config.max_num_seqs)
+        return int(by_token * config.max_num_batched_tokens) + by_request
+
+    def _measured_step_bytes(self, num_tokens: int, num_requests: int) -> int:
+        """What a step takes of the device, with a cache of NULL_BLOCK alone."""
+        num_groups = len(self._loaded().attention_groups)
         batch = make_dummy_batch(
-            config,
-            num_tokens=config.max_num_batched_tokens,
-            num_requests=config.max_num_seqs,
-            num_groups=len(model.attention_groups),
+            self._config,
+            num_tokens=num_tokens,
+            num_requests=num_requests,
+            num_groups=num_groups,
         )
-        runner.submit(batch).result()
-        self._device.synchronize()
-        # Allocators keep the blocks that they took from the driver, so this is the peak.
-        return max(0, before - self._device.memory().free_bytes)
+
+        def run() -> None:
+            runner = self._make_runner(self._make_caches([1] * num_groups))
+            runner.submit(batch).result()
+
+        return self._device.measure_peak_bytes(run)
 
     def _run_dummy(self, runner: ModelRunner, num_tokens: int, num_requests: int) -> None:
         batch = make_dummy_batch(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,7 @@ from quire.core.errors import (  # noqa: E402
     QuireError,
     UnsupportedError,
 )
-from quire.core.interface import CachePlan, MemoryInfo, SamplingSpec  # noqa: E402
+from quire.core.interface import CachePlan, Device, MemoryInfo, SamplingSpec  # noqa: E402
 from quire.core.worker.device_errors import device_errors  # noqa: E402
 from quire.core.worker.worker import DefaultWorker  # noqa: E402
 
@@ -171,23 +173,45 @@ def test_budget_given_is_taken_and_nothing_is_measured(tiny):
     assert worker.cache_budget_bytes() == 12345
 
 
-def test_budget_of_shared_memory_is_estimated_from_shapes(tiny):
-    """The rest of the machine moves host memory; shapes do not."""
+def with_peak(device, *peak_bytes):
+    """The device, telling these peaks in turn; it runs the work all the same."""
+    numbers = list(peak_bytes)
+
+    def measure(work):
+        work()
+        return numbers.pop(0)
+
+    device.measure_peak_bytes = measure
+    return device
+
+
+def test_budget_of_shared_memory_is_at_least_what_shapes_say(tiny):
+    """An allocator may serve a small step from memory that it kept, so that nothing is seen."""
     free = 2**30
-    worker = make_loaded(tiny, with_free(make_device(), free))
+    worker = make_loaded(tiny, with_peak(with_free(make_device(), free), 0, 0, 0))
     small = worker.cache_budget_bytes()
     weights = worker.memory_by_tag()["weights"]
     activations = worker.memory_by_tag()["activations"]
     assert small == free // 2 - weights - activations
     assert activations > 64 * 4 * 2 * 112 + 8 * 4 * 512
-    more = make_loaded(tiny, with_free(make_device(), free), max_num_batched_tokens=2048)
+    device = with_peak(with_free(make_device(), free), 0, 0, 0)
+    more = make_loaded(tiny, device, max_num_batched_tokens=2048)
     assert more.cache_budget_bytes() < small
+
+
+def test_budget_of_shared_memory_scales_what_small_steps_take(tiny):
+    """Tokens and requests are measured apart; what is taken only once is not scaled."""
+    device = with_peak(with_free(make_device(), 2**40), 10**9, 128 * 10**6, 10**8)
+    worker = make_loaded(tiny, device, max_num_batched_tokens=1024)
+    worker.cache_budget_bytes()
+    assert worker.memory_by_tag()["activations"] == 1024 * 10**6 + 10**8
 
 
 def test_budget_of_a_device_with_its_own_memory_is_measured(tiny):
     """The largest step runs once; what the device then misses is not the cache's."""
     free, after_weights, after_step = 2**30, 2**30 - 2**20, 2**30 - 2**22
     device = with_free(make_device(copy_mode="synchronous"), free, after_weights, after_step)
+    device.measure_peak_bytes = partial(Device.measure_peak_bytes, device)
     worker = make_loaded(tiny, device)
     steps = []
     forward = worker._model.forward
