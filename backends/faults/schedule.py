@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from quire.core.interface import DeviceLost, Reason
 
@@ -65,7 +66,7 @@ class Faults:
             for name, text in options.items()
             if name.startswith(PREFIX)
         }
-        values = {}
+        values: dict[str, Any] = {}
         for name, text in given.items():
             try:
                 values[name] = _PARSERS[name](text)
@@ -74,7 +75,7 @@ class Faults:
         return cls(**values)
 
 
-_PARSERS: Mapping[str, Callable[[str], object]] = {
+_PARSERS: Mapping[str, Callable[[str], Any]] = {
     "oom_at_step": parse_steps,
     "lost_at_step": parse_steps,
     "nan_logits_at_step": parse_steps,

@@ -88,6 +88,13 @@ class BlockPool:
             self._hashes[block] = block_hash
             self._block_of_hash[block_hash] = block
 
+    def forget(self, block: int) -> None:
+        """Makes one block unfindable; who holds it keeps it."""
+        block_hash = self._hashes[block]
+        if block_hash is not None:
+            del self._block_of_hash[block_hash]
+            self._hashes[block] = None
+
     def forget_hashes(self) -> None:
         """Makes every block unfindable; who holds what stays as it is."""
         for block in self._block_of_hash.values():

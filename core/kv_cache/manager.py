@@ -192,6 +192,17 @@ class KVCacheManager:
         table.capacity = 0
         table.next_settle_at = NEVER
 
+    def distrust(self, table: BlockTable) -> None:
+        """Makes the table's blocks unfindable: what they hold may be what broke a request.
+
+        A block that went bad in place would otherwise fail every later request with its prefix.
+        """
+        table.is_findable = False
+        for pool, block_ids in zip(self._pools, table.block_ids, strict=True):
+            for block in block_ids:
+                if block != NULL_BLOCK:
+                    pool.forget(block)
+
     def reset_prefix_cache(self) -> None:
         """Forgets what blocks hold, as after a change of weights.
 

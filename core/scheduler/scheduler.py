@@ -304,6 +304,7 @@ class Scheduler:
                 f"the worker returned {len(tokens)} tokens where {int(samples)} was to be sampled"
             )
         if error is not None:
+            self._cache.distrust(request.table)
             return self._book.finish(request, FinishReason.ERROR, error=error)
         num_computed = batch.num_computed_tokens[index] + batch.num_new_tokens[index]
         if num_computed >= request.table.next_settle_at:
