@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
+from quire.conformance.patches import lines_of_patches
 from quire.conformance.records import VendorCost
 
 
 def cost_of(target: str) -> VendorCost:
     """The cost of the package or module that an entry point's `module:Class` lies in."""
-    files = list(_files(target.partition(":")[0]))
+    files = list(files_of(target.partition(":")[0]))
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
     modules = {name for tree in trees.values() for name in _quire_imports(tree)}
     own = target.partition(":")[0]
@@ -21,23 +23,38 @@ def cost_of(target: str) -> VendorCost:
         lines_of_code=sum(_code_lines(path) for path in files),
         quire_modules=sorted(m for m in modules if not f"{m}.".startswith(f"{own}.")),
         assignments=[
-            f"{path.name}:{line}" for path, tree in trees.items() for line in _patches(tree)
+            f"{path.name}:{line}" for path, tree in trees.items() for line in lines_of_patches(tree)
         ],
     )
 
 
-def _files(module: str) -> Iterator[Path]:
-    """The module's package: every file of the folder that holds it, if that is the vendor's own."""
-    spec = find_spec(module)
+def files_of(module: str) -> Iterator[Path]:
+    """Every file of the module's package; the module alone where it has none of its own."""
+    spec = _spec_of(module)
     if spec is None or spec.origin is None:
         return
     origin = Path(spec.origin)
     is_package = spec.submodule_search_locations is not None
-    has_package = (origin.parent / "__init__.py").exists() and not is_package
+    is_ours = module.startswith("quire.")  # the folder around a module of ours holds other backends
+    has_package = (origin.parent / "__init__.py").exists() and not is_ours
     if is_package or has_package:
         yield from sorted(origin.parent.rglob("*.py"))
     else:
         yield origin
+
+
+def _spec_of(module: str) -> ModuleSpec | None:
+    """Where a module lies. Unlike find_spec on a dotted name, imports no package of a vendor's."""
+    top, *parts = module.split(".")
+    if top == "quire":
+        return find_spec(module)
+    spec, name = find_spec(top), top
+    for part in parts:
+        name = f"{name}.{part}"
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+    return spec
 
 
 def _code_lines(path: Path) -> int:
@@ -51,39 +68,3 @@ def _quire_imports(tree: ast.AST) -> Iterator[str]:
             yield str(node.module)
         elif isinstance(node, ast.Import):
             yield from (a.name for a in node.names if a.name.split(".")[0] == "quire")
-
-
-def _names_from_quire(tree: ast.AST) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "quire":
-            names |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {
-                alias.asname or "quire"
-                for alias in node.names
-                if alias.name.split(".")[0] == "quire"
-            }
-    return names
-
-
-def _patches(tree: ast.AST) -> Iterator[int]:
-    """Lines that assign to an attribute of something imported from Quire."""
-    names = _names_from_quire(tree)
-    for node in ast.walk(tree):
-        targets: list[ast.expr] = []
-        if isinstance(node, ast.Assign):
-            targets = node.targets
-        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
-            targets = [node.target]
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr":
-            targets = [ast.Attribute(value=node.args[0], attr="", lineno=node.lineno)]
-        for target in targets:
-            if isinstance(target, ast.Attribute) and _root(target) in names:
-                yield target.lineno
-
-
-def _root(node: ast.expr) -> str:
-    while isinstance(node, ast.Attribute):
-        node = node.value
-    return node.id if isinstance(node, ast.Name) else ""

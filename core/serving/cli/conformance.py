@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quire.core.errors import ConfigError
+from quire.core.serving.cli.console import write_json
 
 if TYPE_CHECKING:
     from quire.conformance.records import Report
@@ -101,6 +102,30 @@ def list_tests(
 
     for name in manifest_of(level):
         typer.echo(name)
+
+
+@conformance.command()
+def badge(
+    backend: Annotated[str, typer.Option(help="The backend, as in `quire backends`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with the counts.")] = False,
+) -> None:
+    """Check that a backend uses the public interface alone and patches nothing. Runs none of it."""
+    _require_extra()
+    import msgspec
+
+    from quire.conformance.badge import make_badge
+
+    made = make_badge(backend)
+    if as_json:
+        write_json(msgspec.to_builtins(made))
+    elif made.is_granted:
+        typer.echo(f"{backend}: zero-patch badge granted ({made.distribution})")
+    else:
+        typer.echo(f"{backend}: zero-patch badge not granted", err=True)
+        for finding in made.findings:
+            typer.echo(f"  {finding}", err=True)
+    if not made.is_granted:
+        raise typer.Exit(1)
 
 
 def _show(result: Report) -> None:
