@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "core.outputs": _LEAVES,
     "core.config": _LEAVES,
     "core.discovery": _BASE,
+    "core.doctor": (*_BASE, "core.discovery"),
     "core.planning": (
         *_BASE,
         "core.discovery",
@@ -83,6 +84,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "core.serving": (
         *_BASE,
         "core.discovery",
+        "core.doctor",
         "core.planning",
         "core.executor",
         "core.structured",
@@ -104,6 +106,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "core.planning",
         "core.worker",
         "core.models",
+        "core.scheduler",
         "core.engine",
         "core.structured",
     ),

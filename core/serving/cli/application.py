@@ -18,6 +18,7 @@ from quire.core.serving.cli.chat import chat
 from quire.core.serving.cli.conformance import conformance
 from quire.core.serving.cli.console import show_error
 from quire.core.serving.cli.demo import demo
+from quire.core.serving.cli.doctor import doctor
 from quire.core.serving.cli.errors import status_of
 from quire.core.serving.cli.generate import generate
 from quire.core.serving.cli.plan import plan
@@ -80,7 +81,7 @@ def _make_application() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (generate, chat, serve, backends, plan, demo):
+    for command in (generate, chat, serve, backends, plan, doctor, demo):
         app.command()(command)
     app.add_typer(bench, name="bench")
     app.add_typer(conformance, name="conformance")
