@@ -39,7 +39,7 @@ class Case:
     """`test_l1_attention.py::test_mixed_batch[gqa4-d64-float32]`; part of the interface."""
     level: int
     op: str
-    """The operator that it is about, or the subject: `device`, `runner`."""
+    """The operator that it is about, or the subject: `device`, `runner`, `engine`."""
     dtype: str
     function: Function
     arguments: Mapping[str, Any]
@@ -138,7 +138,7 @@ def _expand(file: str, function: Function) -> list[Case]:
     ]
 
 
-def all_cases(max_level: int = 2) -> tuple[Case, ...]:
+def all_cases(max_level: int = 3) -> tuple[Case, ...]:
     """Every case up to a level: the manifest."""
     from quire.conformance import checks
 

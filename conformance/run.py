@@ -24,7 +24,7 @@ from quire.core.errors import ConfigError
 _CHANGES = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 _WITHOUT = ("PYTEST_",)
 """Prefixes of variables with which pytest would let itself be told things."""
-HIGHEST_LEVEL = 2
+HIGHEST_LEVEL = 3
 _HANG_S = 300
 """A test that takes so long hangs: its process ends, and the test has failed."""
 _INI = f"""[pytest]

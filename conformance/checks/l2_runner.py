@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-import torch
 
 from quire.conformance.cases import check, dtypes, product
-from quire.conformance.numerics import UNIT_ROUNDOFF, Measurement
+from quire.conformance.numerics import Measurement
 from quire.conformance.oracles import model as oracle
 from quire.conformance.stepping import GREEDY, Job, Steps
 from quire.conformance.trial import Trial
+from quire.conformance.truth import ModelTruth
 from quire.core.interface import (
     CachePlan,
     Capabilities,
@@ -29,9 +28,6 @@ _NUM_BLOCKS = 64
 _DTYPES = dtypes("float32", "bfloat16")
 _LENGTHS = {"r50": 50, "r7": 7, "r33": 33, "r1": 1, "r16": 16}
 _NUM_OUTPUT = 8
-_BASE_FACTOR, _ROUNDOFFS = 4, 16
-"""The rule of `numerics` over a whole model: rounding is passed on through two layers, and two
-honest orders of it are further apart than one operator's."""
 
 
 def _needs(claims: Capabilities, arguments: Mapping[str, Any]) -> str:
@@ -109,15 +105,7 @@ class _Runner:
 
     def truth(self, token_ids: Sequence[int]) -> tuple[Array, Array]:
         """(log-probabilities [n, V] after each token in float64, the error allowed at each [n])."""
-        weights = {n: _round(w, self._dtype) for n, w in self.model.weights().items()}
-        wide = {name: array.astype(np.float64) for name, array in weights.items()}
-        exact = oracle.logits(self.model, wide, token_ids)
-        narrow = {name: array.astype(np.float32) for name, array in weights.items()}
-        base = oracle.logits(self.model, narrow, token_ids, lambda x: _round(x, self._dtype))
-        u = UNIT_ROUNDOFF[self._dtype]
-        off = np.abs(base - exact).max()
-        slack = _BASE_FACTOR * off + _ROUNDOFFS * u * np.abs(exact).max(axis=-1)
-        return oracle.log_softmax(exact), slack
+        return ModelTruth(self.model, self._dtype).logprobs(token_ids)
 
     def hold_greedy(self, job: Job, what: str) -> None:
         """Every token of a greedy output is the model's most likely one, given those before it."""
@@ -169,11 +157,6 @@ def _runner(trial: Trial, dtype: str) -> Iterator[_Runner]:
     finally:
         runner.worker.close()
         runner.worker.close()
-
-
-def _round(x: Array, dtype: str) -> Array:
-    near = torch.from_numpy(np.ascontiguousarray(x)).to(getattr(torch, dtype))
-    return np.asarray(near.to(torch.float32).numpy())
 
 
 def _add_all(runner: _Runner, steps: Steps, sampling: SamplingSpec = GREEDY) -> list[Job]:
