@@ -14,6 +14,8 @@ import torch
 from quire.backends.reference import ReferenceAttention, ReferenceOps, TorchDevice
 from quire.core.interface import (
     Capabilities,
+    CompletedStep,
+    DeviceError,
     DeviceInfo,
     Event,
     MemoryInfo,
@@ -481,6 +483,11 @@ class ForgetsSeeds(DefaultWorker):
         return super().execute(_reseeded(batch, lambda seed: 0))
 
 
+class ForgetsSeedsWhenSubmitted(DefaultWorker):
+    def submit(self, batch):
+        return super().submit(_reseeded(batch, lambda seed: 0))
+
+
 class SeedsByBatch(DefaultWorker):
     def execute(self, batch):
         return super().execute(_reseeded(batch, lambda seed: seed + len(batch.request_ids)))
@@ -506,6 +513,84 @@ class IgnoresNewBlocks(DefaultWorker):
             for r in batch.new_requests
         ]
         return super().execute(msgspec.structs.replace(batch, new_requests=new))
+
+
+class KeepsTheFinished(DefaultWorker):
+    """Keeps something of every request that it was told to forget."""
+
+    def submit(self, batch):
+        self.kept = getattr(self, "kept", 0) + len(batch.finished_request_ids)
+        return super().submit(batch)
+
+    def memory_by_tag(self):
+        memory = super().memory_by_tag()
+        return {**memory, "workspace": memory["workspace"] + 64 * getattr(self, "kept", 0)}
+
+
+class NeverForgets(DefaultWorker):
+    """Keeps every request in its batch for ever."""
+
+    def submit(self, batch):
+        return super().submit(msgspec.structs.replace(batch, finished_request_ids=[]))
+
+
+class AnswersByBatch(DefaultWorker):
+    """Gives another token where more than three requests meet."""
+
+    def submit(self, batch):
+        result = super().submit(batch).result()
+        if len(batch.request_ids) > 3:
+            tokens = [[t ^ 1 for t in tokens] for tokens in result.sampled_token_ids]
+            result = msgspec.structs.replace(result, sampled_token_ids=tokens)
+        return CompletedStep(result)
+
+
+class LosesItsOutput(DefaultWorker):
+    """Takes a request that comes back after preemption for its prompt alone, and padding."""
+
+    def submit(self, batch):
+        new = [
+            msgspec.structs.replace(
+                r,
+                token_ids=r.token_ids[: r.num_prompt_tokens]
+                + [0] * (len(r.token_ids) - r.num_prompt_tokens),
+            )
+            for r in batch.new_requests
+        ]
+        return super().submit(msgspec.structs.replace(batch, new_requests=new))
+
+
+class IgnoresPrefixes(DefaultWorker):
+    """Reads block 0 where a prefix was found in the cache."""
+
+    def submit(self, batch):
+        new = [
+            msgspec.structs.replace(r, block_ids=[[0, *b[1:]] for b in r.block_ids])
+            if r.num_computed_tokens
+            else r
+            for r in batch.new_requests
+        ]
+        return super().submit(msgspec.structs.replace(batch, new_requests=new))
+
+
+class AliveOnce(TorchDevice):
+    """Works for the first engine of a process and no other."""
+
+    num_workers = 0
+
+    def make_worker(self, config: WorkerConfig) -> Worker | None:
+        self.num_workers += 1
+        if self.num_workers > 1:
+            raise DeviceError("the driver is open already")
+        return None
+
+
+class DrawsAnew(DefaultWorker):
+    """Draws its random numbers from its own counter."""
+
+    def submit(self, batch):
+        self.count = getattr(self, "count", 0) + 1
+        return super().submit(_reseeded(batch, lambda seed: seed + self.count))
 
 
 def with_worker(worker: type[DefaultWorker], **claims: object) -> TorchDevice:
@@ -540,6 +625,12 @@ def _attention(cls: type[ReferenceAttention], test: str, words: str) -> Saboteur
     return _broken(cls.__name__, lambda: make_device(attention=cls), test, words)
 
 
+def _engine(cls: type[DefaultWorker], test: str, words: str) -> Saboteur:
+    name = f"{cls.__name__}-{test.partition('[')[0]}"
+    return _broken(name, lambda: with_worker(cls), f"{_SERVES}{test}", words)
+
+
+_SERVES = "l3_engine.py::test_"
 _OPS, _SAMPLE = "l1_ops.py::test_", "l1_sampling.py::test_"
 _ATTEND, _BOOTS, _RUNS = "l1_attention.py::test_", "l0_boots.py::test_", "l2_runner.py::test_"
 
@@ -673,5 +764,19 @@ SABOTEURS: tuple[Saboteur, ...] = (
         lambda: make_device(ops=DependsOnTheBatch, determinism="invariant"),
         f"{_RUNS}same_bits_in_any_batch[float32]",
         "other bits in a batch",
+    ),
+    _engine(KeepsTheFinished, "many_short_requests_leak_nothing", "told to forget"),
+    _engine(NeverForgets, "many_short_requests_leak_nothing", "the engine died"),
+    _engine(AnswersByBatch, "concurrent_equals_alone[float32]", "must not depend on the others"),
+    _engine(AnswersByBatch, "aborts_leave_nothing", "among requests that were aborted"),
+    _engine(LosesItsOutput, "preemption_in_a_tight_cache", "preempted"),
+    _engine(IgnoresPrefixes, "prefix_hits", "from the prefix cache"),
+    _engine(DrawsAnew, "seeds", "random number i of its seed"),
+    _engine(ForgetsSeedsWhenSubmitted, "several_outputs", "each has its own seed"),
+    _broken(
+        "AliveOnce",
+        lambda: make_device(base=AliveOnce),
+        f"{_SERVES}restarts_in_one_process",
+        "the driver is open already",
     ),
 )
