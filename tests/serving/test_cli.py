@@ -58,7 +58,7 @@ def test_version_is_the_packages():
 def test_help_names_every_command():
     """A newcomer finds all commands on one page."""
     page = run("--help").stdout
-    for command in ("generate", "chat", "serve", "backends", "plan", "demo", "bench"):
+    for command in ("generate", "chat", "serve", "backends", "plan", "doctor", "demo", "bench"):
         assert command in page
 
 
