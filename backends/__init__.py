@@ -1,1 +1,1 @@
-"""The backends that come with Quire. They have no privilege: the same entry points, the same contract."""
+"""The backends that come with Quire, through the same entry points and contract as any other."""

@@ -117,9 +117,15 @@ def test_cpu_flags_name_the_architecture(flags, architecture, has_bfloat16, tmp_
     """bfloat16 comes first only where instructions for it exist."""
     key = "Features" if "asimd" in flags else "flags"
     path = tmp_path / "cpuinfo"
-    path.write_text(f"processor\t: 0\nmodel name\t: Some CPU\n{key}\t\t: {flags}\n\nprocessor\t: 1\n")
+    path.write_text(
+        f"processor\t: 0\nmodel name\t: Some CPU\n{key}\t\t: {flags}\n\nprocessor\t: 1\n"
+    )
     cpu = host.read_cpu(path)
-    assert (cpu.name, cpu.architecture, cpu.has_bfloat16) == ("Some CPU", architecture, has_bfloat16)
+    assert (cpu.name, cpu.architecture, cpu.has_bfloat16) == (
+        "Some CPU",
+        architecture,
+        has_bfloat16,
+    )
 
 
 def test_cpu_without_procfs_still_has_a_name(tmp_path):
@@ -266,7 +272,9 @@ def test_layers_match_the_reference(dtype, num_tokens, torch_rng):
     assert_same(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     ours, theirs = both(torch_rng, dtype, num_tokens, 96), None
     theirs = ours.clone()
-    assert_same(ops.add_rms_norm(x, ours, weight, 1e-5), reference.add_rms_norm(x, theirs, weight, 1e-5))
+    assert_same(
+        ops.add_rms_norm(x, ours, weight, 1e-5), reference.add_rms_norm(x, theirs, weight, 1e-5)
+    )
     assert torch.equal(ours, theirs)
     for kind in ("silu", "gelu", "gelu_tanh"):
         assert_same(ops.gated_activation(x, kind), reference.gated_activation(x, kind))
@@ -281,7 +289,9 @@ def test_rotary_on_views_of_a_fused_projection_matches(dtype, is_interleaved, to
     results = []
     for ops in (CpuOps(), ReferenceOps()):
         copy = fused.clone()
-        ops.rotary(copy[:, :3], copy[:, 3:4], angles.cos(), angles.sin(), is_interleaved=is_interleaved)
+        ops.rotary(
+            copy[:, :3], copy[:, 3:4], angles.cos(), angles.sin(), is_interleaved=is_interleaved
+        )
         results.append(copy)
     assert_same(*results)
     assert torch.equal(results[0][:, 4:], fused[:, 4:])
@@ -291,7 +301,9 @@ def test_norm_of_heads_in_a_strided_view_matches(torch_rng):
     """Queries are normalised a head at a time before they are contiguous."""
     heads = both(torch_rng, torch.float32, 5, 6, 16)[:, 1:4]
     weight = both(torch_rng, torch.float32, 16)
-    assert_same(CpuOps().rms_norm(heads, weight, 1e-6), ReferenceOps().rms_norm(heads, weight, 1e-6))
+    assert_same(
+        CpuOps().rms_norm(heads, weight, 1e-6), ReferenceOps().rms_norm(heads, weight, 1e-6)
+    )
 
 
 def test_layers_in_mixed_or_wide_dtypes_fall_back(torch_rng):
@@ -312,13 +324,17 @@ def test_sample_by_candidates_equals_the_reference(data):
     vocab_size = data.draw(st.sampled_from([100, 512, 1300]))
     num_rows = data.draw(st.integers(1, 5))
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    logits = torch.randn(num_rows, vocab_size, generator=rng) * data.draw(st.sampled_from([0.1, 2.0, 6.0]))
+    logits = torch.randn(num_rows, vocab_size, generator=rng) * data.draw(
+        st.sampled_from([0.1, 2.0, 6.0])
+    )
     if data.draw(st.booleans()):
         logits = logits.round()
     logits[:, ::5] = float("-inf")
 
     def column(values: list, dtype=torch.float32) -> torch.Tensor:
-        return torch.tensor([data.draw(st.sampled_from(values)) for _ in range(num_rows)], dtype=dtype)
+        return torch.tensor(
+            [data.draw(st.sampled_from(values)) for _ in range(num_rows)], dtype=dtype
+        )
 
     tensors = SamplingTensors(
         temperature=column([0.0, 0.5, 1.0]),
@@ -339,9 +355,13 @@ def test_most_likely_and_top_ids_equal_the_reference(data):
     """The place of the maximum is found in blocks, with the same answer on ties."""
     vocab_size = data.draw(st.sampled_from([1, 511, 512, 513, 1500]))
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    logits = torch.randint(0, data.draw(st.sampled_from([2, 40, 10_000])), (3, vocab_size), generator=rng).float()
+    logits = torch.randint(
+        0, data.draw(st.sampled_from([2, 40, 10_000])), (3, vocab_size), generator=rng
+    ).float()
     reference = ReferenceOps()
-    assert sampling.most_likely(logits).tolist() == [row.tolist().index(row.max()) for row in logits]
+    assert sampling.most_likely(logits).tolist() == [
+        row.tolist().index(row.max()) for row in logits
+    ]
     num_top = data.draw(st.sampled_from([0, 1, 4, 20]))
     ids = torch.zeros(3, dtype=torch.int64)
     got, wanted = (ops.logprobs(logits, ids, num_top) for ops in (CpuOps(), reference))
@@ -392,7 +412,10 @@ def test_linear_gives_same_bits_alone_and_in_any_batch(dtype, shape, torch_rng):
     """A request's numbers do not depend on who else is in the step, as the device claims."""
     ops = CpuOps()
     # Terms that cancel leave the rounding of the sum, which shows its order in any dtype.
-    weight, x = both(torch_rng, torch.float32, *shape), both(torch_rng, torch.float32, 150, shape[1])
+    weight, x = (
+        both(torch_rng, torch.float32, *shape),
+        both(torch_rng, torch.float32, 150, shape[1]),
+    )
     packed = ops.pack_linear((weight - weight.flip(-1)).to(dtype), None)
     x = (x + x.flip(-1)).to(dtype)
     wanted = ops.linear(x, packed)

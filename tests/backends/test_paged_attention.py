@@ -146,13 +146,17 @@ def run(attention, case, cache, ranges, garbage=0) -> list[torch.Tensor]:
         torch.cat([t[r][begin:end] for r, (begin, end) in enumerate(ranges)])
         for t in (case.q, case.k, case.v)
     )
-    out = torch.full((len(q), case.spec.num_heads, case.spec.v_head_size), float("nan"), dtype=q.dtype)
+    out = torch.full(
+        (len(q), case.spec.num_heads, case.spec.v_head_size), float("nan"), dtype=q.dtype
+    )
     plan = attention.plan(make_batch(case, ranges, garbage))
     assert attention.forward(q, k, v, cache, plan, out, **case.extras) is out
     return list(out.split([end - begin for begin, end in ranges]))
 
 
-def check(spec: AttentionSpec, seq_lens: list[int], steps, rng, attention_class=ReferenceAttention) -> None:
+def check(
+    spec: AttentionSpec, seq_lens: list[int], steps, rng, attention_class=ReferenceAttention
+) -> None:
     """Runs `steps`, each a list of ranges, and compares every output row with the oracle."""
     case = make_case(spec, seq_lens, rng)
     attention = attention_class(spec, "cpu")
@@ -162,7 +166,10 @@ def check(spec: AttentionSpec, seq_lens: list[int], steps, rng, attention_class=
         for r, got in enumerate(run(attention, case, cache, ranges, garbage=0)):
             begin, end = ranges[r]
             torch.testing.assert_close(
-                got.double(), wanted[r][begin:end], rtol=TOLERANCES[spec.dtype], atol=TOLERANCES[spec.dtype]
+                got.double(),
+                wanted[r][begin:end],
+                rtol=TOLERANCES[spec.dtype],
+                atol=TOLERANCES[spec.dtype],
             )
 
 
@@ -260,8 +267,12 @@ def test_attention_padding_rows_are_zero(torch_rng):
     attention = ReferenceAttention(SPEC)
     cache = nan_cache(attention, case)
     batch = make_batch(case, [(0, 5)])
-    batch = replace(batch, slot_mapping=torch.cat((batch.slot_mapping, torch.zeros(3, dtype=torch.int64))))
-    q, k, v = (torch.cat((t[0], torch.full((3, *t[0].shape[1:]), 7.0))) for t in (case.q, case.k, case.v))
+    batch = replace(
+        batch, slot_mapping=torch.cat((batch.slot_mapping, torch.zeros(3, dtype=torch.int64)))
+    )
+    q, k, v = (
+        torch.cat((t[0], torch.full((3, *t[0].shape[1:]), 7.0))) for t in (case.q, case.k, case.v)
+    )
     out = torch.full((8, 4, 8), float("nan"))
     attention.forward(q, k, v, cache, attention.plan(batch), out)
     torch.testing.assert_close(out[:5].double(), oracle(case, 0), rtol=1e-5, atol=1e-5)
@@ -337,7 +348,10 @@ def test_cache_layout_bytes_are_those_allocated():
     """The core sizes the cache by bytes_per_block."""
     attention = ReferenceAttention(replace(SPEC, v_head_size=3, cache_dtype="float16"))
     cache = attention.allocate(7)
-    assert sum(t.nbytes for t in cache.tensors.values()) == 7 * attention.cache_layout().bytes_per_block
+    assert (
+        sum(t.nbytes for t in cache.tensors.values())
+        == 7 * attention.cache_layout().bytes_per_block
+    )
 
 
 def test_reasons_against_names_everything_at_once():

@@ -104,7 +104,9 @@ def test_rotary_turns_pairs_and_leaves_the_rest(ops, is_interleaved, dtype, torc
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_and_embedding_match_definition(ops, dtype, torch_rng):
     """Products accumulate in float32 and round once."""
-    x, weight, bias = (torch.randn(*s, generator=torch_rng).to(dtype) for s in ((5, 64), (7, 64), (7,)))
+    x, weight, bias = (
+        torch.randn(*s, generator=torch_rng).to(dtype) for s in ((5, 64), (7, 64), (7,))
+    )
     packed = ops.pack_linear(weight, bias)
     assert (packed.num_inputs, packed.num_outputs, packed.dtype) == (64, 7, str(dtype)[6:])
     wanted = x.double() @ weight.double().T + bias.double()
@@ -227,7 +229,10 @@ def test_sample_greedy_tie_takes_lowest_id(ops):
     for row, ids in enumerate(([69_999, 70_000], [31, 32, 33], [15, 50_000], [0, 70_000])):
         logits[row, ids] = 1.0
     wanted = [69_999, 31, 15, 0]
-    assert ops.sample(logits.clone(), settings_of([{"temperature": 0.0}] * 4, 70_001)).tolist() == wanted
+    assert (
+        ops.sample(logits.clone(), settings_of([{"temperature": 0.0}] * 4, 70_001)).tolist()
+        == wanted
+    )
     mixed = settings_of([{"temperature": 0.0}] * 3 + [{"top_k": 1, "uniform": 0.0}], 70_001)
     assert ops.sample(logits.clone(), mixed).tolist() == wanted
 
@@ -237,7 +242,9 @@ def test_sample_does_not_depend_on_the_rest_of_the_batch(ops, torch_rng):
     logits = torch.randn(8, 5000, generator=torch_rng)
     rows = [{"uniform": i / 8, "top_p": 0.9, "temperature": 0.2 + i} for i in range(8)]
     together = ops.sample(logits.clone(), settings_of(rows, 5000)).tolist()
-    alone = [ops.sample(logits[i : i + 1].clone(), settings_of([rows[i]], 5000)).item() for i in range(8)]
+    alone = [
+        ops.sample(logits[i : i + 1].clone(), settings_of([rows[i]], 5000)).item() for i in range(8)
+    ]
     assert together == alone
 
 
@@ -267,6 +274,10 @@ def test_logprobs_match_a_full_sort(seed, grid, num_top):
         row = logits[r].tolist()
         order = sorted(range(80), key=lambda i: (-row[i], i))[:num_top]
         assert got.top_ids[r].tolist() == order
-        torch.testing.assert_close(got.top_logprobs[r].double(), reference[r, order], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            got.top_logprobs[r].double(), reference[r, order], rtol=1e-5, atol=1e-5
+        )
         assert got.ranks[r] == 1 + sum(x > row[ids[r]] for x in row)
-        torch.testing.assert_close(got.selected[r].double(), reference[r, ids[r]], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            got.selected[r].double(), reference[r, ids[r]], rtol=1e-5, atol=1e-5
+        )
