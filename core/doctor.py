@@ -1,6 +1,6 @@
 """What is installed, what does not fit together, and what to do about it.
 
-Reads metadata and asks the backends; never imports torch itself and opens no device.
+Reads metadata and asks the backends; imports torch in another process alone and opens no device.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import os
 import platform
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ MIN_MEMORY_BYTES = 1 << 30
 _RUNTIME_EXTRA = "torch"
 """The extra that every device whose tensors torch owns needs."""
 _EXTRAS_FOR_DEVELOPERS = frozenset({"docs", "lint", "test"})
+_IMPORT_S = 120
+"""Longer than any disk needs to import torch."""
 _NOT_A_BUILD = frozenset({"__version__", "git_version", "debug"})
 
 
@@ -275,9 +279,33 @@ def check_torch() -> Iterator[Finding]:
             remedy="pip install --force-reinstall torch",
         )
         return
+    problem = _import_problem("torch")
+    if problem:
+        yield Finding(
+            status=WRONG,
+            subject="torch",
+            found=f"{build['__version__']} cannot be imported: {problem}",
+            remedy="install the build of torch that is made for this machine and its drivers",
+        )
+        return
     built = [f"{name} {text}" for name, text in build.items() if name not in _NOT_A_BUILD and text]
     what = ", ".join(built) or "the host alone"
     yield Finding(status=OK, subject="torch", found=f"{build['__version__']}, built for {what}")
+
+
+def _import_problem(module: str) -> str:
+    """The last line of what importing a module says, in a process of its own; empty: nothing."""
+    command = [sys.executable, "-c", f"import {module}"]
+    try:
+        done = subprocess.run(  # noqa: S603 - our own interpreter and a constant
+            command, capture_output=True, text=True, timeout=_IMPORT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"nothing came of it in {_IMPORT_S} s"
+    if done.returncode == 0:
+        return ""
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"the process ended with {done.returncode}"
 
 
 def read_torch_build(path: Path) -> Mapping[str, str]:

@@ -208,8 +208,13 @@ def test_memory_below_the_least_is_wrong_on_host_and_device():
     assert fine.status == "ok"
 
 
-def ask(site: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`quire doctor` where `site` is installed."""
+def ask(
+    site: Path, *arguments: str, torch: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`quire doctor` where `site` is installed, which has a torch whose import runs `torch`."""
+    (site / "torch").mkdir()
+    (site / "torch" / "__init__.py").write_text(torch)
+    (site / "torch" / "version.py").write_text("__version__ = '9.1'\nzeta = '12.8'\n")
     return subprocess.run(
         [sys.executable, "-m", "quire", "doctor", *arguments],
         env={**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1", **environment},
@@ -251,6 +256,23 @@ def test_doctor_with_a_planted_backend_names_it_and_ends_with_1(tmp_path, source
     assert [f["status"] for f in faults] == ["wrong"]
     assert said in faults[0]["found"]
     assert faults[0]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("torch", "status", "said"),
+    [
+        ("", "ok", "9.1, built for zeta 12.8"),
+        ("raise ImportError('libzeta.so.12: not found')", "wrong", "ImportError: libzeta.so.12"),
+        ("import os; os._exit(139)", "wrong", "ended with 139"),
+    ],
+)
+def test_doctor_says_whether_torch_can_be_imported(tmp_path, torch, status, said):
+    """A build for other drivers is the commonest fault of all, and may end the process."""
+    done = ask(tmp_path, "--json", torch=torch)
+    (finding,) = [f for f in json.loads(done.stdout)["findings"] if f["subject"] == "torch"]
+    assert finding["status"] == status
+    assert said in finding["found"]
+    assert done.returncode == (status == "wrong")
 
 
 def test_doctor_table_shows_fault_and_remedy(tmp_path):
