@@ -561,11 +561,11 @@ class LosesItsOutput(DefaultWorker):
 
 
 class IgnoresPrefixes(DefaultWorker):
-    """Reads block 0 where a prefix was found in the cache."""
+    """Reads the second block for the first where a prefix was found in the cache."""
 
     def submit(self, batch):
         new = [
-            msgspec.structs.replace(r, block_ids=[[0, *b[1:]] for b in r.block_ids])
+            msgspec.structs.replace(r, block_ids=[[b[1], *b[1:]] for b in r.block_ids])
             if r.num_computed_tokens
             else r
             for r in batch.new_requests

@@ -300,6 +300,14 @@ def test_judge_level_of_which_nothing_can_be_tried_is_not_granted_alone():
 
 
 @pytest.mark.slow
+def test_run_of_level_3_is_granted_to_an_asynchronous_device(tmp_path):
+    """All levels, sealed, on two workers: what a vendor runs."""
+    report = run_suite("sim", level=3, workers=2, folder=tmp_path, is_quiet=True)
+    assert report.headline == "sim: level 3", [r for r in report.rows if r.outcome == "failed"]
+    assert not verify(tmp_path / "report.json")
+
+
+@pytest.mark.slow
 def test_run_in_parallel_gives_the_rows_of_a_serial_run(report):
     """The seed and the id decide the data: neither order nor worker has a say."""
     parallel = run_suite("cpu", level=0, workers=2, seed=report.seed, is_quiet=True)
@@ -320,7 +328,7 @@ def test_docs_name_tests_and_options_that_there_are():
     page = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text()
     ids = set(re.findall(r'"(test_\w+\.py::\S+)"', page))
     assert ids
-    assert ids <= set(manifest_of(2))
+    assert ids <= set(manifest_of(3))
     shown = CliRunner().invoke(
         application, ["conformance", "run", "--help"], env={"COLUMNS": "200"}
     )
