@@ -52,6 +52,9 @@ class EngineConfig:
     """The cache's size; None: measured."""
     overlap_scheduling: bool | None = None
     """Schedule a step while the one before it runs; None: where the device is asynchronous."""
+    step_timeout_s: float | None = None
+    """A step that takes longer counts as hung: the engine's process ends with the reason. Needs a
+    process of its own. None: no limit."""
     seed: int = 0
     """From which the seeds of requests without one are drawn."""
     num_threads: int | None = None
@@ -222,6 +225,8 @@ def _problems(config: EngineConfig) -> list[str]:
         problems.append(
             f"device_memory_fraction is {config.device_memory_fraction}; it must be in (0, 1]"
         )
+    if config.step_timeout_s is not None and not config.step_timeout_s > 0:
+        problems.append(f"step_timeout_s is {config.step_timeout_s}; it must be above 0")
     if config.scheduling_policy not in ("fcfs", "priority"):
         problems.append(
             f"scheduling_policy is {config.scheduling_policy!r}; choose fcfs or priority"

@@ -14,6 +14,7 @@ since the cache was allocated: step 0 is the engine's warm-up, step 1 the first 
 | `faults.corrupt_block_at_step` | the first block of the step's first request is overwritten | \
 `AttentionBackend.forward` |
 | `faults.corrupt_with` | `nan` (default), or `noise`: finite numbers that are wrong | |
+| `faults.hang_at_step` | the step takes `faults.hang_s` seconds, 60 if not given | `Queue.run` |
 | `faults.slow_copies_ms` | each copy between host and device takes so much longer | \
 `Queue.upload`, `Queue.download` |
 | `faults.oom_at_load` | `1`: memory for weights is refused | `Ops.pack_linear` |

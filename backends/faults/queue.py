@@ -47,6 +47,8 @@ class FaultsQueue(Queue):
         if schedule.is_due(schedule.faults.lost_at_step):
             schedule.is_lost = True
         schedule.check_alive()
+        if schedule.is_due(schedule.faults.hang_at_step):
+            time.sleep(schedule.faults.hang_s)
         if schedule.is_due(schedule.faults.oom_at_step):
             raise DeviceOutOfMemory(
                 f"memory was refused on purpose in step {schedule.step}", tag="activations"

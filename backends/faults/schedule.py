@@ -52,6 +52,8 @@ class Faults:
     corrupt_block_at_step: Steps = NEVER
     corrupt_with: str = "nan"
     slow_copies_ms: float = 0.0
+    hang_at_step: Steps = NEVER
+    hang_s: float = 60.0
     oom_at_load: bool = False
     oom_at_allocate: bool = False
 
@@ -82,6 +84,8 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {
     "corrupt_block_at_step": parse_steps,
     "corrupt_with": _parse_kind,
     "slow_copies_ms": float,
+    "hang_at_step": parse_steps,
+    "hang_s": float,
     "oom_at_load": _parse_flag,
     "oom_at_allocate": _parse_flag,
 }

@@ -29,7 +29,7 @@ from quire.core.engine.messages import (
     restore_error,
     same_death,
 )
-from quire.core.errors import EngineDeadError, RequestError
+from quire.core.errors import ConfigError, EngineDeadError, RequestError
 from quire.core.scheduler.request import RequestSpec, RequestUpdate
 
 _CLOSED = "the engine was closed; start another"
@@ -87,6 +87,11 @@ class InProcessClient(CoreClient):
 
     def __init__(self, config: EngineConfig, *, build_core: BuildCore = EngineCore.build) -> None:
         """Raises: ConfigError, UnsupportedError, PluginError, CheckpointError, DeviceError."""
+        if config.step_timeout_s is not None:
+            raise ConfigError(
+                f"step_timeout_s {config.step_timeout_s:g} was asked for; a step that hangs here "
+                "hangs this process: use has_own_process=True, or leave it out"
+            )
         self._core = build_core(config)
         self.config = self._core.config
         self.facts = self._core.facts

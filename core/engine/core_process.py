@@ -25,6 +25,9 @@ from quire.core.errors import EngineDeadError
 _WATCH_ADDRESS = "inproc://exited"
 _SHUTDOWN_GRACE_S = 10.0
 _CONNECT_LIMIT_MS = 10_000
+_HANG_MARK = "Timeout ("
+"""How faulthandler begins what it leaves after a step without an end."""
+_HANG = "a step took longer than step_timeout_s: the device hangs, or the limit is too short for it"
 _MAX_CRASH_CHARS = 4000
 
 
@@ -107,10 +110,11 @@ class CoreProcess:
         try:
             return msgspec.msgpack.decode(self.endpoints.fatal_file.read_bytes(), type=ErrorRecord)
         except (OSError, msgspec.DecodeError):
+            crash = self._crash_text()
+            if crash.startswith(_HANG_MARK):
+                return ErrorRecord(kind="StepTimeout", message=_HANG, traceback=crash)
             return ErrorRecord(
-                kind="ProcessExited",
-                message=_describe_exit(exit_code),
-                traceback=self._crash_text(),
+                kind="ProcessExited", message=_describe_exit(exit_code), traceback=crash
             )
 
     def kill(self) -> None:

@@ -8,9 +8,10 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 import zmq
@@ -52,7 +53,8 @@ def run_core_process(config: EngineConfig, endpoints: Endpoints, build_core: Bui
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         mailbox = Mailbox(context, endpoints)
         _exit_with_parent(context, endpoints.directory)
-        is_clean = _serve(config, build_core, mailbox, endpoints)
+        deadline = StepDeadline(config.step_timeout_s, crash_file)
+        is_clean = _serve(config, build_core, mailbox, endpoints, deadline)
         mailbox.close(linger_ms=0 if is_clean else _LINGER_MS)
         context.term()
         faulthandler.disable()
@@ -61,14 +63,18 @@ def run_core_process(config: EngineConfig, endpoints: Endpoints, build_core: Bui
 
 
 def _serve(
-    config: EngineConfig, build_core: BuildCore, mailbox: Mailbox, endpoints: Endpoints
+    config: EngineConfig,
+    build_core: BuildCore,
+    mailbox: Mailbox,
+    endpoints: Endpoints,
+    deadline: StepDeadline,
 ) -> bool:
     """Builds a core and runs it. Returns whether it ended because it was told to."""
     core: EngineCore | None = None
     try:
         core = build_core(config)
         mailbox.send(Ready(core.config, core.facts))
-        CoreLoop(core, mailbox).run()
+        CoreLoop(core, mailbox, deadline).run()
         return True
     except BaseException as error:  # whatever it is, the front must hear of it
         record = record_error(error)
@@ -108,12 +114,37 @@ class Mailbox:
         self._outbox.close(linger=linger_ms)
 
 
+class StepDeadline:
+    """Ends this process when a step takes too long, with the traceback of all threads.
+
+    The clock runs in a thread that needs no interpreter, so that it also sees a driver that hangs
+    and holds it.
+    """
+
+    def __init__(self, limit_s: float | None, crash_file: TextIO) -> None:
+        self._limit_s = limit_s
+        self._crash_file = crash_file
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Runs the clock inside; does nothing without a limit."""
+        if self._limit_s is None:
+            yield
+            return
+        faulthandler.dump_traceback_later(self._limit_s, exit=True, file=self._crash_file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
 class CoreLoop:
     """Takes messages, runs steps, sends what they bring."""
 
-    def __init__(self, core: EngineCore, mailbox: Mailbox) -> None:
+    def __init__(self, core: EngineCore, mailbox: Mailbox, deadline: StepDeadline) -> None:
         self._core = core
         self._mailbox = mailbox
+        self._deadline = deadline
         self._is_open = True
 
     def run(self) -> None:
@@ -122,7 +153,8 @@ class CoreLoop:
         while self._is_open:
             self._take_messages()
             if self._is_open and core.has_work():
-                updates = core.step()
+                with self._deadline.step():
+                    updates = core.step()
                 if updates:
                     self._mailbox.send(Updates(updates))
 

@@ -13,7 +13,7 @@ from tiny_models import make_tiny_model
 
 from quire import LLM, AsyncEngine, SamplingParams
 from quire.core.config import EngineConfig
-from quire.core.errors import DeviceOutOfMemory, EngineDeadError, UnsupportedError
+from quire.core.errors import ConfigError, DeviceOutOfMemory, EngineDeadError, UnsupportedError
 from quire.core.outputs import RequestOutput
 
 LENGTHS = (3, 20, 40, 9)
@@ -186,7 +186,8 @@ def test_device_lost_in_another_process_ends_all_with_its_cause(model: Path) -> 
 
 @asynccontextmanager
 async def started_async(model: Path, **faults: object) -> AsyncIterator[AsyncEngine]:
-    config = EngineConfig(model=str(model), device="faults", options=options(faults), **SETTINGS)
+    settings = {**SETTINGS, **faults.pop("settings", {})}
+    config = EngineConfig(model=str(model), device="faults", options=options(faults), **settings)
     engine = await AsyncEngine.start(config)
     try:
         yield engine
@@ -194,22 +195,58 @@ async def started_async(model: Path, **faults: object) -> AsyncIterator[AsyncEng
         await engine.shutdown()
 
 
+async def consume(engine: AsyncEngine, index: int) -> str:
+    """The root cause with which one stream ends."""
+    prompt = PROMPTS[index % len(PROMPTS)]
+    try:
+        async for _ in engine.generate(prompt, PARAMS, f"stream-{index}"):
+            pass
+    except EngineDeadError as error:
+        return error.root_cause
+    return "ended as if nothing had happened"
+
+
+def test_step_that_hangs_ends_the_process_with_the_reason(model: Path) -> None:
+    """With a limit nobody waits for ever; where the step hung is in the error's notes."""
+    llm = LLM(
+        model=str(model),
+        device="faults",
+        has_own_process=True,
+        step_timeout_s=2.0,
+        options=options({"hang_at_step": 4, "hang_s": 600}),
+        **SETTINGS,
+    )
+    with llm:
+        for _ in range(2):
+            with pytest.raises(EngineDeadError, match="longer than step_timeout_s") as raised:
+                run(llm)
+            assert raised.value.root_cause.startswith("StepTimeout")
+            assert "faults/queue.py" in "".join(raised.value.__notes__)
+
+
+async def test_step_that_hangs_under_streams_tells_each_the_reason(model: Path) -> None:
+    """A server's streams end too."""
+    faults = {"hang_at_step": 4, "hang_s": 600, "settings": {"step_timeout_s": 2.0}}
+    async with started_async(model, **faults) as engine, asyncio.timeout(60):
+        causes = await asyncio.gather(*(consume(engine, index) for index in range(4)))
+        assert all(cause.startswith("StepTimeout") for cause in causes), causes
+
+
+def test_step_limit_without_a_process_of_its_own_is_refused(model: Path) -> None:
+    """What could not be kept is not promised."""
+    with (
+        pytest.raises(ConfigError, match="has_own_process=True"),
+        started(model, settings={"step_timeout_s": 2.0}),
+    ):
+        pass
+
+
 async def test_device_lost_under_many_streams_tells_each_the_same_cause(model: Path) -> None:
     """Every stream ends with the one typed error; so does the request after it."""
     async with started_async(model, lost_at_step=4) as engine:
-
-        async def consume(index: int) -> str:
-            prompt = PROMPTS[index % len(PROMPTS)]
-            try:
-                async for _ in engine.generate(prompt, PARAMS, f"stream-{index}"):
-                    pass
-            except EngineDeadError as error:
-                return error.root_cause
-            return "ended as if nothing had happened"
-
         async with asyncio.timeout(60):
-            causes = await asyncio.gather(*(consume(index) for index in range(8)))
-            causes.append(await consume(8))
+            causes = await asyncio.gather(*(consume(engine, index) for index in range(8)))
+            causes.append(await consume(engine, 8))
         assert len(set(causes)) == 1
         assert LOST in causes[0]
 
