@@ -73,11 +73,11 @@ def test_example_generates_the_tokens_of_the_reference(acme_environment, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_example_is_granted_level_two_without_an_exception(acme_environment, tmp_path):
+def test_example_is_granted_level_three_without_an_exception(acme_environment, tmp_path):
     """The way that every vendor goes, with the official command."""
-    command = "quire conformance run --backend acme --level 2 -n 2 --report out"
+    command = "quire conformance run --backend acme --level 3 -n 2 --report out"
     said = acme_environment.check(command, cwd=tmp_path, timeout=580)
-    assert "acme: level 2 (" in said
+    assert "acme: level 3 (" in said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(report["counts"]) <= {"passed", "unsupported"}
     assert report["expectations"] == []

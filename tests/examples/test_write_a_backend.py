@@ -79,7 +79,7 @@ def test_guide_followed_to_its_end_certifies(tmp_path):
     said = follow(read_blocks(), tmp_path, environment)
     assert re.search(r"rms_norm\W+acme", said[1]), said[1]
     assert "passed" in said[2]
-    assert "acme: level 2 (" in said[3]
+    assert "acme: level 3 (" in said[3]
     assert "complete, unmodified and honest" in said[3]
     assert "zero-patch badge granted" in said[3]
     assert (tmp_path / "out" / "report.html").exists()
