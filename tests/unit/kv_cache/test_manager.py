@@ -136,6 +136,24 @@ def test_reset_forgets_the_past_and_what_running_requests_still_fill():
     assert run(cache, tokens)[1].num_tokens == 12
 
 
+def test_distrusted_blocks_are_found_by_nobody_and_still_held():
+    """What broke a request may lie in its blocks; others keep what they hold of them."""
+    cache = manager()
+    tokens = list(range(12))
+    other, _ = run(cache, tokens)
+    broken, hit = run(cache, [*tokens[:8], 50, 51, 52, 53, 54])
+    assert hit.num_tokens == 8
+    cache.distrust(broken)
+    cache.settle(broken, [*tokens[:8], 50, 51, 52, 53, 54, 55, 56, 57], 16)
+    cache.check_integrity({other, broken})
+    assert cache.find_prefix(cache.make_table(), [*tokens, 99]).num_tokens == 0
+    cache.free(broken)
+    cache.check_integrity({other})
+    cache.free(other)
+    assert run(cache, [*tokens, 99])[1].num_tokens == 0
+    cache.check_integrity()
+
+
 def test_tail_is_evicted_before_the_head():
     """The head of a prompt serves more requests than its tail."""
     cache = manager(num_blocks=(6,))
