@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import warnings
+from collections.abc import Iterable, Iterator
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ BRACKET_PROMPTS = (
     "result = {",
     "items.append(str(",
 )
-"""Each ends inside a bracket that must be closed."""
+"""Each ends inside a bracket that must be closed, with next to nothing before it."""
 CONVERSATION_PROMPTS = (
     "Hello!",
     "Write a Python function to return the length of a list.",
@@ -44,6 +45,10 @@ CONVERSATION_PROMPTS = (
 )
 MAX_NEW_TOKENS = 64
 MAX_ANSWER_TOKENS = 200
+NUM_CALL_PROMPTS = 40
+NUM_CONTEXT_LINES = 20
+CALL = re.compile(r"\s+(?:return |raise |if |if not |[\w.]+(?:, \w+)* = )?[\w.]+\(")
+"""An indented line up to its first call, of the kinds that are a statement by themselves."""
 OPENERS, CLOSERS = "([{", ")]}"
 
 
@@ -75,6 +80,15 @@ def answer(
     return str(tokenizer.decode(new_tokens, skip_special_tokens=True)), has_ended
 
 
+def call_prompts(sources: Iterable[str], limit: int = NUM_CALL_PROMPTS) -> list[str]:
+    """Places in real programs: some lines, the last one cut right after its first bracket.
+
+    Evenly spread over all such places; with held-out sources the model has seen none of them.
+    """
+    prompts = [prompt for source in sources for prompt in _call_prompts_in(source)]
+    return prompts[:: max(1, len(prompts) // limit)][:limit]
+
+
 def opens_block(prompt: str, completion: str) -> bool:
     """Whether the first line of code after the prompt is indented deeper than its last line."""
     last_line = prompt.rstrip("\n").rpartition("\n")[2]
@@ -93,6 +107,20 @@ def closes_brackets(prompt: str, completion: str) -> bool:
                 return False
             if not still_open:
                 return True
+    return False
+
+
+def finishes_line(prompt: str, completion: str) -> bool:
+    """Whether the prompt's last line and the completion begin with one whole, correct statement.
+
+    It ends at the first line's end outside all brackets; `if ...:` counts with an empty body.
+    """
+    start = prompt.rpartition("\n")[2].lstrip()
+    for end, character in enumerate(completion):
+        statement = start + completion[:end]
+        if character == "\n" and _is_balanced(statement):
+            body = " pass" if statement.endswith(":") else ""
+            return _is_program(statement + body + "\n")
     return False
 
 
@@ -134,6 +162,18 @@ def _is_program(source: str) -> bool:
 
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip(" "))
+
+
+def _call_prompts_in(source: str) -> Iterator[str]:
+    lines = source.splitlines()
+    for number in range(NUM_CONTEXT_LINES, len(lines)):
+        if cut := CALL.match(lines[number]):
+            yield "\n".join([*lines[number - NUM_CONTEXT_LINES : number], cut.group()])
+
+
+def _is_balanced(text: str) -> bool:
+    bare = _without_strings(text)
+    return all(bare.count(a) == bare.count(b) for a, b in zip(OPENERS, CLOSERS, strict=True))
 
 
 def _open_brackets(text: str) -> str:

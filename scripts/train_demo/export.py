@@ -23,8 +23,10 @@ from train_demo.completions import (
     BRACKET_PROMPTS,
     CONVERSATION_PROMPTS,
     answer,
+    call_prompts,
     closes_brackets,
     complete,
+    finishes_line,
     opens_block,
     parses,
 )
@@ -60,7 +62,7 @@ def export_model(
                 run.model, preparation.held_out.documents, preparation.held_out_texts.documents
             ),
         },
-        "completions": measure_completions(exported, to),
+        "completions": measure_completions(exported, to, _held_out_sources(preparation)),
         "text": preparation.facts,
     }
     (to / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n")
@@ -86,15 +88,19 @@ def measure_loss(
     }
 
 
-def measure_completions(model: LlamaForCausalLM, folder: Path) -> dict[str, Any]:
-    """How many greedy completions of the fixed prompts do what Python's grammar asks."""
+def measure_completions(
+    model: LlamaForCausalLM, folder: Path, sources: Sequence[str]
+) -> dict[str, Any]:
+    """How many greedy completions of the prompts do what Python's grammar asks."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     blocks = [(prompt, complete(model, tokenizer, prompt)) for prompt in BLOCK_PROMPTS]
     brackets = [(prompt, complete(model, tokenizer, prompt)) for prompt in BRACKET_PROMPTS]
+    calls = [(prompt, complete(model, tokenizer, prompt)) for prompt in call_prompts(sources)]
     answers = [answer(model, tokenizer, question) for question in CONVERSATION_PROMPTS]
     return {
+        "finish_a_held_out_line": _share(finishes_line(*pair) for pair in calls),
         "indent_the_block": _share(opens_block(*pair) for pair in blocks),
-        "close_the_brackets": _share(closes_brackets(*pair) for pair in brackets),
+        "close_brackets_without_context": _share(closes_brackets(*pair) for pair in brackets),
         "parse_as_python": _share(parses(*pair) for pair in (*blocks, *brackets)),
         "end_the_turn": _share(has_ended for _, has_ended in answers),
     }
@@ -120,6 +126,12 @@ def _save_weights(run: Run, to: Path) -> None:
 def _save_tokenizer(run: Run, preparation: Preparation, to: Path) -> None:
     preparation.tokenizer.model_max_length = run.recipe.context
     preparation.tokenizer.save_pretrained(to)
+
+
+def _held_out_sources(preparation: Preparation) -> list[str]:
+    """The programs among the held-out documents, which stand before the `help()` pages."""
+    num_files = len(preparation.facts["held_out_files"])
+    return list(preparation.held_out_texts.documents[:num_files])
 
 
 def _dialogue_texts(preparation: Preparation) -> list[str]:

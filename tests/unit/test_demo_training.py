@@ -20,7 +20,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from train_demo import batches, conversations, corpus
 from train_demo.batches import Mix, Texts, TokenizedCorpus
-from train_demo.completions import closes_brackets, opens_block, parses
+from train_demo.completions import (
+    call_prompts,
+    closes_brackets,
+    finishes_line,
+    opens_block,
+    parses,
+)
 from train_demo.corpus import SourceFile, Topic
 from train_demo.keeper import RunKeeper
 from train_demo.progress import ProgressDisplay
@@ -548,6 +554,21 @@ def test_completion_measures_tell_good_from_bad() -> None:
     assert not closes_brackets("f(g(", "x]\n")
     assert not closes_brackets("f(g(", "x, y")
     assert closes_brackets('f(")", ', '"(")')
+    assert finishes_line("y = 1\n    x = f(", "a, [1])\n    y")
+    assert finishes_line("    x = f(", "a,\n  b)\n")
+    assert finishes_line("    if f(", "a):\n")
+    assert not finishes_line("    x = f(", "a, b")
+    assert not finishes_line("    x = f(", "a b)\n")
+    assert not finishes_line("    x = f(", "a):\n")
     assert parses(block, "    return x\n    if")
     assert not parses(block, "    return return\n    x y\n")
     assert not parses(block, "    return x")
+
+
+def test_call_prompts_end_at_a_first_call_and_spread_over_the_text() -> None:
+    """A prompt is real source up to a bracket, whatever stands behind it in the file."""
+    lines = [f"    value_{n} = make(thing, {n})" for n in range(100)]
+    prompts = call_prompts(["\n".join(lines), '    """Prose of a docstring (here)."""'], limit=8)
+    assert len(prompts) == 8
+    assert all(prompt.endswith("make(") and prompt.count("\n") == 20 for prompt in prompts)
+    assert prompts[0] != prompts[-1]
