@@ -110,13 +110,13 @@ def make_plan(
 
     Raises: UnsupportedError with every reason; ConfigError; CheckpointError.
     """
-    resolved = resolve(user, device.capabilities, describe_model(directory))
+    as_saved = describe_model(directory)
+    resolved = resolve(user, device.capabilities, as_saved)
     config = resolved.config
     worker_config = make_worker_config(config, directory)
     what = f"{user.model} on {chosen.name}"
     _refuse(_setting_reasons(config, worker_config, device.capabilities), what)
-    description = describe_model(
-        directory,
+    description = as_saved.laid_out(
         dtype=config.dtype,
         cache_dtype=config.cache_dtype,
         block_size=worker_config.block_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quire.core.interface.ops import OP_SPECS
@@ -40,6 +40,13 @@ class ModelDescription:
     def weight_bytes(self, dtype: str | None = None) -> int:
         """Memory of the plain weights in `dtype` (None: the model's); packing may add to it."""
         return self.num_parameters * size_of_dtype(dtype or self.dtype)
+
+    def laid_out(self, *, dtype: str, cache_dtype: str, block_size: int) -> ModelDescription:
+        """The same model in these dtypes and blocks; nothing is read again."""
+        groups = attention_groups_of(
+            self.decoder, dtype=dtype, cache_dtype=cache_dtype, block_size=block_size
+        )
+        return replace(self, dtype=dtype, cache_dtype=cache_dtype, attention_groups=groups)
 
 
 def describe_model(
