@@ -86,10 +86,6 @@ class EngineConfig:
             )
         return cls(**settings)
 
-    def with_changes(self, **changes: Any) -> EngineConfig:
-        """A copy with some settings changed."""
-        return replace(self, **changes)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigChange:

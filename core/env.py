@@ -20,8 +20,6 @@ class Environment:
     """QUIRE_API_KEY: the key that clients of the server must send."""
     cache_directory: Path
     """QUIRE_CACHE: where compiled and downloaded things may be kept."""
-    is_offline: bool
-    """HF_HUB_OFFLINE: never ask the hub."""
 
 
 def read_environment() -> Environment:
@@ -32,7 +30,6 @@ def read_environment() -> Environment:
         log_level=os.environ.get("QUIRE_LOG_LEVEL", "warning").lower(),
         api_key=os.environ.get("QUIRE_API_KEY") or None,
         cache_directory=Path(os.environ.get("QUIRE_CACHE") or Path(cache_root) / "quire"),
-        is_offline=os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"),
     )
 
 
