@@ -97,22 +97,19 @@ async def _live(
         if engine is None:
             return 0
         try:
-            app = make_app(engine, settings)
-            announce(Announcement(url_of(settings, listener), engine))
-            return await _serve(app, settings, listener, stop)
+            ready = Announcement(url_of(settings, listener), engine)
+            server = _Server(make_app(engine, settings), settings, lambda: announce(ready))
+            return await _serve(server, listener, stop)
         finally:
             await engine.shutdown()
 
 
-async def _serve(
-    app: FastAPI, settings: ServerSettings, listener: socket.socket, stop: asyncio.Event
-) -> int:
-    state: ServerState = app.state.server
-    server = _Server(_uvicorn_config(app, settings))
+async def _serve(server: _Server, listener: socket.socket, stop: asyncio.Event) -> int:
+    state = server.state
     serving = asyncio.create_task(server.serve([listener]))
     stopped = asyncio.create_task(stop.wait())
     died = asyncio.create_task(_wait_death(state))
-    watched = {serving, stopped, died} if settings.exit_on_engine_death else {serving, stopped}
+    watched = {serving, stopped, died} if state.settings.exit_on_engine_death else {serving, stopped}
     try:
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         stop.clear()
@@ -170,6 +167,18 @@ async def _unless_stopped(
 
 class _Server(uvicorn.Server):
     """Leaves signals to us: uvicorn raises them again at its end, so that the status is not 0."""
+
+    def __init__(
+        self, app: FastAPI, settings: ServerSettings, on_listening: Callable[[], None]
+    ) -> None:
+        super().__init__(_uvicorn_config(app, settings))
+        self.state: ServerState = app.state.server
+        self._on_listening = on_listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens, then says so: whoever reads the address may connect at once."""
+        await super().startup(sockets)
+        self._on_listening()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fake_engine import FakeEngine
 
 from quire.core.config import EngineConfig
 from quire.core.errors import EngineDeadError
-from quire.core.serving.lifecycle import run_server
+from quire.core.serving.lifecycle import Announcement, run_server
 from quire.core.serving.settings import ServerSettings
 
 say = functools.partial(print, flush=True)  # the parent reads lines
@@ -41,13 +42,21 @@ async def start(config: EngineConfig) -> FakeEngine:
     return ProgramEngine(hold=asyncio.Event())
 
 
+def announce(ready: Announcement) -> None:
+    """Says the address, which must take connections by then: the parent connects at once."""
+    _, _, address = ready.url.partition("://")
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port))).close()
+    say(ready.url)
+
+
 def main() -> int:
     port, timeout_s = int(sys.argv[1]), float(sys.argv[2])
     options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
     config = EngineConfig(model=options.pop("model", "fake"))
     settings = ServerSettings(port=port, shutdown_timeout_s=timeout_s, **options)
     say("bound")
-    return run_server(config, settings, announce=lambda ready: say(ready.url), start_engine=start)
+    return run_server(config, settings, announce=announce, start_engine=start)
 
 
 if __name__ == "__main__":
