@@ -109,7 +109,9 @@ async def _serve(server: _Server, listener: socket.socket, stop: asyncio.Event) 
     serving = asyncio.create_task(server.serve([listener]))
     stopped = asyncio.create_task(stop.wait())
     died = asyncio.create_task(_wait_death(state))
-    watched = {serving, stopped, died} if state.settings.exit_on_engine_death else {serving, stopped}
+    watched = {serving, stopped}
+    if state.settings.exit_on_engine_death:
+        watched.add(died)
     try:
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         stop.clear()
