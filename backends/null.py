@@ -42,7 +42,7 @@ class NullBackend(Backend):
     """Offers one device that computes nothing."""
 
     name = "null"
-    interface_version = "1.0"
+    interface_version = "1.1"
 
     def probe(self) -> Probe:
         return Probe(devices=(_INFO,), problem="computes nothing; for tests", priority=-100)

@@ -239,6 +239,22 @@ def _call_keep(ops: Ops, tensors: Mapping[str, Tensor], options: Options) -> dic
     return {"logits": tensors["logits"]}
 
 
+def _mask(rng: np.random.Generator, dtype: str, scale: float, options: Options) -> Inputs:
+    rows, vocabulary, _ = options["shape"]
+    masked = rng.permutation(rows)[: rows - 1]
+    words = rng.integers(0, 1 << 32, (len(masked), -(-vocabulary // 32)), dtype=np.uint32)
+    return {
+        "logits": _normal(rng, (rows, vocabulary), dtype, 4 * scale),
+        "rows": torch.from_numpy(masked),
+        "mask": torch.from_numpy(words.view(np.int32)),
+    }
+
+
+def _call_mask(ops: Ops, tensors: Mapping[str, Tensor], options: Options) -> dict[str, Tensor]:
+    ops.apply_token_mask(**tensors)
+    return {"logits": tensors["logits"]}
+
+
 def _logprobs(rng: np.random.Generator, dtype: str, scale: float, options: Options) -> Inputs:
     rows, vocabulary, _ = options["shape"]
     logits = _normal(rng, (rows, vocabulary), dtype, 4 * scale)
@@ -356,6 +372,13 @@ RECIPES: Mapping[str, Recipe] = {
         call=_call_keep,
         expect=lambda a, o: {"logits": ORACLES["logits.keep_only"](**a)},
         hint="-inf everywhere in the listed rows but at the entries; other rows stay.",
+    ),
+    "apply_token_mask": Recipe(
+        variants=_LOGITS,
+        make=_mask,
+        call=_call_mask,
+        expect=lambda a, o: {"logits": ORACLES["logits.apply_token_mask"](**a)},
+        hint="Bit i % 32 of word i // 32 stands for token i; the sign bit is a bit like others.",
     ),
     "logprobs": Recipe(
         variants=_LOGITS,

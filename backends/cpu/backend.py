@@ -18,7 +18,7 @@ class CpuBackend(Backend):
     """The CPUs of this machine, as one device."""
 
     name = "cpu"
-    interface_version = "1.0"
+    interface_version = "1.1"
 
     def probe(self) -> Probe:
         if find_spec("torch") is None:

@@ -43,7 +43,7 @@ class FaultsBackend(Backend):
     """Offers a synchronous and an asynchronous device that fail when they are told to."""
 
     name = "faults"
-    interface_version = "1.0"
+    interface_version = "1.1"
 
     def probe(self) -> Probe:
         return Probe(devices=INFOS, problem="fails when it is told to; for tests", priority=-90)

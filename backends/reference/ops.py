@@ -113,6 +113,12 @@ class ReferenceOps(Ops):
         logits.index_fill_(0, rows, float("-inf"))
         logits.index_put_((row_of_entry, token_ids), kept)
 
+    def apply_token_mask(self, logits: Tensor, rows: Tensor, mask: Tensor) -> None:
+        bits = torch.arange(32, dtype=torch.int32, device=mask.device)
+        is_set = (mask.unsqueeze(-1) >> bits) & 1
+        is_forbidden = is_set.flatten(1)[:, : logits.shape[-1]] == 0
+        logits.index_copy_(0, rows, logits[rows].masked_fill_(is_forbidden, float("-inf")))
+
     def sample(self, logits: Tensor, settings: SamplingTensors) -> Tensor:
         greedy = sampling.most_likely(logits)
         if settings.is_all_greedy:

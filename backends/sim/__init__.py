@@ -21,7 +21,7 @@ class SimBackend(Backend):
     """Offers one simulated device."""
 
     name = "sim"
-    interface_version = "1.0"
+    interface_version = "1.1"
 
     def probe(self) -> Probe:
         return Probe(devices=(INFO,), problem="defers its work on purpose; for tests", priority=-50)

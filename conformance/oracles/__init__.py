@@ -23,6 +23,7 @@ ORACLES: Mapping[str, Callable[..., Any]] = {
     "logits.apply_penalties": logits.apply_penalties,
     "logits.add_bias": logits.add_bias,
     "logits.keep_only": logits.keep_only,
+    "logits.apply_token_mask": logits.apply_token_mask,
     "logits.sample": logits.sample,
     "logits.logprobs": logits.logprobs,
     "attention.paged": attention.paged,

@@ -46,6 +46,16 @@ def keep_only(logits: Array, rows: Array, row_of_entry: Array, token_ids: Array)
     return changed
 
 
+def apply_token_mask(logits: Array, rows: Array, mask: Array) -> Array:
+    """The logits [R, V] with -inf where the row's bit of a token is 0."""
+    changed = logits.copy()
+    for row, words in zip(rows, mask, strict=True):
+        for token in range(logits.shape[-1]):
+            if not (int(words[token // 32]) >> (token % 32)) & 1:
+                changed[row, token] = -np.inf
+    return changed
+
+
 def logprobs(logits: Array, token_ids: Array, num_top: int) -> tuple[Array, Array, Array, Array]:
     """(selected [R], ranks [R], top_ids [R, n], top_logprobs [R, n]) of log_softmax(logits)."""
     shifted = logits - logits.max(axis=-1, keepdims=True)

@@ -216,6 +216,14 @@ class Ops(ABC):
         logits float32 [R, V]; rows int64 [K], distinct; row_of_entry, token_ids int64 [M].
         """
 
+    def apply_token_mask(self, logits: Tensor, rows: Tensor, mask: Tensor) -> None:
+        """Sets -inf where a row's mask forbids a token, in place.
+
+        logits float32 [R, V]; rows int64 [K], distinct; mask int32 [K, ceil(V / 32)]: bit i % 32 of
+        word i // 32 is set where token i is allowed. Other rows stay as they are.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def sample(self, logits: Tensor, settings: SamplingTensors) -> Tensor:
         """One token a row: int64 [R]. logits float32 [R, V] may be overwritten.
@@ -310,6 +318,16 @@ OP_SPECS: tuple[OpSpec, ...] = (
         oracle="logits.keep_only",
         reads=("logits", "rows", "row_of_entry", "token_ids"),
         writes=("logits",),
+    ),
+    OpSpec(
+        name="apply_token_mask",
+        summary="Forbids the tokens that a bit mask leaves out.",
+        tolerance="exact",
+        dtypes=("float32",),
+        oracle="logits.apply_token_mask",
+        reads=("logits", "rows", "mask"),
+        writes=("logits",),
+        since="1.1",
     ),
     OpSpec(
         name="sample",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from quire.core.interface.errors import PluginError
 
-INTERFACE_VERSION = "1.0"
+INTERFACE_VERSION = "1.1"
 """`MAJOR.MINOR` of the contract in this package. A minor adds; a major removes or changes."""
 
 _PATTERN = re.compile(r"(\d+)\.(\d+)")

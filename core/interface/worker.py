@@ -96,6 +96,10 @@ class StepBatch(msgspec.Struct, frozen=True, kw_only=True):
     """
     samples: list[bool]
     """Whether this step reaches the request's last token, so that a token is to be sampled."""
+    token_masks: dict[str, bytes] = {}
+    """For requests that sample under a grammar: the tokens that may follow, as little-endian 32-bit
+    words; bit i % 32 of word i // 32 is set where token i may. ceil(vocab_size / 32) words.
+    """
 
     @property
     def num_tokens(self) -> int:

@@ -36,7 +36,7 @@ from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.prompt_logprobs import make_prompt_rows, run_prompt_logprobs
 from quire.core.worker.running_step import RunningStep
 from quire.core.worker.sampler import Sampler
-from quire.core.worker.sampling_arrays import make_sampling_arrays
+from quire.core.worker.sampling_arrays import add_token_masks, make_sampling_arrays
 from quire.core.worker.staging import Field, StagingBuffer
 from quire.core.worker.step_arrays import Array, Int64s, StepArrays, StepRows, make_step_arrays
 from quire.core.worker.step_results import StepOutline
@@ -204,11 +204,14 @@ class ModelRunner:
         num_logits = len(sampled)
         if num_logits and self._buckets.pads_requests:
             num_logits = arrays.num_requests
+        sampling = make_sampling_arrays(requests, sampled_rows, num_logits)
+        if batch.token_masks:
+            add_token_masks(sampling, [batch.request_ids[i] for i in sampled], batch.token_masks)
         outline = StepOutline(
             batch=batch,
             states=requests.states(step.rows),
             sampled=sampled.tolist(),
-            sampling=make_sampling_arrays(requests, sampled_rows, num_logits),
+            sampling=sampling,
             prompt=make_prompt_rows(requests, step, arrays.last_tokens),
         )
         inputs = self._inputs(step, arrays, sampled, outline)

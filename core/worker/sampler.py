@@ -1,8 +1,9 @@
 """From logits to one token a row, on the device.
 
-In this order: custom processors, allowed tokens, bad words and min_tokens and logit_bias (one
-addition), penalties, then temperature, top-k, top-p, min-p and the draw. Log-probabilities are
-those of the model's own logits, before any of it. What no row asks for costs nothing.
+In this order: custom processors, allowed tokens, grammar masks, bad words and min_tokens and
+logit_bias (one addition), penalties, then temperature, top-k, top-p, min-p and the draw.
+Log-probabilities are those of the model's own logits, before any of it. What no row asks for costs
+nothing.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ class Sampler:
                 tensors["keep_row_of_entry"],
                 tensors["keep_token_ids"],
             )
+        if "mask_rows" in tensors:
+            self._ops.apply_token_mask(logits, tensors["mask_rows"], tensors["mask"])
         if "bias" in tensors:
             self._ops.add_bias(
                 logits, tensors["bias_rows"], tensors["bias_token_ids"], tensors["bias"]

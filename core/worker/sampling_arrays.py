@@ -5,7 +5,7 @@ Only what some row asks for is prepared: a step of greedy rows uploads nothing f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,7 +47,8 @@ class SamplingArrays:
     @property
     def may_forbid_all(self) -> bool:
         """Whether a row could be left without any token."""
-        return bool(self.custom_rows) or "bias" in self.arrays or "keep_rows" in self.arrays
+        forbidding = ("bias", "keep_rows", "mask_rows")
+        return bool(self.custom_rows) or any(name in self.arrays for name in forbidding)
 
 
 def make_sampling_arrays(requests: InputBatch, rows: Int64s, num_rows: int) -> SamplingArrays:
@@ -60,6 +61,20 @@ def make_sampling_arrays(requests: InputBatch, rows: Int64s, num_rows: int) -> S
     if union & ~(settings_of.SAMPLES | settings_of.FILTERS | settings_of.PROMPT_LOGPROBS):
         _add_features(sampling, requests, rows, features)
     return sampling
+
+
+def add_token_masks(
+    sampling: SamplingArrays, request_ids: Sequence[str], masks: Mapping[str, bytes]
+) -> None:
+    """Adds the masks of those of the sampled requests that have one; they come in row order."""
+    chosen = [(row, masks[name]) for row, name in enumerate(request_ids) if name in masks]
+    if not chosen:
+        return
+    words = [np.frombuffer(mask, dtype="<i4") for _, mask in chosen]
+    sampling.arrays |= {
+        "mask_rows": np.array([row for row, _ in chosen], np.int64),
+        "mask": np.stack(words).astype(np.int32, copy=False),
+    }
 
 
 def _add_settings(

@@ -184,6 +184,11 @@ class ForbidsEveryRow(ReferenceOps):
         super().keep_only(logits, torch.arange(len(logits)), row_of_entry, token_ids)
 
 
+class ReadsTheSignBitAsSign(ReferenceOps):
+    def apply_token_mask(self, logits, rows, mask):
+        super().apply_token_mask(logits, rows, mask & 0x7FFFFFFF)
+
+
 class LogBaseTwo(ReferenceOps):
     def logprobs(self, logits, token_ids, num_top):
         result = super().logprobs(logits, token_ids, num_top)
@@ -680,6 +685,11 @@ SABOTEURS: tuple[Saboteur, ...] = (
         DividesNegatives, f"{_OPS}numerics[apply_penalties-wide-float32-normal]", "repetition first"
     ),
     _ops(AssignsBias, f"{_OPS}numerics[add_bias-small-float32-normal]", "add_bias"),
+    _ops(
+        ReadsTheSignBitAsSign,
+        f"{_OPS}numerics[apply_token_mask-small-float32-normal]",
+        "the sign bit is a bit like others",
+    ),
     _ops(ForbidsEveryRow, f"{_OPS}numerics[keep_only-small-float32-normal]", "other rows stay"),
     _ops(LogBaseTwo, f"{_OPS}numerics[logprobs-small-float32-normal]", "log_softmax"),
     _ops(

@@ -13,7 +13,7 @@ import pytest
 from quire.core import interface
 from quire.core.interface import Backend, Device, Ops, PluginError, check_interface_version
 
-SNAPSHOT = Path(__file__).parent / "interface_1_0.json"
+SNAPSHOT = Path(__file__).parent / "interface_1_1.json"
 
 
 def _surface() -> dict[str, object]:
@@ -111,13 +111,13 @@ def test_a_wider_signature_is_accepted() -> None:
     assert Wider().probe() == interface.Probe()
 
 
-@pytest.mark.parametrize("version", ["1.0"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_interface_version_of_today_is_accepted(version: str) -> None:
     """This minor loads."""
     assert str(check_interface_version(version, backend="x")) == version
 
 
-@pytest.mark.parametrize("version", ["1.1", "2.0", "0.9", "1", "", None, 1.0])
+@pytest.mark.parametrize("version", ["1.2", "2.0", "0.9", "1", "", None, 1.0])
 def test_interface_version_beyond_the_window_is_refused_by_name(version: object) -> None:
     """The message names the backend, so that the user knows what to upgrade."""
     with pytest.raises(PluginError):

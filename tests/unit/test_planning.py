@@ -50,7 +50,7 @@ class Board(Device):
 
 class BoardBackend(Backend):
     name = "board"
-    interface_version = "1.0"
+    interface_version = "1.1"
 
     def probe(self) -> Probe:
         return Probe(devices=(INFO,))

@@ -1,7 +1,4 @@
-"""A package written for the minor version before, kept as a fixture, loads and serves.
-
-1.0 is the first, so the Quire of these tests says that it is a later one.
-"""
+"""A package written for the minor version before, kept as a fixture, loads and serves."""
 
 from __future__ import annotations
 
@@ -27,8 +24,6 @@ print(json.dumps([report.is_usable, report.interface_version, report.error]))
 
 SERVE = """
 import json, sys
-from quire.core.interface import version
-version.INTERFACE_VERSION = "1.1"
 from quire import LLM, SamplingParams
 params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 answers = []

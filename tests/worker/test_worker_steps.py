@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -292,3 +293,29 @@ def test_unknown_request_is_refused_and_the_worker_lives_on(tiny, prompts, oracl
     driver.run()
     assert job.output == oracle()["r8"]
     assert job.sampling is GREEDY
+
+
+def test_token_masks_bind_their_request_alone(tiny, prompts):
+    """A mask allows what its bits say, from the first bit to the last, and no other row sees it."""
+    driver = Driver(make_worker(tiny()))
+    free = driver.add("free", prompts["r8"], 1)
+    masked = [driver.add(f"masked{n}", prompts["r8"], 1) for n in range(3)]
+    vocab_size = driver.worker._model.description.vocab_size
+    allowed = [0, 31, vocab_size - 1]
+    masks = {
+        job.request_id: mask_of([token], vocab_size)
+        for job, token in zip(masked, allowed, strict=True)
+    }
+    batch = driver.make_batch(driver.plan_step(64))
+    batch = msgspec.structs.replace(batch, token_masks=masks)
+    driver.receive(batch, driver.worker.execute(batch))
+    assert [job.output for job in masked] == [[token] for token in allowed]
+    assert free.output == run_alone(tiny(), prompts["r8"], GREEDY)[:1]
+
+
+def mask_of(token_ids, vocab_size):
+    """The wire form of a set of tokens."""
+    words = np.zeros(-(-vocab_size // 32), "<u4")
+    for token in token_ids:
+        words[token // 32] |= np.uint32(1 << (token % 32))
+    return words.tobytes()

@@ -13,7 +13,7 @@ class AcmeBackend(Backend):
     """Finds and opens Acme boards; here one, which the host's memory stands in for."""
 
     name = "acme"
-    interface_version = "1.0"
+    interface_version = "1.1"
 
     def probe(self) -> Probe:
         """A real vendor asks the driver here; nothing is opened yet."""
