@@ -46,12 +46,21 @@ class ChatWriter:
         return response
 
     async def chunks(self, generation: Generation) -> AsyncGenerator[bytes]:
-        """The answer as it comes, one JSON body a chunk; each choice begins with its role."""
+        """The answer as it comes, one JSON body a chunk."""
+        async with aclosing(self.stream(generation)) as stream:
+            async for chunk in stream:
+                yield chunk.to_json()
+
+    async def stream(self, generation: Generation) -> AsyncGenerator[ChatChunk]:
+        """The answer as it comes; each choice begins with its role.
+
+        What other endpoints that answer conversations write is made of the same chunks.
+        """
         tally = Tally()
         async with aclosing(generation.outputs()) as outputs:
             for index in range(self.request.n or 1):
                 delta = AnswerMessage(role="assistant", content="")
-                yield self._chunk([_opening(index, delta)], tally).to_json()
+                yield self._chunk([_opening(index, delta)], tally)
             async for item in outputs:
                 is_first = not tally.prompts
                 facts = tally.note(item)
@@ -61,9 +70,9 @@ class ChatWriter:
                 chunk = self._chunk([self._chunk_choice(child) for child in told], tally)
                 if is_first:
                     self._add_prompt(chunk, facts)
-                yield chunk.to_json()
+                yield chunk
             if self.request.streams_usage:
-                yield self._chunk([], tally, is_last=True).to_json()
+                yield self._chunk([], tally, is_last=True)
 
     def _chunk(
         self, choices: list[ChatChunkChoice], tally: Tally, *, is_last: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from fastapi import APIRouter, Request, Response
 
 from quire.core.errors import RequestError
@@ -12,11 +14,20 @@ from quire.core.serving.disconnect import run_while_connected
 from quire.core.serving.generation import Generation
 from quire.core.serving.limits import check_limits
 from quire.core.serving.protocol.chat import ChatRequest, TemplateFields
-from quire.core.serving.server_state import Server, ServerState, make_names
+from quire.core.serving.server_state import Names, Server, ServerState, make_names
 from quire.core.serving.sse import EventStream
 from quire.core.serving.token_bytes import TokenBytes
 
 router = APIRouter()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRun:
+    """A conversation that the engine is answering."""
+
+    generation: Generation
+    """To be entered, or given to a stream as its owner: leaving it ends what has not ended."""
+    writer: ChatWriter
 
 
 @router.post("/v1/chat/completions")
@@ -24,9 +35,21 @@ async def create_chat_completion(request: Request, server: Server) -> Response:
     """Answers a conversation."""
     body = await read_body(request, ChatRequest)
     server.check_model(body.model)
+    run = await begin_chat(body, server, make_names(request, "chatcmpl", body.request_id))
+    if body.is_streaming:
+        return EventStream(run.writer.chunks(run.generation), owner=run.generation)
+    async with run.generation:
+        answer = await run_while_connected(request.receive, run.writer.whole(run.generation))
+    return Response(answer.to_json(), media_type="application/json")
+
+
+async def begin_chat(body: ChatRequest, server: ServerState, names: Names) -> ChatRun:
+    """Submits a conversation, of this endpoint or translated from another one's form.
+
+    Raises: RequestError naming the field; QueueFullError; EngineDeadError.
+    """
     params = body.to_sampling_params(server.engine.default_sampling)
     check_limits(params, 1, settings=server.settings, config=server.engine.config)
-    names = make_names(request, "chatcmpl", body.request_id)
     generation = await Generation.begin(
         server.engine,
         server.metrics,
@@ -38,12 +61,7 @@ async def create_chat_completion(request: Request, server: Server) -> Response:
     )
     head = AnswerHead(id=names.answer_id, model=server.model_name)
     token_bytes = TokenBytes(server.engine.tokenizer)
-    writer = ChatWriter(request=body, head=head, token_bytes=token_bytes)
-    if body.is_streaming:
-        return EventStream(writer.chunks(generation), owner=generation)
-    async with generation:
-        answer = await run_while_connected(request.receive, writer.whole(generation))
-    return Response(answer.to_json(), media_type="application/json")
+    return ChatRun(generation, ChatWriter(request=body, head=head, token_bytes=token_bytes))
 
 
 async def render(body: TemplateFields, server: ServerState) -> str:
