@@ -22,13 +22,16 @@ from quire.core.interface import (
     Reason,
 )
 
-_KINDS = ("causal", "sliding_window", "chunked")
+_KINDS = ("causal", "sliding_window", "chunked", "mla")
 _MAX_SCORES = 1 << 24
 """Scores held at a time where they are written down: 64 MiB."""
 
 
 class ReferenceAttention(AttentionBackend):
-    """Keys in `k` [N, B, Hk, D], values in `v` [N, B, Hk, Dv]; computes in float32."""
+    """Keys in `k` [N, B, Hk, D], values in `v` [N, B, Hk, Dv]; computes in float32.
+
+    `mla` keeps `k` alone: the latent [N, B, 1, D].
+    """
 
     def __init__(self, spec: AttentionSpec, torch_device: str = "cpu") -> None:
         self.spec = spec
@@ -44,8 +47,14 @@ class ReferenceAttention(AttentionBackend):
         reasons = []
         if spec.kind not in _KINDS:
             reasons.append(_reason("kind", spec.kind, ", ".join(_KINDS), "use another device"))
-        elif spec.kind != "causal" and not spec.window:
+        elif spec.kind in ("sliding_window", "chunked") and not spec.window:
             reasons.append(_reason("window", "a window", "none in the spec", "give a window"))
+        if spec.kind == "mla" and (spec.num_kv_heads != 1 or spec.v_head_size > spec.head_size):
+            need = (
+                f"{spec.num_kv_heads} key heads of {spec.head_size}, values of {spec.v_head_size}"
+            )
+            have = "one latent head, whose first features are the values"
+            reasons.append(_reason("mla", need, have, "absorb the value projection"))
         if spec.num_heads % spec.num_kv_heads:
             need = f"{spec.num_heads} heads over {spec.num_kv_heads} key heads"
             reasons.append(
@@ -63,6 +72,12 @@ class ReferenceAttention(AttentionBackend):
     def cache_layout(self) -> CacheLayout:
         spec = self.spec
         k = (spec.block_size, spec.num_kv_heads, spec.head_size)
+        if spec.kind == "mla":
+            return CacheLayout(
+                tensors=(CacheTensor(name="k", block_shape=k, dtype=spec.cache_dtype),),
+                bytes_per_block=spec.block_size * spec.head_size * self._cache_dtype.itemsize,
+                description=f"latent [blocks, {', '.join(map(str, k))}] {spec.cache_dtype}",
+            )
         v = (spec.block_size, spec.num_kv_heads, spec.v_head_size)
         num_elements = spec.block_size * spec.num_kv_heads * (spec.head_size + spec.v_head_size)
         return CacheLayout(
@@ -103,14 +118,14 @@ class ReferenceAttention(AttentionBackend):
 
     def export_blocks(self, cache: LayerCache, block_ids: Sequence[int]) -> Tensor:
         index = self._index(block_ids)
-        k, v = (cache.tensors[name].index_select(0, index).float() for name in ("k", "v"))
-        return torch.cat((k, v), dim=-1).cpu()
+        parts = [tensor.index_select(0, index).float() for tensor in cache.tensors.values()]
+        return torch.cat(parts, dim=-1).cpu()
 
     def import_blocks(self, cache: LayerCache, block_ids: Sequence[int], blocks: Tensor) -> None:
         index = self._index(block_ids)
-        parts = torch.split(blocks, [self.spec.head_size, self.spec.v_head_size], dim=-1)
-        for name, part in zip(("k", "v"), parts, strict=True):
-            tensor = cache.tensors[name]
+        tensors = list(cache.tensors.values())
+        parts = torch.split(blocks, [tensor.shape[-1] for tensor in tensors], dim=-1)
+        for tensor, part in zip(tensors, parts, strict=True):
             tensor.index_copy_(0, index, part.to(device=tensor.device, dtype=tensor.dtype))
 
     def _index(self, block_ids: Sequence[int]) -> Tensor:
@@ -135,7 +150,8 @@ class ReferenceAttention(AttentionBackend):
     ) -> Tensor:
         assert isinstance(plan, ReferencePlan), plan
         self._write(cache.tensors["k"], k, plan.slot_mapping)
-        self._write(cache.tensors["v"], v, plan.slot_mapping)
+        if "v" in cache.tensors:
+            self._write(cache.tensors["v"], v, plan.slot_mapping)
         for group in plan.groups:
             self._attend(q, cache, group, out, sinks, alibi_slopes)
         out[plan.num_tokens :] = 0
@@ -161,7 +177,10 @@ class ReferenceAttention(AttentionBackend):
         queries = q[group.rows].view(*heads, spec.head_size).permute(0, 2, 3, 1, 4)
         queries = queries.to(self._compute_dtype)
         keys = self._gather(cache.tensors["k"], group)
-        values = self._gather(cache.tensors["v"], group)
+        has_values = "v" in cache.tensors
+        values = (
+            self._gather(cache.tensors["v"], group) if has_values else keys[..., : spec.v_head_size]
+        )
         is_plain = spec.soft_cap is None and sinks is None and alibi_slopes is None
         if is_plain and num_queries > 1:
             result = self._fused(queries, keys, values, group)

@@ -8,8 +8,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from quire.backends.reference import sampling
-from quire.core.interface import Ops, PackedLinear, SampledLogprobs, SamplingTensors
+from quire.backends.reference import experts, recurrence, sampling
+from quire.core.interface import (
+    ExpertWeights,
+    Ops,
+    PackedExperts,
+    PackedLinear,
+    RoutingSpec,
+    SampledLogprobs,
+    SamplingTensors,
+    Sequences,
+)
 
 _APPROXIMATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -86,6 +95,79 @@ class ReferenceOps(Ops):
 
     def soft_cap(self, x: Tensor, cap: float) -> None:
         x.copy_((_widened(x) / cap).tanh_().mul_(cap))
+
+    # --- experts --------------------------------------------------------------------------------
+
+    def route_experts(
+        self, logits: Tensor, spec: RoutingSpec, correction_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return experts.route(logits, spec, correction_bias)
+
+    def pack_experts(self, weights: ExpertWeights) -> PackedExperts:
+        return experts.pack(weights)
+
+    def experts(
+        self,
+        x: Tensor,
+        packed: PackedExperts,
+        weights: Tensor,
+        expert_ids: Tensor,
+        *,
+        weighs_input: bool = False,
+    ) -> Tensor:
+        return experts.experts(x, packed, weights, expert_ids, weighs_input=weighs_input)
+
+    # --- recurrence -----------------------------------------------------------------------------
+
+    def causal_conv1d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        states: Tensor,
+        sequences: Sequences,
+        *,
+        activation: str = "",
+    ) -> Tensor:
+        return recurrence.causal_conv1d(x, weight, bias, states, sequences, activation=activation)
+
+    def selective_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor | None,
+        states: Tensor,
+        sequences: Sequences,
+    ) -> Tensor:
+        return recurrence.selective_scan(x, dt, a, b, c, d, states, sequences)
+
+    def ssd_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor | None,
+        states: Tensor,
+        sequences: Sequences,
+    ) -> Tensor:
+        return recurrence.ssd_scan(x, dt, a, b, c, d, states, sequences)
+
+    def gated_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        states: Tensor,
+        sequences: Sequences,
+    ) -> Tensor:
+        return recurrence.gated_delta_rule(q, k, v, decay, beta, states, sequences)
 
     # --- logits ---------------------------------------------------------------------------------
 

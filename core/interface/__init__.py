@@ -30,16 +30,17 @@ from quire.core.interface.errors import (
     RequestError,
     UnsupportedError,
 )
+from quire.core.interface.experts import ExpertWeights, PackedExperts, RoutingSpec
 from quire.core.interface.graphs import CapturedStep, GraphCapture
+from quire.core.interface.op_specs import OP_SPECS, OpSpec
 from quire.core.interface.ops import (
-    OP_SPECS,
     Ops,
-    OpSpec,
     PackedLinear,
     SampledLogprobs,
     SamplingTensors,
 )
 from quire.core.interface.queue import Event, ImmediateQueue, Queue
+from quire.core.interface.recurrence import Sequences, StateSpec
 from quire.core.interface.version import INTERFACE_VERSION, check_interface_version
 from quire.core.interface.worker import (
     NULL_BLOCK,
@@ -83,6 +84,7 @@ __all__ = [
     "DeviceOutOfMemory",
     "EngineDeadError",
     "Event",
+    "ExpertWeights",
     "GraphCapture",
     "ImmediateQueue",
     "LayerCache",
@@ -91,6 +93,7 @@ __all__ = [
     "NewRequest",
     "OpSpec",
     "Ops",
+    "PackedExperts",
     "PackedLinear",
     "PendingStep",
     "PluginError",
@@ -100,10 +103,13 @@ __all__ = [
     "QuireError",
     "Reason",
     "RequestError",
+    "RoutingSpec",
     "SampledLogprobs",
     "SamplingSpec",
     "SamplingTensors",
+    "Sequences",
     "SoloCommunicator",
+    "StateSpec",
     "StepBatch",
     "StepResult",
     "UnsupportedError",

@@ -44,8 +44,11 @@ class AttentionSpec:
     block_size: int
     """Tokens in a block."""
     kind: str = "causal"
-    """`causal`, `sliding_window`, `chunked`, `bidirectional`, `cross`, `mla`, `recurrent`,
-    `vendor:name`.
+    """`causal`, `sliding_window`, `chunked`, `bidirectional`, `cross`, `mla`, `vendor:name`.
+
+    `mla`: causal, with one key head whose first `v_head_size` features are the values: the cache
+    holds the key alone, and `forward` reads no `v`. Source: DeepSeek-V2 report, section 2.1.
+    `bidirectional`: a token sees all tokens of its request that are in the cache or in this step.
     """
     window: int | None = None
     """For `sliding_window`: position p sees j with p - window < j <= p.
@@ -193,8 +196,8 @@ class AttentionBackend(ABC):
     def export_blocks(self, cache: LayerCache, block_ids: Sequence[int]) -> Tensor:
         """Blocks in the canonical layout, on the host.
 
-        float32 [n, block_size, Hk, D + Dv], keys before values. Any two backends exchange pages
-        through this layout.
+        float32 [n, block_size, Hk, D + Dv], keys before values; [n, block_size, 1, D] for `mla`.
+        Any two backends exchange pages through this layout.
         """
 
     @abstractmethod

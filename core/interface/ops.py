@@ -1,9 +1,8 @@
-"""The operators of a device: their specification, and the class that a backend fills in.
+"""The operators of a device: the class that a backend fills in.
 
-One table, `OP_SPECS`, is the specification: the engine gates on it, the docs print it and the
-conformance suite is generated from it. Every operator has a reference in plain torch
-(`quire.backends.reference.ReferenceOps`), so a backend overrides those that it accelerates and no
-others.
+The table `OP_SPECS` in `op_specs` is the specification. Every operator has a reference in plain
+torch (`quire.backends.reference.ReferenceOps`), so a backend overrides those that it accelerates
+and no others.
 
 Shapes: T tokens of the step, R sampled rows, V vocabulary, H hidden size, D head size. All tensors
 live on the ops' device. Operators compute in float32 and round once to the dtype of the result,
@@ -21,30 +20,8 @@ from quire.core.interface.contract import check_contract
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLOATS = ("float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpSpec:
-    """One row of the specification."""
-
-    name: str
-    """The method of `Ops`, or of `AttentionBackend` for those of kind `attention`."""
-    summary: str
-    """What it does, as a sentence."""
-    level: int = 1
-    """The conformance level from which it is mandatory."""
-    tolerance: str = "elementwise"
-    """`exact`, `elementwise`, `reduction`, `attention` or `quantised`."""
-    oracle: str
-    """The float64 oracle in the conformance suite."""
-    dtypes: tuple[str, ...] = FLOATS
-    reads: tuple[str, ...]
-    writes: tuple[str, ...] = ()
-    """Arguments that are mutated; everything else must be left as it was."""
-    extension: str = ""
-    """The extension that it belongs to; empty: mandatory."""
-    since: str = "1.0"
+    from quire.core.interface.experts import ExpertWeights, PackedExperts, RoutingSpec
+    from quire.core.interface.recurrence import Sequences
 
 
 @dataclass(slots=True, kw_only=True)
@@ -179,6 +156,122 @@ class Ops(ABC):
     def soft_cap(self, x: Tensor, cap: float) -> None:
         """X = cap * tanh(x / cap), in place. Source: Gemma 2 report, section 2."""
 
+    # --- experts (extension `moe`) --------------------------------------------------------------
+
+    def route_experts(
+        self, logits: Tensor, spec: RoutingSpec, correction_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Which experts each token goes to: (weights float32 [T, k], expert ids int64 [T, k]).
+
+        logits float32 [T, E]; correction_bias float32 [E] or None. The order of a token's k experts
+        is free.
+        """
+        raise NotImplementedError
+
+    def pack_experts(self, weights: ExpertWeights) -> PackedExperts:
+        """Packs the experts of a layer for `experts`, at load. Mutates nothing; may keep them."""
+        raise NotImplementedError
+
+    def experts(
+        self,
+        x: Tensor,
+        packed: PackedExperts,
+        weights: Tensor,
+        expert_ids: Tensor,
+        *,
+        weighs_input: bool = False,
+    ) -> Tensor:
+        """The weighted sum of each token's experts: [T, H] in x's dtype.
+
+        x [T, H]; weights float32 [T, k]; expert_ids int64 [T, k], distinct in a row. out[t] = sum_i
+        w[t, i] * down(act(gate_up(x[t]))) of expert e[t, i]; with `weighs_input` the weight
+        multiplies x[t] instead. Products accumulate in float32, the activation is rounded to the
+        dtype, and the sum over experts is in float32.
+        Source: Shazeer et al. 2017, eq. 1.
+        """
+        raise NotImplementedError
+
+    # --- recurrence (extension `recurrent`) -----------------------------------------------------
+
+    def causal_conv1d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        states: Tensor,
+        sequences: Sequences,
+        *,
+        activation: str = "",
+    ) -> Tensor:
+        """A convolution over the last W tokens of each channel of each sequence: [T, C].
+
+        x [T, C]; weight [C, W]; bias [C] or None; states [S, C, W - 1] of x's dtype: the inputs
+        before each sequence's first, oldest first (zeros at a beginning); overwritten by the last
+        W - 1 inputs. out[t] = act(sum_w weight[:, w] * input[t - W + 1 + w] + bias); `activation`
+        is empty or `silu`. Source: Gu & Dao 2023, section 3.4.
+        """
+        raise NotImplementedError
+
+    def selective_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor | None,
+        states: Tensor,
+        sequences: Sequences,
+    ) -> Tensor:
+        """The scan of Mamba: [T, C] in x's dtype.
+
+        x [T, C]; dt float32 [T, C], positive; a float32 [C, N]; b, c [T, N]; d float32 [C] or None;
+        states float32 [S, C, N], overwritten by those after the last tokens. For each sequence:
+        h = exp(dt[t] a) h + dt[t] b[t] x[t]; out[t] = h . c[t] + d x[t].
+        Source: Gu & Dao 2023, eq. 2 and Algorithm 2.
+        """
+        raise NotImplementedError
+
+    def ssd_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor | None,
+        states: Tensor,
+        sequences: Sequences,
+    ) -> Tensor:
+        """The scan of Mamba-2: [T, M, P] in x's dtype, for M heads of P channels.
+
+        x [T, M, P]; dt float32 [T, M], positive; a float32 [M]; b, c [T, G, N], head m reads group
+        m // (M // G); d float32 [M] or None; states float32 [S, M, P, N], overwritten.
+        h = exp(dt[t] a) h + dt[t] x[t] b[t]^T; out[t] = h c[t] + d x[t].
+        Source: Dao & Gu 2024, section 2.
+        """
+        raise NotImplementedError
+
+    def gated_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        states: Tensor,
+        sequences: Sequences,
+    ) -> Tensor:
+        """Linear attention that overwrites what it recalls: [T, M, Dv] in v's dtype.
+
+        q, k [T, G, D] and v [T, M, Dv], head m reads group m // (M // G); q comes scaled, q and k
+        normalised where the model does so; decay float32 [T, M], the logarithm of what is kept;
+        beta float32 [T, M]; states float32 [S, M, D, Dv], overwritten. h = exp(decay[t]) h;
+        h = h + k[t] (beta[t] (v[t] - h^T k[t]))^T; out[t] = h^T q[t].
+        Source: Yang, Kautz & Hatamizadeh 2024 (Gated DeltaNet), eq. 10.
+        """
+        raise NotImplementedError
+
     # --- logits ---------------------------------------------------------------------------------
 
     @abstractmethod
@@ -242,117 +335,3 @@ class Ops(ABC):
 
         log_softmax of logits float32 [R, V] at token_ids int64 [R]. Mutates nothing.
         """
-
-
-OP_SPECS: tuple[OpSpec, ...] = (
-    OpSpec(
-        name="embedding",
-        summary="Looks up rows of a table.",
-        tolerance="exact",
-        oracle="layers.embedding",
-        reads=("token_ids", "weight"),
-    ),
-    OpSpec(
-        name="linear",
-        summary="Multiplies by packed weights and adds a bias.",
-        tolerance="reduction",
-        oracle="layers.linear",
-        reads=("x", "packed"),
-    ),
-    OpSpec(
-        name="rms_norm",
-        summary="Root-mean-square norm.",
-        tolerance="reduction",
-        oracle="layers.rms_norm",
-        reads=("x", "weight"),
-    ),
-    OpSpec(
-        name="add_rms_norm",
-        summary="Adds to the residual and normalises the sum.",
-        tolerance="reduction",
-        oracle="layers.add_rms_norm",
-        reads=("x", "residual", "weight"),
-        writes=("residual",),
-    ),
-    OpSpec(
-        name="gated_activation",
-        summary="Activates one half and multiplies by the other.",
-        oracle="layers.gated_activation",
-        reads=("x",),
-    ),
-    OpSpec(
-        name="rotary",
-        summary="Rotates heads by position, in place.",
-        oracle="layers.rotary",
-        reads=("q", "k", "cos", "sin"),
-        writes=("q", "k"),
-    ),
-    OpSpec(
-        name="soft_cap",
-        summary="Squashes into (-cap, cap), in place.",
-        oracle="layers.soft_cap",
-        reads=("x",),
-        writes=("x",),
-    ),
-    OpSpec(
-        name="apply_penalties",
-        summary="Penalises tokens already seen.",
-        dtypes=("float32",),
-        oracle="logits.apply_penalties",
-        reads=("logits", "rows", "token_ids", "output_counts", "settings"),
-        writes=("logits",),
-    ),
-    OpSpec(
-        name="add_bias",
-        summary="Adds to chosen logits.",
-        dtypes=("float32",),
-        oracle="logits.add_bias",
-        reads=("logits", "rows", "token_ids", "bias"),
-        writes=("logits",),
-    ),
-    OpSpec(
-        name="keep_only",
-        summary="Forbids all but the listed tokens.",
-        tolerance="exact",
-        dtypes=("float32",),
-        oracle="logits.keep_only",
-        reads=("logits", "rows", "row_of_entry", "token_ids"),
-        writes=("logits",),
-    ),
-    OpSpec(
-        name="apply_token_mask",
-        summary="Forbids the tokens that a bit mask leaves out.",
-        tolerance="exact",
-        dtypes=("float32",),
-        oracle="logits.apply_token_mask",
-        reads=("logits", "rows", "mask"),
-        writes=("logits",),
-        since="1.1",
-    ),
-    OpSpec(
-        name="sample",
-        summary="Chooses one token a row.",
-        tolerance="exact",
-        dtypes=("float32",),
-        oracle="logits.sample",
-        reads=("logits", "settings"),
-        writes=("logits",),
-    ),
-    OpSpec(
-        name="logprobs",
-        summary="Log-probabilities, ranks and the most likely tokens.",
-        tolerance="reduction",
-        dtypes=("float32",),
-        oracle="logits.logprobs",
-        reads=("logits", "token_ids"),
-    ),
-    OpSpec(
-        name="paged_attention",
-        summary="Attention of new tokens over their paged context.",
-        tolerance="attention",
-        oracle="attention.paged",
-        reads=("q", "k", "v", "cache"),
-        writes=("cache", "out"),
-    ),
-)
-"""The specification, one row an operator. `paged_attention` is `AttentionBackend.forward`."""

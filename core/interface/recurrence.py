@@ -1,0 +1,67 @@
+"""Layers that carry a state instead of keys and values: what they keep, and where.
+
+Extension `recurrent`. A cache group of kind `recurrent` has blocks of `block_size` tokens like any
+other, but a block holds one state for all its tokens: the state after the last token computed in
+it. Token t of a request belongs to block block_table[r, t // block_size]. So a step that computes
+tokens [n, m)
+
+    starts from the state in the block of token n - 1 (zeros if n is 0), and
+    leaves one state in the block of every token t < m that ends its block, and one in the block of
+    token m - 1.
+
+A state at the end of a block is that of a prefix, which other requests may share; no block before
+the one of token n - 1 is ever read. The cache manager treats such a group as a sliding window of
+two tokens. Model code cuts a step's tokens at the ends of blocks and calls the scan operators once
+for each round of pieces.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quire.core.interface.attention import CacheTensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateSpec:
+    """What one layer keeps for each block: the tensors of its state."""
+
+    tensors: tuple[CacheTensor, ...]
+    """Each [num_blocks, *block_shape]."""
+    block_size: int
+    """Tokens in a block."""
+
+    @property
+    def kind(self) -> str:
+        """As in `CacheGroup.kind`."""
+        return "recurrent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sequences:
+    """Which rows belong together: sequence s owns rows [starts[s], starts[s + 1]) of T.
+
+    Rows past the last start are padding: their results are undefined and they touch no state.
+    """
+
+    starts: Tensor
+    """int32 [S + 1], on the device."""
+    starts_host: Sequence[int]
+    """The same."""
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return len(self.starts_host) - 1
+
+    @property
+    def max_length(self) -> int:
+        """Rows of the longest sequence."""
+        starts = self.starts_host
+        return max((b - a for a, b in itertools.pairwise(starts)), default=0)
