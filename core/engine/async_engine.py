@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from quire.core.config import EngineConfig
+from quire.core.engine.audio import AudioClip, TranscriptionParams, TranscriptSegment
 from quire.core.engine.chat import ChatRenderer
 from quire.core.engine.client import AsyncProcessClient
 from quire.core.engine.core import BuildCore, EngineCore
@@ -21,6 +22,7 @@ from quire.core.engine.facts import EngineFacts, EngineStatistics
 from quire.core.engine.front import Front, make_front
 from quire.core.engine.messages import same_death
 from quire.core.engine.output_state import OutputKind
+from quire.core.engine.pooling import PoolingOutput, PoolingParams, check_task
 from quire.core.engine.prompts import Prompt, parse_prompt
 from quire.core.engine.request_stream import RequestStream
 from quire.core.engine.sampling_spec import check_token_ids
@@ -149,6 +151,41 @@ class AsyncEngine:
         Its stream gets a last output with finish_reason `abort`. Unknown ids are ignored.
         """
         self._abort_in_core(request_id)
+
+    # ------------------------------------------------------------------------- vectors and sound
+
+    async def pool(
+        self,
+        prompt: Prompt,
+        params: PoolingParams,
+        request_id: str,
+        *,
+        pair: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> PoolingOutput:
+        """One text as a vector, as scores of labels or, with `pair`, as the score of two texts.
+
+        Cancelling it ends the request.
+        Raises: RequestError (a task that is none of the model's, a bad prompt), QueueFullError,
+        EngineDeadError.
+        """
+        self._refuse_if_not_ready()
+        check_task(params.task, self.facts.tasks, self.facts.served_model_name)
+        raise NotImplementedError(params.task)  # no core says that it can
+
+    async def transcribe(
+        self, clip: AudioClip, params: TranscriptionParams, request_id: str
+    ) -> AsyncIterator[TranscriptSegment]:
+        """The text of a clip, segment by segment as it is recognized.
+
+        Closing or cancelling the iteration ends the request.
+        Raises: RequestError (a model that hears no audio, an unknown language), QueueFullError,
+        EngineDeadError, with the first item.
+        """
+        self._refuse_if_not_ready()
+        check_task("transcribe", self.facts.tasks, self.facts.served_model_name)
+        raise NotImplementedError("transcribe")  # no core says that it can
+        yield  # an iterator, like every implementation
 
     # ------------------------------------------------------------------------------------ text
 
