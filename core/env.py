@@ -18,6 +18,8 @@ class Environment:
     """QUIRE_LOG_LEVEL: debug, info, warning, error."""
     api_key: str | None
     """QUIRE_API_KEY: the key that clients of the server must send."""
+    log_format: str
+    """QUIRE_LOG_FORMAT: text, or json for machines."""
     cache_directory: Path
     """QUIRE_CACHE: where compiled and downloaded things may be kept."""
 
@@ -29,8 +31,18 @@ def read_environment() -> Environment:
         device=os.environ.get("QUIRE_DEVICE") or None,
         log_level=os.environ.get("QUIRE_LOG_LEVEL", "warning").lower(),
         api_key=os.environ.get("QUIRE_API_KEY") or None,
+        log_format=os.environ.get("QUIRE_LOG_FORMAT", "text").lower(),
         cache_directory=Path(os.environ.get("QUIRE_CACHE") or Path(cache_root) / "quire"),
     )
+
+
+def read_settings(names: Sequence[str]) -> dict[str, str]:
+    """What the environment says of these settings: QUIRE_MAX_NUM_SEQS for `max_num_seqs`.
+
+    An empty variable says nothing.
+    """
+    found = {name: os.environ.get(f"QUIRE_{name.upper()}", "") for name in names}
+    return {name: value for name, value in found.items() if value}
 
 
 def make_child_environment(

@@ -16,11 +16,16 @@ from quire.core.serving.error_responses import install_error_handlers
 from quire.core.serving.gate import Gate
 from quire.core.serving.metrics import ServerMetrics
 from quire.core.serving.middleware import (
-    ApiKeyMiddleware,
     BodyLimitMiddleware,
     GateMiddleware,
     RequestIdMiddleware,
 )
+from quire.core.serving.operations.access import AccessMiddleware
+from quire.core.serving.operations.api_keys import KeyRing, plain_key
+from quire.core.serving.operations.deadline import DeadlineMiddleware
+from quire.core.serving.operations.key_limits import KeyLimits
+from quire.core.serving.operations.request_log import RequestLogMiddleware
+from quire.core.serving.operations.tracing import install_tracing
 from quire.core.serving.protocol.chat import ChatRequest, ChatResponse
 from quire.core.serving.protocol.completions import CompletionRequest, CompletionResponse
 from quire.core.serving.protocol.tokens import (
@@ -29,7 +34,15 @@ from quire.core.serving.protocol.tokens import (
     TokenizeResponse,
     TokenizeTextRequest,
 )
-from quire.core.serving.routes import chat, completions, health, models, tokens
+from quire.core.serving.routes import (
+    chat,
+    completions,
+    health,
+    models,
+    playground,
+    server,
+    tokens,
+)
 from quire.core.serving.server_state import ServerState
 from quire.core.serving.settings import ServerSettings
 
@@ -44,13 +57,20 @@ _BODIES: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {
 
 def make_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
     """The HTTP application around a running engine, of which it owns and starts nothing."""
-    app = FastAPI(title="Quire", version=quire.__version__, redirect_slashes=False)
+    app = FastAPI(
+        title="Quire",
+        version=quire.__version__,
+        redirect_slashes=False,
+        root_path=settings.root_path.rstrip("/"),
+    )
     state = ServerState(
         engine=engine, settings=settings, metrics=ServerMetrics(engine), gate=Gate()
     )
     app.state.server = state
-    for routes in (completions, chat, tokens, models, health):
+    for routes in (completions, chat, tokens, models, health, server):
         app.include_router(routes.router)
+    if settings.serve_playground:
+        app.include_router(playground.router)
     install_error_handlers(app, retry_after_s=settings.retry_after_s)
     _add_middleware(app, state)
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
@@ -62,8 +82,13 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
     settings = state.settings
     app.add_middleware(GateMiddleware, gate=state.gate)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
-    if settings.api_keys:
-        app.add_middleware(ApiKeyMiddleware, api_keys=settings.api_keys)
+    app.add_middleware(DeadlineMiddleware, limit_s=settings.request_timeout_s)
+    plain = [plain_key(secret, index) for index, secret in enumerate(settings.api_keys)]
+    if keys := [*plain, *settings.keys]:
+        ring, protects = KeyRing(keys), settings.protect_metrics
+        app.add_middleware(
+            AccessMiddleware, ring=ring, limits=KeyLimits(), protects_metrics=protects
+        )
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -71,6 +96,9 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
+    install_tracing(app, settings.otlp_traces_endpoint)
+    if settings.log_requests or settings.log_prompts:
+        app.add_middleware(RequestLogMiddleware, logs_prompts=settings.log_prompts)
     app.add_middleware(RequestIdMiddleware)
 
 

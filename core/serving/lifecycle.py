@@ -17,6 +17,7 @@ from quire.core.config import EngineConfig
 from quire.core.engine.async_engine import AsyncEngine
 from quire.core.errors import ConfigError
 from quire.core.serving.app import make_app
+from quire.core.serving.operations.supervisor import Supervisor
 from quire.core.serving.server_state import ServerState
 from quire.core.serving.settings import ServerSettings
 
@@ -98,30 +99,40 @@ async def _live(
             return 0
         try:
             ready = Announcement(url_of(settings, listener), engine)
-            server = _Server(make_app(engine, settings), settings, lambda: announce(ready))
-            return await _serve(server, listener, stop)
-        finally:
+            app = make_app(engine, settings)
+        except BaseException:
             await engine.shutdown()
+            raise
+        server = _Server(app, settings, lambda: announce(ready))
+        supervisor = Supervisor(server.state, lambda: start_engine(config))
+        try:
+            return await _serve(server, listener, stop, supervisor)
+        finally:
+            # Not the first one, if it died and was replaced.
+            await server.state.engine.shutdown()
 
 
-async def _serve(server: _Server, listener: socket.socket, stop: asyncio.Event) -> int:
+async def _serve(
+    server: _Server, listener: socket.socket, stop: asyncio.Event, supervisor: Supervisor
+) -> int:
     state = server.state
     serving = asyncio.create_task(server.serve([listener]))
     stopped = asyncio.create_task(stop.wait())
-    died = asyncio.create_task(_wait_death(state))
-    watched = {serving, stopped}
-    if state.settings.exit_on_engine_death:
-        watched.add(died)
+    supervising = asyncio.create_task(supervisor.run())
     try:
-        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({serving, stopped, supervising}, return_when=asyncio.FIRST_COMPLETED)
+        has_given_up = supervising.done()
+        # A start that is under way is given up, or its process would outlive us.
+        supervising.cancel()
+        await asyncio.gather(supervising, return_exceptions=True)
         stop.clear()
         has_died = not await _drain(state, stop)
         server.should_exit = True
         await serving
     finally:
-        for task in (stopped, died):
+        for task in (stopped, supervising):
             task.cancel()
-    return 1 if has_died else 0
+    return 1 if has_died or has_given_up else 0
 
 
 async def _drain(state: ServerState, hurry: asyncio.Event) -> bool:
@@ -143,11 +154,6 @@ async def _drain(state: ServerState, hurry: asyncio.Event) -> bool:
     await state.engine.shutdown()
     await state.gate.wait_empty(_LAST_BYTES_S)
     return is_alive
-
-
-async def _wait_death(state: ServerState) -> None:
-    while not state.engine.errored:  # noqa: ASYNC110 - the engine offers a property, and seconds do
-        await asyncio.sleep(0.5)
 
 
 async def _unless_stopped(

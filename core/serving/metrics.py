@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
-from prometheus_client.registry import Collector
 
 import quire
 from quire.core.engine.async_engine import AsyncEngine, OutputKind
-from quire.core.engine.facts import EngineStatistics
 from quire.core.errors import EngineDeadError
 from quire.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from quire.core.serving.operations.engine_metrics import EngineCollector
+from quire.core.serving.operations.record import RequestRecord
 
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
@@ -38,7 +37,8 @@ class ServerMetrics:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self.registry = CollectorRegistry()
-        self._statistics = _StatisticsCollector(engine.facts.served_model_name)
+        self._record: RequestRecord | None = None
+        self._statistics = EngineCollector(engine)
         self.registry.register(self._statistics)
         ProcessCollector(registry=self.registry)
         self._set_build_info()
@@ -53,6 +53,22 @@ class ServerMetrics:
         )
         self.request_queue_time = self._histogram(
             "request_queue_time_seconds", "From arrival to the first step.", _WHOLE_REQUEST_S
+        )
+        self.request_prefill_time = self._histogram(
+            "request_prefill_time_seconds",
+            "From the first step to the first token.",
+            _WHOLE_REQUEST_S,
+        )
+        self.request_decode_time = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last.", _WHOLE_REQUEST_S
+        )
+        self.request_inference_time = self._histogram(
+            "request_inference_time_seconds", "From the first step to the last.", _WHOLE_REQUEST_S
+        )
+        self.request_time_per_output_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Mean between the tokens of one output.",
+            _BETWEEN_TOKENS_S,
         )
         self.request_prompt_tokens = self._histogram(
             "request_prompt_tokens", "Tokens of a prompt.", _TOKENS
@@ -69,7 +85,20 @@ class ServerMetrics:
 
     def observer(self, *, num_outputs: int, output_kind: OutputKind) -> RequestObserver:
         """Follows one prompt from now on."""
-        return RequestObserver(self, num_outputs=num_outputs, output_kind=output_kind)
+        return RequestObserver(
+            self, num_outputs=num_outputs, output_kind=output_kind, record=self._record
+        )
+
+    def recording(self, record: RequestRecord) -> ServerMetrics:
+        """The same numbers, with observers that also fill the record of one HTTP request."""
+        view = copy.copy(self)
+        view._record = record  # noqa: SLF001 - a copy of our own
+        return view
+
+    def follow(self, engine: AsyncEngine) -> None:
+        """From now on the numbers are those of another engine; counters go on where they were."""
+        self._engine = engine
+        self._statistics.follow(engine)
 
     def count_finished(self, reason: str, number: int = 1) -> None:
         """Counts outputs that ended."""
@@ -107,9 +136,15 @@ class RequestObserver:
     """Follows the outputs of one prompt and observes its times."""
 
     def __init__(
-        self, metrics: ServerMetrics, *, num_outputs: int, output_kind: OutputKind
+        self,
+        metrics: ServerMetrics,
+        *,
+        num_outputs: int,
+        output_kind: OutputKind,
+        record: RequestRecord | None = None,
     ) -> None:
         self._metrics = metrics
+        self._record = record
         self._num_open = num_outputs
         self._is_streamed = output_kind == "delta"
         self._arrival_s = time.monotonic()
@@ -132,11 +167,15 @@ class RequestObserver:
                 self._finish(child)
         if self._num_open == 0 and output.is_finished:
             self._metrics.e2e_request_latency.observe(now_s - self._arrival_s)
+            if output.metrics is not None:
+                self._note_stages(output.metrics)
 
     def close(self) -> None:
         """Counts as aborted what has not ended."""
         if self._num_open > 0:
             self._metrics.count_finished("abort", self._num_open)
+            if self._record is not None:
+                self._record.finish_reasons["abort"] += self._num_open
             self._num_open = 0
 
     def _begin(self, output: RequestOutput, now_s: float) -> None:
@@ -146,6 +185,11 @@ class RequestObserver:
         if times is not None and not self._is_streamed and times.first_token_time_s is not None:
             first_s = times.first_token_time_s
         self._metrics.time_to_first_token.observe(max(first_s - self._arrival_s, 0.0))
+        if self._record is not None:
+            self._record.num_prompt_tokens += len(output.prompt_token_ids)
+            self._record.num_cached_tokens += output.num_cached_tokens
+            if self._record.first_token_s is None:
+                self._record.first_token_s = first_s
         if times is not None and times.first_scheduled_time_s is not None:
             waited_s = times.first_scheduled_time_s - times.arrival_time_s
             self._metrics.request_queue_time.observe(max(waited_s, 0.0))
@@ -156,6 +200,7 @@ class RequestObserver:
         if number == 0:
             return
         self._num_tokens[child.index] = self._num_tokens.get(child.index, 0) + number
+        self._count_tokens(number)
         before_s = self._last_token_s.get(child.index)
         self._last_token_s[child.index] = now_s
         if before_s is not None:
@@ -165,6 +210,7 @@ class RequestObserver:
         """The mean gap stands for each, since an output that comes whole tells no more."""
         number = len(child.token_ids)
         self._num_tokens[child.index] = number
+        self._count_tokens(number)
         if times is None or times.first_token_time_s is None or times.last_token_time_s is None:
             return
         if number > 1:
@@ -175,48 +221,32 @@ class RequestObserver:
         for _ in range(number):
             self._metrics.inter_token_latency.observe(gap_s)
 
+    def _count_tokens(self, number: int) -> None:
+        if self._record is not None:
+            self._record.num_output_tokens += number
+
+    def _note_stages(self, times: RequestMetrics) -> None:
+        """The engine's own times of a prompt that has ended."""
+        if self._record is not None:
+            self._record.timings.append(times)
+        begun_s, first_s, last_s = (
+            times.first_scheduled_time_s,
+            times.first_token_time_s,
+            times.last_token_time_s,
+        )
+        if begun_s is None or first_s is None or last_s is None:
+            return
+        self._metrics.request_prefill_time.observe(max(first_s - begun_s, 0.0))
+        self._metrics.request_decode_time.observe(max(last_s - first_s, 0.0))
+        self._metrics.request_inference_time.observe(max(last_s - begun_s, 0.0))
+        longest = max(self._num_tokens.values(), default=0)
+        if longest > 1:
+            gap_s = max(last_s - first_s, 0.0) / (longest - 1)
+            self._metrics.request_time_per_output_token.observe(gap_s)
+
     def _finish(self, child: CompletionOutput) -> None:
         self._num_open -= 1
+        if self._record is not None:
+            self._record.finish_reasons[child.finish_reason or "stop"] += 1
         self._metrics.count_finished(child.finish_reason or "stop")
         self._metrics.request_generation_tokens.observe(self._num_tokens.get(child.index, 0))
-
-
-class _StatisticsCollector(Collector):
-    """The engine's own numbers, as it told them last."""
-
-    def __init__(self, model_name: str) -> None:
-        self._labels = [model_name]
-        self._statistics = EngineStatistics()
-        self._is_up = True
-
-    def update(self, statistics: EngineStatistics | None, *, is_up: bool) -> None:
-        """Remembers what the next scrape tells; None: as before."""
-        self._statistics = statistics or self._statistics
-        self._is_up = is_up
-
-    def collect(self) -> Iterator[Metric]:
-        """One family for each number."""
-        now = self._statistics
-        gauges: list[tuple[str, str, float]] = [
-            ("num_requests_running", "Requests in the running batch.", now.num_running),
-            ("num_requests_waiting", "Requests that wait to run.", now.num_waiting),
-            ("kv_cache_usage_perc", "Part of the cache that is held, 1 is all.", now.cache_usage),
-            ("engine_up", "1 while the engine lives.", float(self._is_up)),
-        ]
-        counters: list[tuple[str, str, float]] = [
-            ("prompt_tokens", "Prompt tokens scheduled.", now.num_prompt_tokens),
-            ("generation_tokens", "Tokens generated.", now.num_output_tokens),
-            ("prefix_cache_queries", "Prompt tokens looked up.", now.num_prompt_tokens),
-            ("prefix_cache_hits", "Prompt tokens found.", now.num_cached_prompt_tokens),
-            ("num_preemptions", "Requests put back to make room.", now.num_preemptions),
-            ("engine_steps", "Steps of the engine.", now.num_steps),
-            ("failed_steps", "Steps that ran out of memory.", now.num_failed_steps),
-        ]
-        for name, text, value in gauges:
-            gauge = GaugeMetricFamily(f"quire:{name}", text, labels=["model_name"])
-            gauge.add_metric(self._labels, value)
-            yield gauge
-        for name, text, value in counters:
-            counter = CounterMetricFamily(f"quire:{name}", text, labels=["model_name"])
-            counter.add_metric(self._labels, value)
-            yield counter

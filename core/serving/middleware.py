@@ -1,26 +1,26 @@
-"""What every request passes on its way in: an id, the key, the limit of its size, and the gate."""
+"""What every request passes on its way in: an id, the limit of its size, and the gate."""
 
 from __future__ import annotations
 
-import hmac
 import re
 import uuid
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.core.serving.error_responses import Failure, HttpError
 from quire.core.serving.gate import Gate
+from quire.core.serving.operations.record import RequestRecord, path_of
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
-"""What may be asked without a key: it tells nothing of anybody's requests."""
 _GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
 class RequestIdMiddleware:
-    """Gives each request an id, the client's own where it is a sound one, and sends it back."""
+    """Gives each request an id, the client's own where it is a sound one, and sends it back.
+
+    With the id begins the record of the request, which logs, traces and limits read.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -32,45 +32,16 @@ class RequestIdMiddleware:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        record = RequestRecord(request_id=request_id)
+        scope.setdefault("state", {}).update(request_id=request_id, record=record)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
+                record.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         await self._app(scope, receive, send_with_id)
-
-
-class ApiKeyMiddleware:
-    """Lets only those in who send a key, but for the paths that anybody may ask."""
-
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
-        self._app = app
-        self._keys = tuple(key.encode() for key in api_keys)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        is_free = scope["type"] != "http" or scope["path"] in OPEN_PATHS
-        # Browsers ask without a key whether they may send one.
-        if is_free or scope["method"] == "OPTIONS" or self._is_known(Headers(scope=scope)):
-            await self._app(scope, receive, send)
-            return
-        failure = Failure(
-            status=401,
-            message="the API key is missing or wrong; send `Authorization: Bearer KEY`",
-            type="authentication_error",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        await failure.response()(scope, receive, send)
-
-    def _is_known(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1", "replace")
-        # All keys are compared, each in constant time, so that the answer's time tells nothing.
-        matches = [hmac.compare_digest(given, known) for known in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
 
 
 class BodyLimitMiddleware:
@@ -119,7 +90,7 @@ class GateMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] != "http" or scope["path"] not in _GENERATING:
+        if scope["type"] != "http" or path_of(scope) not in _GENERATING:
             await self._app(scope, receive, send)
             return
         try:

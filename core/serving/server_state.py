@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -13,24 +13,44 @@ from quire.core.engine.async_engine import AsyncEngine
 from quire.core.serving.error_responses import Failure, HttpError
 from quire.core.serving.gate import Gate
 from quire.core.serving.metrics import ServerMetrics
+from quire.core.serving.operations.record import record_of
 from quire.core.serving.settings import ServerSettings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ServerState:
-    """One server; made with the app and held by it."""
+    """One server; made with the app and held by it. The supervisor alone changes it."""
 
     engine: AsyncEngine
+    """Another one after a restart."""
     settings: ServerSettings
     metrics: ServerMetrics
     gate: Gate
     created: int = field(default_factory=lambda: int(time.time()))
     """When the server began, in seconds since the epoch."""
+    is_restarting: bool = False
+    """The engine died, and another one is being started."""
+    num_restarts: int = 0
 
     @property
     def model_name(self) -> str:
         """What clients call the model."""
         return self.engine.facts.served_model_name
+
+    @property
+    def state_name(self) -> str:
+        """`ready`, `restarting`, `draining` or `dead`."""
+        if self.is_restarting:
+            return "restarting"
+        if self.engine.errored:
+            return "dead"
+        return "ready" if self.gate.is_open else "draining"
+
+    def replace_engine(self, engine: AsyncEngine) -> None:
+        """Another engine answers from now on."""
+        self.engine = engine
+        self.num_restarts += 1
+        self.metrics.follow(engine)
 
     def check_model(self, asked: str | None) -> None:
         """A request without a model means the only one there is. Raises: HttpError (404)."""
@@ -64,10 +84,11 @@ def make_names(request: Request, prefix: str, own_id: str | None) -> Names:
 
 
 def server_of(request: Request) -> ServerState:
-    """The server that this request came to."""
+    """The server that this request came to, with metrics that also fill the request's record."""
     state = request.app.state.server
     assert isinstance(state, ServerState), state
-    return state
+    record = record_of(request.scope)
+    return state if record is None else replace(state, metrics=state.metrics.recording(record))
 
 
 Server = Annotated[ServerState, Depends(server_of)]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quire.core.errors import ConfigError
+from quire.core.serving.operations.api_keys import ApiKey
+
+ENGINE_DEATH_POLICIES = ("restart", "exit", "stay")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +18,11 @@ class ServerSettings:
     port: int = 8000
     """0: any free one."""
     api_keys: tuple[str, ...] = ()
-    """Clients must send one of these; empty: nobody is asked."""
+    """Clients must send one of these, which may do everything; empty: nobody is asked."""
+    keys: tuple[ApiKey, ...] = ()
+    """Keys with names, scopes and limits, as a file lists them."""
+    protect_metrics: bool = False
+    """Whether `/metrics` and `/load` need a key with the scope `metrics`."""
     max_body_bytes: int = 32 * 2**20
     max_outputs: int = 4096
     """The most outputs of one request: its prompts times `n`."""
@@ -29,8 +36,22 @@ class ServerSettings:
     """Origins whose pages may call the server from a browser; `*`: all."""
     trust_request_chat_template: bool = False
     """Whether clients may bring a chat template, which is a program."""
-    exit_on_engine_death: bool = False
-    """End with status 1 when the engine dies, instead of answering 503 to everything."""
+    request_timeout_s: float | None = None
+    """How long a request may take from its first byte to its last; None: as long as it takes."""
+    on_engine_death: str = "restart"
+    """`restart` it, `exit` with status 1, or `stay` and answer 503 to everything."""
+    max_engine_restarts: int = 3
+    """So often in ten minutes; one death more ends the server with status 1."""
+    root_path: str = ""
+    """The prefix under which a proxy shows this server, as `/quire`."""
+    log_requests: bool = False
+    """One line for each request, without its prompt."""
+    log_prompts: bool = False
+    """The bodies of requests too: for debugging, where nobody's words are private."""
+    serve_playground: bool = True
+    """Whether `/` shows the page on which people try the model."""
+    otlp_traces_endpoint: str | None = None
+    """Where spans are sent, as `http://collector:4318/v1/traces`; None: none are made."""
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
 
@@ -46,6 +67,15 @@ class ServerSettings:
             problems.append(
                 f"shutdown_timeout_s is {self.shutdown_timeout_s}; it must not be negative"
             )
+        if self.request_timeout_s is not None and not self.request_timeout_s > 0:
+            problems.append(f"request_timeout_s is {self.request_timeout_s}; it must be above 0")
+        if self.on_engine_death not in ENGINE_DEATH_POLICIES:
+            known = ", ".join(ENGINE_DEATH_POLICIES)
+            problems.append(f"on_engine_death is {self.on_engine_death!r}; choose one of {known}")
+        if self.max_engine_restarts < 0:
+            problems.append("max_engine_restarts is negative; 0 never restarts")
+        if self.root_path and not self.root_path.startswith("/"):
+            problems.append(f"root_path is {self.root_path!r}; it must begin with /")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             problems.append("ssl_certfile and ssl_keyfile belong together; give both")
         if any(not key for key in self.api_keys):

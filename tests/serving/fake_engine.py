@@ -6,6 +6,7 @@ It keeps to what `AsyncEngine` promises, so that the server is tested without to
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -86,6 +87,10 @@ class FakeEngine:
     @property
     def num_unfinished(self) -> int:
         return len(self.streams)
+
+    @property
+    def core_pid(self) -> int:
+        return os.getpid()
 
     async def submit(
         self,

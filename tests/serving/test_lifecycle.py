@@ -122,15 +122,15 @@ def test_signal_while_loading_ends_with_zero():
 
 
 def test_engine_death_ends_the_server_if_asked():
-    """With exit_on_engine_death the process ends with 1, so that whoever watches it starts another."""
-    with served(exit_on_engine_death=True) as one:
+    """With on_engine_death=exit the process ends with 1, so that whoever watches it starts another."""
+    with served(on_engine_death="exit") as one:
         assert one.client.post("/v1/completions", json={"prompt": "die"}).status_code == 503
         assert one.ends() == 1
 
 
 def test_engine_death_leaves_the_server_answering():
-    """Without it the server stays, and says that it is not healthy."""
-    with served() as one:
+    """With stay the server stays, and says that it is not healthy."""
+    with served(on_engine_death="stay") as one:
         assert one.client.post("/v1/completions", json={"prompt": "die"}).status_code == 503
         assert one.client.get("/health").status_code == 503
         one.process.send_signal(signal.SIGTERM)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from typing import Annotated
 
 import typer
@@ -11,7 +9,7 @@ from typer.core import TyperGroup
 
 import quire
 from quire.core.env import read_environment
-from quire.core.errors import ConfigError, QuireError
+from quire.core.errors import QuireError
 from quire.core.serving.cli.backends import backends
 from quire.core.serving.cli.bench import bench
 from quire.core.serving.cli.chat import chat
@@ -23,8 +21,7 @@ from quire.core.serving.cli.errors import status_of
 from quire.core.serving.cli.generate import generate
 from quire.core.serving.cli.plan import plan
 from quire.core.serving.cli.serve import serve
-
-_LEVELS = ("debug", "info", "warning", "error")
+from quire.core.serving.operations.logging_setup import set_up_logging
 
 
 class _Commands(TyperGroup):
@@ -51,6 +48,9 @@ def _prepare(
     log_level: Annotated[
         str | None, typer.Option(help="debug, info, warning or error; default: QUIRE_LOG_LEVEL.")
     ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="text, or json for machines; default: QUIRE_LOG_FORMAT.")
+    ] = None,
     debug: Annotated[  # noqa: ARG001 - read from the context where errors are shown
         bool, typer.Option("--debug", help="Show tracebacks.")
     ] = False,
@@ -62,13 +62,10 @@ def _prepare(
     ] = False,
 ) -> None:
     """Quire: an inference and serving engine whose accelerator is a plug-in."""
-    level = (log_level or read_environment().log_level).lower()
-    if level not in _LEVELS:
-        raise ConfigError(f"log level {level!r} is unknown; choose one of {', '.join(_LEVELS)}")
-    logging.basicConfig(
-        level=level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    environment = read_environment()
+    set_up_logging(
+        (log_level or environment.log_level).lower(),
+        (log_format or environment.log_format).lower(),
     )
 
 

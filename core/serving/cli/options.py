@@ -19,10 +19,13 @@ from quire.core.config import EngineConfig
 from quire.core.env import read_environment
 from quire.core.errors import ConfigError
 from quire.core.sampling_params import SamplingParams
+from quire.core.serving.settings import ServerSettings
 
 Command = Callable[..., None]
 
 _BYTE_UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+_SINGULAR = {"api_keys": "--api-key", "allowed_origins": "--allowed-origin"}
+"""Options that may be repeated, each time with one value."""
 _SAMPLING_FIELDS = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "stop_token_ids"),
@@ -59,6 +62,13 @@ def with_sampling_options(command: Command) -> Command:
     """Gives `command(..., sampling=...)`, a dict of what was given, the options of sampling."""
     options = _options(SamplingParams, "Sampling", only=_SAMPLING_FIELDS)
     return _extended(command, options, "sampling", _given)
+
+
+def with_server_options(command: Command) -> Command:
+    """Gives `command(..., settings=...)`, a dict of what was given, the server's options."""
+    names = tuple(f.name for f in fields(ServerSettings) if f.name != "keys")
+    options = _options(ServerSettings, "Server", only=names)
+    return _extended(command, options, "settings", _given)
 
 
 def make_config(given: Mapping[str, Any]) -> EngineConfig:
@@ -130,11 +140,12 @@ def _options(
 def _option(field: Field[Any], hint: Any, text: str, panel: str) -> inspect.Parameter:
     """An option that is None unless given: what was not asked keeps the configuration's default."""
     default = None if field.default is MISSING else field.default
-    shown = f" (default: {default})" if default not in (None, "") else ""
+    shown = f" (default: {default})" if default not in (None, "", ()) else ""
     # For whom types, None is what happens without the option.
     text = text.replace("None: ", "Default: ")
     parser = parse_bytes if field.name.endswith("_bytes") else None
     info = typer.Option(
+        *([_SINGULAR[field.name]] if field.name in _SINGULAR else []),
         help=f"{text}{shown}".strip() or None,
         rich_help_panel=panel,
         show_default=False,

@@ -14,8 +14,8 @@ router = APIRouter()
 @router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def get_health(server: Server) -> Response:
-    """200 while the process and its engine live; after 503 only a restart helps."""
-    if not server.engine.errored:
+    """200 while process and engine live or the engine is restarted; 503: restart the process."""
+    if not server.engine.errored or server.is_restarting:
         return Response(status_code=200)
     cause = server.engine.dead_error
     message = str(cause) if cause is not None else "the engine is dead"
