@@ -19,6 +19,74 @@ MAX_SEED = 2**63 - 1
 
 
 @dataclass(slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """What an output must look like; exactly one form. The names are those of vLLM.
+
+    Raises: RequestError, unless one form is given and of the right type.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    """A JSON schema."""
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    """The output is one of these texts."""
+    grammar: str | None = None
+    """EBNF with rules `name ::= ...`, the first or `root` begins; or Lark, from `start:`."""
+    json_object: bool | None = None
+    """Any JSON object."""
+    structural_tag: str | Mapping[str, Any] | None = None
+    """JSON with `structures` (each `begin`, `schema`, `end`) and `triggers`: free text in which a
+    trigger obliges to one of the structures.
+    """
+    disable_any_whitespace: bool = False
+    """JSON without spaces between its tokens."""
+    disable_additional_properties: bool = False
+    """JSON objects have no properties but those of the schema."""
+    whitespace_pattern: str | None = None
+    """A regular expression of what may stand between the tokens of JSON."""
+    starts_after: str | None = None
+    """Everything may be said up to this text, as `</think>`; the form holds for what follows."""
+
+    def __post_init__(self) -> None:
+        problems = list(_structure_problems(self))
+        if problems:
+            raise RequestError("; ".join(problems), param="structured_outputs")
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Which forms are given."""
+        return tuple(name for name in _STRUCTURED_FORMS if getattr(self, name) not in (None, False))
+
+
+_STRUCTURED_FORMS: dict[str, tuple[type, ...]] = {
+    "json": (str, Mapping, bool),
+    "regex": (str,),
+    "choice": (Sequence,),
+    "grammar": (str,),
+    "json_object": (bool,),
+    "structural_tag": (str, Mapping),
+}
+
+
+def _structure_problems(given: StructuredOutputsParams) -> Iterator[str]:
+    forms = given.forms
+    if len(forms) != 1:
+        yield (
+            f"structured_outputs has {len(forms)} forms ({', '.join(forms) or 'none'}); give one "
+            f"of {', '.join(_STRUCTURED_FORMS)}"
+        )
+    for name in forms:
+        value = getattr(given, name)
+        is_choice = name == "choice" and not _is_sequence_of(value, str)
+        if not isinstance(value, _STRUCTURED_FORMS[name]) or is_choice:
+            yield f"structured_outputs.{name} is {type(value).__name__}, which it cannot be"
+    for name in ("whitespace_pattern", "starts_after"):
+        value = getattr(given, name)
+        if value is not None and (not isinstance(value, str) or not value):
+            yield f"structured_outputs.{name} is {value!r}; it must be a text"
+
+
+@dataclass(slots=True, kw_only=True)
 class SamplingParams:
     """Settings of one request; the names are those of vLLM and the OpenAI API.
 
@@ -65,10 +133,14 @@ class SamplingParams:
     """For `scheduling_policy="priority"`: a lower number goes first."""
     cache_salt: str | None = None
     """Prompts share cached prefixes only with prompts of the same salt."""
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    """What the output must look like: a schema, an expression, a grammar."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Untouched by the engine; comes back with the output."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.structured_outputs, Mapping):
+            self.structured_outputs = _read_structure(self.structured_outputs)
         problems = list(_problems(self))
         if problems:
             raise RequestError("; ".join(text for _, text in problems), param=problems[0][0])
@@ -95,6 +167,19 @@ class SamplingParams:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def _read_structure(given: Mapping[str, Any]) -> StructuredOutputsParams:
+    unknown = sorted(
+        {str(name) for name in given} - {f.name for f in fields(StructuredOutputsParams)}
+    )
+    if unknown:
+        raise RequestError(
+            f"structured_outputs has unknown {', '.join(unknown)}; known are "
+            f"{', '.join(f.name for f in fields(StructuredOutputsParams))}",
+            param="structured_outputs",
+        )
+    return StructuredOutputsParams(**given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +235,12 @@ def _problems(params: SamplingParams) -> Iterator[tuple[str, str]]:
             yield name, problem
     yield from _list_problems(params)
     yield from _bias_problems(params)
+    structure = params.structured_outputs
+    if structure is not None and not isinstance(structure, StructuredOutputsParams):
+        yield (
+            "structured_outputs",
+            f"structured_outputs is {type(structure).__name__}; give StructuredOutputsParams",
+        )
     if (
         isinstance(params.max_tokens, int)
         and isinstance(params.min_tokens, int)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from quire.core.engine.llm import LLM
     from quire.core.errors import QuireError
     from quire.core.outputs import CompletionOutput, Logprob, RequestOutput
-    from quire.core.sampling_params import SamplingParams
+    from quire.core.sampling_params import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "QuireError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -38,6 +39,7 @@ _HOME_OF = {
     "QuireError": "quire.core.errors",
     "RequestOutput": "quire.core.outputs",
     "SamplingParams": "quire.core.sampling_params",
+    "StructuredOutputsParams": "quire.core.sampling_params",
 }
 
 

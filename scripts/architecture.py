@@ -64,10 +64,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "core.discovery",
         "core.kv_cache",
         "core.models.description",
+        "core.models.registry",
         "core.models.source",
     ),
     "core.kv_cache": _BASE,
-    "core.scheduler": (*_BASE, "core.kv_cache"),
+    "core.scheduler": (*_BASE, "core.kv_cache", "core.structured.spec"),
     "core.executor": (*_BASE, "core.discovery", "core.planning"),
     "core.structured": _BASE,
     "core.engine": (

@@ -104,6 +104,8 @@ class AsyncEngine:
         """
         self._refuse_if_not_ready()
         token_ids = await self._tokenize(prompt, add_special_tokens=add_special_tokens)
+        if params.structured_outputs is not None:
+            await asyncio.to_thread(self._front.check_grammar, params)
         self._refuse_if_not_ready()
         prepared = self._front.inputs.prepare(
             request_id, prompt, params, priority=priority, prompt_token_ids=token_ids
@@ -288,6 +290,7 @@ class AsyncEngine:
         self._receiver.cancel()
         await asyncio.gather(self._receiver, return_exceptions=True)
         await self._client.close()
+        self._front.grammars.close()
         if self._chat is not None:
             self._chat.close()
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quire.core.config import EngineConfig
+from quire.core.engine.constraints import Constraints
 from quire.core.engine.facts import EngineFacts, EngineStatistics
+from quire.core.engine.grammars import core_compiler
 from quire.core.engine.messages import same_death
 from quire.core.errors import (
     DeviceError,
@@ -80,6 +82,8 @@ class EngineCore:
         self.scheduler = scheduler
         self._cache = cache
         self._executor = executor
+        compiler = core_compiler(facts.model_directory, config.tokenizer, facts.vocab_size)
+        self._constraints = Constraints(compiler)
         self._num_ahead = MAX_STEPS_IN_FLIGHT if config.overlap_scheduling else 1
         self._num_steps_alone = 0
         """So many steps run one at a time: there was no memory for two."""
@@ -104,7 +108,10 @@ class EngineCore:
         """Takes a request in. One that is refused ends with an update at the next step."""
         self._num_added += 1
         try:
-            self.scheduler.add(spec)
+            if spec.constraint is None:
+                self.scheduler.add(spec)
+            else:
+                self._constraints.park(spec, spec.constraint)
         except RequestError as error:
             self._refused.append(
                 RequestUpdate(spec.request_id, [], FinishReason.ERROR, error=str(error))
@@ -114,11 +121,19 @@ class EngineCore:
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestUpdate]:
         """Ends requests at once, also in the middle of a step. Unknown ids are ignored."""
-        return self.scheduler.abort(request_ids)
+        ids = list(request_ids)
+        waited = self._constraints.forget(ids)
+        ends = [RequestUpdate(request_id, [], FinishReason.ABORT) for request_id in waited]
+        return ends + self.scheduler.abort(ids)
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._refused or self._in_flight or self.scheduler.has_work())
+        return bool(
+            self._refused
+            or self._in_flight
+            or self.scheduler.has_work()
+            or self._constraints.num_parked
+        )
 
     def step(self) -> list[RequestUpdate]:
         """Schedules what can be, then waits for the oldest step and returns what it brought.
@@ -129,6 +144,8 @@ class EngineCore:
         is dead then.
         """
         self._raise_if_dead()
+        if self._constraints.num_parked:
+            self._admit_compiled()
         refused, self._refused = self._refused, []
         try:
             return refused + self._step() if refused else self._step()
@@ -149,7 +166,7 @@ class EngineCore:
         scheduler = self.scheduler.statistics()
         return EngineStatistics(
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + self._constraints.num_parked,
             cache_usage=scheduler.cache_usage,
             num_steps=scheduler.num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
@@ -176,11 +193,18 @@ class EngineCore:
     def close(self) -> None:
         """Drops all requests and releases the device. Calling twice is harmless."""
         self._in_flight.clear()
+        self._constraints.close()
         self._executor.close()
 
     def _raise_if_dead(self) -> None:
         if self._dead is not None:
             raise same_death(self._dead)
+
+    def _admit_compiled(self) -> None:
+        """Lets those in whose grammar is ready; waits a moment for it if there is nothing else."""
+        if not (self._refused or self._in_flight or self.scheduler.has_work()):
+            self._constraints.wait()
+        self._refused += self._constraints.take_ready(self.scheduler.add)
 
     def _step(self) -> list[RequestUpdate]:
         updates = self._submit_steps()
@@ -192,7 +216,8 @@ class EngineCore:
         except DeviceOutOfMemory as error:
             return updates + self._fail(oldest.batch, error)
         self._num_steps_alone = max(0, self._num_steps_alone - 1)
-        return updates + self.scheduler.update(oldest.batch, result)
+        updates += self.scheduler.update(oldest.batch, result)
+        return self._constraints.follow(updates, self.scheduler.complete)
 
     def _submit_steps(self) -> list[RequestUpdate]:
         """Hands steps over until enough are in flight, or memory is short until one is back."""
@@ -200,6 +225,7 @@ class EngineCore:
             batch = self.scheduler.schedule()
             if batch is None:
                 break
+            batch = self._constraints.with_masks(batch)
             try:
                 pending = self._executor.submit(batch)
             except DeviceOutOfMemory as error:
@@ -218,7 +244,8 @@ class EngineCore:
             _wait_for_nothing(one.pending)
         if self._num_ahead > 1:
             self._num_steps_alone = STEPS_ALONE_AFTER_FAILURE
-        return self.scheduler.fail_step(batch, str(error))
+        ends = self.scheduler.fail_step(batch, str(error))
+        return self._constraints.follow(ends, self.scheduler.complete)
 
 
 def _wait_for_nothing(pending: PendingStep) -> None:

@@ -9,9 +9,12 @@ from typing import Any
 from quire.core.config import EngineConfig
 from quire.core.engine.facts import EngineFacts
 from quire.core.engine.generation_defaults import read_generation_defaults
+from quire.core.engine.grammars import constraint_of, front_compiler
 from quire.core.engine.input_processor import InputProcessor, ModelLimits
 from quire.core.engine.output_processor import OutputProcessor
 from quire.core.engine.tokenizer import TextCodec, load_codec
+from quire.core.sampling_params import SamplingParams
+from quire.core.structured.compiler import GrammarCompiler
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,16 @@ class Front:
     codec: TextCodec | None
     inputs: InputProcessor
     outputs: OutputProcessor
+    grammars: GrammarCompiler
+
+    def check_grammar(self, params: SamplingParams) -> None:
+        """Compiles the grammar that is asked for, if one is; in the caller's time.
+
+        Raises: RequestError with the reason, for one that cannot be compiled in its limits.
+        """
+        constraint = constraint_of(params)
+        if constraint is not None:
+            self.grammars.compile(constraint.grammar)
 
 
 def make_front(
@@ -47,4 +60,9 @@ def make_front(
         seed=config.seed,
         name_function=name_function,
     )
-    return Front(codec=codec, inputs=inputs, outputs=OutputProcessor())
+    return Front(
+        codec=codec,
+        inputs=inputs,
+        outputs=OutputProcessor(),
+        grammars=front_compiler(codec, facts.model, facts.vocab_size),
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from quire.core.engine.generation_defaults import GenerationDefaults
+from quire.core.engine.grammars import constraint_of
 from quire.core.engine.prompts import ParsedPrompt, Prompt, parse_prompt
 from quire.core.engine.sampling_spec import check_token_ids, make_sampling_spec, wrap_seed
 from quire.core.engine.tokenizer import TextCodec, no_tokenizer
@@ -165,6 +166,7 @@ class InputProcessor:
             priority=params.priority if priority is None else priority,
             arrival_time_s=arrival_time_s,
             cache_salt=params.cache_salt,
+            constraint=constraint_of(params),
         )
 
     def _processor_names(self, params: SamplingParams) -> tuple[str, ...]:

@@ -71,6 +71,7 @@ class LLM:
             self.facts = self._client.facts
             front = make_front(self.config, self.facts, name_function=self._name_function)
             self._codec, self._inputs, self._outputs = front.codec, front.inputs, front.outputs
+            self._front = front
             self._chat = (
                 ChatRenderer(front.codec, self.config.chat_template) if front.codec else None
             )
@@ -175,6 +176,7 @@ class LLM:
     def close(self) -> None:
         """Ends the engine and releases the device. Calling twice is harmless."""
         self._client.close()
+        self._front.grammars.close()
         if self._chat is not None:
             self._chat.close()
 
@@ -206,6 +208,7 @@ class LLM:
         prepared = []
         for index, prompt in enumerate(prompts):
             try:
+                self._front.check_grammar(checked[index])
                 prepared.append(
                     self._inputs.prepare(
                         str(self._num_requests + index),

@@ -139,7 +139,7 @@ class OutputState:
         token_ids = update.new_token_ids
         num_taken = len(token_ids)
         if self._text is not None:
-            num_taken = self._take_text(token_ids, update.finish_reason)
+            num_taken = self._take_text(token_ids, update.finish_reason, is_whole=update.is_whole)
         if num_taken < len(token_ids):
             token_ids = token_ids[:num_taken]
         self.token_ids += token_ids
@@ -185,9 +185,15 @@ class OutputState:
             stop_reason=self.stop_reason,
         )
 
-    def _take_text(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> int:
+    def _take_text(
+        self,
+        token_ids: Sequence[int],
+        finish_reason: FinishReason | None,
+        *,
+        is_whole: bool = False,
+    ) -> int:
         assert self._text is not None, self.request_id
-        is_stop_token = finish_reason is FinishReason.STOP
+        is_stop_token = finish_reason is FinishReason.STOP and not is_whole
         text, count = "", len(token_ids)
         if self._is_text_late:
             if finish_reason is not None:

@@ -27,6 +27,7 @@ def make_request(
         arrival_index=arrival_index,
         table=cache.make_table(spec.cache_salt),
         num_tokens=num_prompt,
+        needs_last_token=spec.constraint is not None,
     )
 
 

@@ -9,6 +9,7 @@ import msgspec
 
 from quire.core.interface.worker import PositionLogprobs, SamplingSpec
 from quire.core.kv_cache.block_table import BlockTable
+from quire.core.structured.spec import ConstraintSpec
 
 
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +28,8 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     arrival_time_s: float = 0.0
     """`time.monotonic` of the front."""
     cache_salt: str | None = None
+    constraint: ConstraintSpec | None = None
+    """What the output must look like."""
 
 
 class FinishReason(enum.StrEnum):
@@ -73,6 +76,8 @@ class Request:
     arrival_index: int
     """Counts up in the order of arrival."""
     table: BlockTable
+    needs_last_token: bool = False
+    """The next step needs the value of the last token, as a grammar does: it is never run ahead."""
     order_key: tuple[int, ...] = ()
     """The policy's; smaller goes first."""
     status: RequestStatus = RequestStatus.WAITING
@@ -126,3 +131,5 @@ class RequestUpdate(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The next entries, where asked; in the end one for each prompt token but the first."""
     error: str | None = None
     """Why it failed, where `finish_reason` is `ERROR`."""
+    is_whole: bool = False
+    """It ended since its grammar allows no more: the last token is no stop token, but text."""

@@ -96,6 +96,12 @@ class Scheduler:
             if request is not None
         ]
 
+    def complete(self, request_id: str) -> None:
+        """Ends a request whose output is whole by its grammar; no step of it may be in flight."""
+        request = self._book.live[request_id]
+        assert not request.num_in_flight, request
+        self._book.finish(request, FinishReason.STOP)
+
     # ------------------------------------------------------------------------------------- a step
 
     def schedule(self) -> StepBatch | None:
@@ -123,6 +129,8 @@ class Scheduler:
             total = request.num_tokens
             if total >= request.max_total_tokens or request.status is not _RUNNING:
                 continue  # its last token is on its way, or it was preempted in this pass
+            if request.needs_last_token and total > len(request.token_ids):
+                continue  # what may follow is known when that token is
             computed = request.num_computed_tokens
             num_new = total - computed
             if num_new > 1:

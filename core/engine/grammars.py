@@ -1,0 +1,92 @@
+"""What a user asks of an output's form, as the engine's own records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quire.core.engine.tokenizer import TextCodec, load_codec, no_tokenizer
+from quire.core.errors import CheckpointError, RequestError
+from quire.core.sampling_params import SamplingParams, StructuredOutputsParams
+from quire.core.structured.compiler import GrammarCompiler
+from quire.core.structured.spec import ConstraintSpec, GrammarKind, GrammarSpec
+
+_KINDS: dict[str, GrammarKind] = {
+    "json": "json_schema",
+    "json_object": "json_object",
+    "regex": "regex",
+    "choice": "choice",
+    "grammar": "grammar",
+    "structural_tag": "structural_tag",
+}
+
+
+def constraint_of(params: SamplingParams) -> ConstraintSpec | None:
+    """The constraint that a request asks for. Raises: RequestError for what JSON cannot hold."""
+    asked = params.structured_outputs
+    if asked is None:
+        return None
+    assert isinstance(asked, StructuredOutputsParams), asked
+    form = asked.forms[0]
+    value = getattr(asked, form)
+    grammar = GrammarSpec(
+        kind=_KINDS[form],
+        text="" if form == "json_object" else _text_of(value, form),
+        whitespace_pattern=asked.whitespace_pattern,
+        disable_any_whitespace=asked.disable_any_whitespace,
+        disable_additional_properties=asked.disable_additional_properties,
+    )
+    return ConstraintSpec(grammar=grammar, starts_after=asked.starts_after)
+
+
+def front_compiler(codec: TextCodec | None, model: str, vocab_size: int) -> GrammarCompiler:
+    """The compiler with which the front finds out whether a grammar is one."""
+
+    def read() -> str:
+        if codec is None:
+            raise no_tokenizer(model)
+        return tokenizer_json(codec)
+
+    return GrammarCompiler(read, vocab_size=vocab_size)
+
+
+def core_compiler(directory: str, tokenizer: str | None, vocab_size: int) -> GrammarCompiler:
+    """The compiler of an engine core, which reads the tokenizer when the first grammar comes."""
+
+    def read() -> str:
+        file = Path(tokenizer or directory) / "tokenizer.json"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        codec = load_codec(directory, tokenizer=tokenizer)
+        if codec is None:
+            raise no_tokenizer(directory)
+        return tokenizer_json(codec)
+
+    return GrammarCompiler(read, vocab_size=vocab_size)
+
+
+def tokenizer_json(codec: TextCodec) -> str:
+    """A tokenizer as JSON of the tokenizers library.
+
+    Raises: CheckpointError for one that has no such form.
+    """
+    backend = getattr(codec.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise CheckpointError(
+            "structured output needs a fast tokenizer (tokenizer.json), and this model has none; "
+            "convert it, or name another with tokenizer=..."
+        )
+    return str(backend.to_str())
+
+
+def _text_of(value: Any, form: str) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(dict(value) if isinstance(value, Mapping) else value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(
+            f"structured_outputs.{form} is not JSON: {error}", param=f"structured_outputs.{form}"
+        ) from error

@@ -1,0 +1,175 @@
+"""Compiles grammars for one tokenizer, off the hot path and once each."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from quire.core.errors import ConfigError, RequestError
+from quire.core.structured.grammar_text import param_of, to_compiler_text
+from quire.core.structured.spec import GrammarSpec
+
+_MISSING = (
+    'structured output needs llguidance, which is not installed; pip install "quire[structured]"'
+)
+_NUM_THREADS = 2
+_MAX_CACHED = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrammarLimits:
+    """What a grammar may cost. A matcher that exceeds them stops with an error, never hangs."""
+
+    compile_time_s: float = 10.0
+    """A request whose grammar takes longer is refused."""
+    max_grammar_size: int = 500_000
+    """Symbols in all productions."""
+    initial_lexer_fuel: int = 5_000_000
+    """Work for the regular expressions; about 50,000 a millisecond."""
+    step_lexer_fuel: int = 1_000_000
+    step_max_items: int = 100_000
+    max_items_in_row: int = 5000
+
+
+class CompiledGrammar:
+    """A grammar that is ready. Immutable; each output starts from a copy of its beginning."""
+
+    def __init__(self, matcher: Any, tokenizer: Any) -> None:
+        self._matcher = matcher
+        self.tokenizer = tokenizer
+
+    def start(self) -> Any:
+        """A matcher at the beginning of the grammar, the caller's own."""
+        return self._matcher.deep_copy()
+
+
+class GrammarCompiler:
+    """Compiles in a few threads and remembers. May be used from several threads.
+
+    The tokenizer's table is made with the first grammar, in the thread that compiles it: an engine
+    that nobody asks for structured output pays nothing.
+    """
+
+    def __init__(
+        self,
+        read_tokenizer: Callable[[], str],
+        *,
+        vocab_size: int,
+        limits: GrammarLimits | None = None,
+    ) -> None:
+        """`read_tokenizer` gives the tokenizer as the JSON of the tokenizers library."""
+        self.vocab_size = vocab_size
+        self.limits = limits or GrammarLimits()
+        self._read_tokenizer = read_tokenizer
+        self._tokenizer: Any = None
+        self._tokenizer_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[GrammarSpec, Future[CompiledGrammar]] = OrderedDict()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def submit(self, spec: GrammarSpec) -> Future[CompiledGrammar]:
+        """The grammar, now or later; equal ones are one. Never waits.
+
+        The future raises RequestError with the reason for a grammar that cannot be compiled.
+        """
+        with self._lock:
+            future = self._cache.get(spec)
+            if future is None:
+                future = self._start(spec)
+            self._cache.move_to_end(spec)
+            while len(self._cache) > _MAX_CACHED:
+                self._cache.popitem(last=False)
+            return future
+
+    def compile(self, spec: GrammarSpec) -> CompiledGrammar:
+        """The grammar, waiting for it. Raises: RequestError with the reason, also for the time."""
+        try:
+            return self.submit(spec).result(self.limits.compile_time_s)
+        except TimeoutError as error:
+            raise self.too_slow(spec) from error
+
+    def too_slow(self, spec: GrammarSpec) -> RequestError:
+        """What to tell whose grammar takes longer than the limit."""
+        return RequestError(
+            f"the grammar takes longer than {self.limits.compile_time_s:g} s to compile; "
+            "make it simpler",
+            param=param_of(spec),
+        )
+
+    def close(self) -> None:
+        """Ends the threads once they are done with what they have."""
+        with self._lock:
+            if self._pool is not None:
+                self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, spec: GrammarSpec) -> Future[CompiledGrammar]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="quire-grammar")
+        future = self._pool.submit(self._compile, spec)
+        self._cache[spec] = future
+        return future
+
+    def _compile(self, spec: GrammarSpec) -> CompiledGrammar:
+        llguidance = _library()
+        tokenizer = self._table(llguidance)
+        text = to_compiler_text(spec)
+        limits = self._native_limits(llguidance)
+        is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
+            text, tokenizer, limits=limits
+        )
+        if not is_error:
+            matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
+            is_error, messages = matcher.is_error(), [matcher.get_error()]
+        if is_error:
+            raise RequestError(
+                f"the grammar cannot be compiled: {_first_lines(messages)}", param=param_of(spec)
+            )
+        if matcher.is_stopped():
+            raise RequestError(
+                "the grammar allows nothing but the empty text; give one that some text fits",
+                param=param_of(spec),
+            )
+        return CompiledGrammar(matcher, tokenizer)
+
+    def _table(self, llguidance: Any) -> Any:
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._make_table(llguidance)
+            return self._tokenizer
+
+    def _make_table(self, llguidance: Any) -> Any:
+        text = self._read_tokenizer()
+        try:
+            return llguidance.LLTokenizer(text, n_vocab=self.vocab_size)
+        except Exception as error:  # the library raises ValueError and its panics
+            raise RequestError(
+                f"structured output is not possible with this model's tokenizer: {error}",
+                param="structured_outputs",
+            ) from error
+
+    def _native_limits(self, llguidance: Any) -> Any:
+        limits = self.limits
+        return llguidance.LLParserLimits(
+            max_items_in_row=limits.max_items_in_row,
+            initial_lexer_fuel=limits.initial_lexer_fuel,
+            step_lexer_fuel=limits.step_lexer_fuel,
+            step_max_items=limits.step_max_items,
+            max_grammar_size=limits.max_grammar_size,
+            verbose_errors=False,
+        )
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise ConfigError(_MISSING) from error
+    return llguidance
+
+
+def _first_lines(messages: list[str]) -> str:
+    return " ".join(" ".join(messages).split())[:500]

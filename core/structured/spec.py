@@ -1,0 +1,36 @@
+"""What an output must look like, as plain data that crosses from the front to the engine core."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "grammar", "structural_tag"]
+
+MAX_GRAMMAR_CHARS = 512 * 1024
+"""Of one grammar's text; larger ones are refused before anything reads them."""
+
+
+class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One grammar. Hashable: equal ones are compiled once."""
+
+    kind: GrammarKind
+    text: str = ""
+    """The schema, regular expression or grammar; for `choice` and `structural_tag` JSON."""
+    whitespace_pattern: str | None = None
+    """For JSON: a regular expression of what may stand between tokens; None: a bounded default."""
+    disable_any_whitespace: bool = False
+    """For JSON: as compact as can be."""
+    disable_additional_properties: bool = False
+    """For JSON: objects have the properties that the schema names, and no others."""
+
+
+class ConstraintSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A grammar, and from where on the output keeps to it."""
+
+    grammar: GrammarSpec
+    starts_after: str | None = None
+    """A text that ends a part in which everything may be said, as `</think>` does. None: the
+    grammar holds from the first token on.
+    """
