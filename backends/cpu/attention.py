@@ -11,6 +11,7 @@ from quire import kernels_cpu
 from quire.backends.reference import ReferenceAttention
 from quire.core.interface import AttentionBatch, AttentionPlan, AttentionSpec, LayerCache
 
+_NATIVE_KINDS = frozenset({"causal", "sliding_window", "chunked"})
 _NATIVE_DTYPES = frozenset({"float32", "bfloat16", "float16"})
 
 
@@ -25,11 +26,12 @@ class NativePlan(AttentionPlan):
 
 
 class CpuAttention(ReferenceAttention):
-    """The compiled kernel, or the reference where the cache has another dtype than q."""
+    """The compiled kernel; the reference for other kinds, or a cache of another dtype than q."""
 
     def __init__(self, spec: AttentionSpec, torch_device: str = "cpu") -> None:
         super().__init__(spec, torch_device)
-        is_served = spec.dtype in _NATIVE_DTYPES and spec.cache_dtype == spec.dtype
+        is_served = spec.kind in _NATIVE_KINDS and spec.dtype in _NATIVE_DTYPES
+        is_served = is_served and spec.cache_dtype == spec.dtype
         self._is_native = kernels_cpu.HAVE_NATIVE and is_served
         self._window = (spec.window or 0) if spec.kind == "sliding_window" else 0
         self._chunk = (spec.window or 0) if spec.kind == "chunked" else 0

@@ -1,7 +1,7 @@
 """What a kind of attention needs of its blocks: one small object for each kind.
 
-The manager knows no kinds; it asks these questions. A new kind (encoder states for cross-attention,
-recurrent states) answers them in a class of its own and enters `make_group_policy`.
+The manager knows no kinds; it asks these questions. A new kind (encoder states for cross-attention)
+answers them in a class of its own and enters `make_group_policy`.
 """
 
 from __future__ import annotations
@@ -117,6 +117,16 @@ class SlidingWindowPolicy(GroupPolicy):
         return num_found
 
 
+class RecurrentPolicy(SlidingWindowPolicy):
+    """A block holds the state after its last token, so a token needs the block before it alone.
+
+    That is a window of two tokens; a prefix ends where a whole block's state is kept.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        super().__init__(block_size, window=2)
+
+
 def make_group_policy(group: CacheGroup) -> GroupPolicy:
     """The policy of a group's kind.
 
@@ -124,12 +134,14 @@ def make_group_policy(group: CacheGroup) -> GroupPolicy:
     """
     if group.kind in ("causal", "mla"):
         return FullPolicy(group.block_size)
+    if group.kind == "recurrent":
+        return RecurrentPolicy(group.block_size)
     if group.kind == "sliding_window" and group.window is not None:
         return SlidingWindowPolicy(group.block_size, group.window)
     reason = Reason(
         code="kv_cache.kind",
         need=f"blocks for attention of kind {group.kind!r}, window {group.window}",
-        have="causal, mla, and sliding_window with a window",
+        have="causal, mla, recurrent, and sliding_window with a window",
         remedy="serve a model without such layers",
     )
     raise UnsupportedError([reason], what=f"cache group {group.name!r}")

@@ -381,7 +381,7 @@ SPEC = AttentionSpec(
 def test_attention_is_refused_with_every_reason():
     """What the device cannot attend to it says at once, all of it."""
     with pytest.raises(UnsupportedError) as caught:
-        CpuBackend().open(0).attention(replace(SPEC, kind="mla", num_heads=5))
+        CpuBackend().open(0).attention(replace(SPEC, kind="cross", num_heads=5))
     assert {reason.code for reason in caught.value.reasons} == {"attention.kind", "attention.heads"}
 
 

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from quire.core.errors import UnsupportedError
 from quire.core.interface.worker import CacheGroup
 from quire.core.kv_cache.block_pool import BlockPool
-from quire.core.kv_cache.group_policy import FullPolicy, SlidingWindowPolicy, make_group_policy
+from quire.core.kv_cache.group_policy import (
+    FullPolicy,
+    RecurrentPolicy,
+    SlidingWindowPolicy,
+    make_group_policy,
+)
 
 sizes = st.integers(1, 5)
 windows = st.integers(1, 12)
@@ -101,9 +106,16 @@ def test_latent_cache_behaves_as_full_attention(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "window"), [("recurrent", None), ("vendor:x", 3), ("sliding_window", None)]
+    ("kind", "window"), [("cross", None), ("vendor:x", 3), ("sliding_window", None)]
 )
 def test_unknown_kind_is_refused_with_the_reason(kind, window):
     """A kind that nobody taught the cache must not run as if it were another."""
     with pytest.raises(UnsupportedError, match=f"{kind}.*window {window}"):
         make_group_policy(group(kind, window))
+
+
+@given(sizes, st.integers(1, 40))
+def test_state_of_the_token_before_is_never_dead(block_size, num_computed):
+    """A recurrent layer goes on from the block of the last computed token, and needs no other."""
+    policy = RecurrentPolicy(block_size)
+    assert policy.num_dead_blocks(num_computed) == (num_computed - 1) // block_size

@@ -222,7 +222,19 @@ class RecordingDevice:
             for group, table, slots in zip(self.groups, request.tables, self.slots, strict=True):
                 block = table[position // group.block_size]
                 assert block != NULL_BLOCK, f"{request_id} writes to nobody's block"
-                slots[block, position % group.block_size] = GARBAGE if spoil else content
+                offset = 0 if group.kind == "recurrent" else position % group.block_size
+                if group.kind == "recurrent" and position > 0 and not spoil:
+                    self._check_state(request_id, group, table, slots, position - 1)
+                slots[block, offset] = GARBAGE if spoil else content
+
+    def _check_state(self, request_id: str, group, table, slots, position: int) -> None:
+        """A recurrent layer goes on from the state after `position`, which its block must hold."""
+        request = self.requests[request_id]
+        if request.is_off_track:
+            return
+        found = slots[table[position // group.block_size], 0]
+        wanted = (bytes(request.tokens[: position + 1]), self.salts[request_id])
+        assert found == wanted, f"{request_id} goes on from {found} at {position}, not {wanted}"
 
     def _read(self, batch: StepBatch, index: int) -> None:
         """Looks at everything that any token of the step sees."""
@@ -230,6 +242,8 @@ class RecordingDevice:
         request = self.requests[request_id]
         start = batch.num_computed_tokens[index]
         for group, table, slots in zip(self.groups, request.tables, self.slots, strict=True):
+            if group.kind == "recurrent":
+                continue
             first = max(0, start - group.window + 1) if group.window is not None else 0
             for position in range(first, start + batch.num_new_tokens[index]):
                 block = table[position // group.block_size]
@@ -464,12 +478,13 @@ class Kit:
     run_alone = staticmethod(run_alone)
 
     @staticmethod
-    def group(window: int | None = None, block_size: int = 4) -> CacheGroup:
+    def group(window: int | str | None = None, block_size: int = 4) -> CacheGroup:
+        """Layers that see all, a window of so many tokens, or `recurrent` ones."""
         kind = "causal" if window is None else "sliding_window"
         return CacheGroup(
             name=f"{kind}_{window}_{block_size}",
-            kind=kind,
-            window=window,
+            kind=window if isinstance(window, str) else kind,
+            window=window if isinstance(window, int) else None,
             block_size=block_size,
             num_layers=1,
             bytes_per_block=1,

@@ -43,7 +43,8 @@ class Scenario:
     """A house and what happens in it."""
 
     plots: list[Plot]
-    windows: tuple[int | None, ...]
+    windows: tuple[int | str | None, ...]
+    """Of each group; `recurrent` for one that keeps states."""
     block_sizes: tuple[int, ...]
     spare_blocks: int
     """Blocks beyond what one request of the full length needs."""
@@ -95,6 +96,9 @@ shapes = st.sampled_from(
         ((None, 5, 9), (4, 4, 4)),
         ((None, 6), (4, 2)),
         ((None, 7), (2, 3)),
+        (("recurrent",), (4,)),
+        ((None, "recurrent"), (4, 8)),
+        ((None, "recurrent", 6), (2, 3, 4)),
     ]
 )
 
@@ -155,7 +159,10 @@ def build(kit, scenario: Scenario):
     span = [
         scenario.max_model_len
         if window is None
-        else min(scenario.max_model_len, window + scenario.max_num_batched_tokens)
+        else min(
+            scenario.max_model_len,
+            (2 if window == "recurrent" else window) + scenario.max_num_batched_tokens,
+        )
         for window in scenario.windows
     ]
     num_blocks = [
