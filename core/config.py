@@ -31,6 +31,11 @@ class EngineConfig:
     quantization: str | None = None
     load_format: str = "auto"
     """`auto` reads the files, `dummy` makes random weights of the configured shape."""
+    model_impl: str = "auto"
+    """Who runs the model: `native` (a family of Quire's own or of an installed package),
+    `transformers` (its own code, with Quire's paged attention), `auto`: the first that knows it."""
+    trust_remote_code: bool = False
+    """Whether code that comes with a checkpoint may run."""
     max_model_len: int | None = None
     """The most tokens that one request may have; None: what the model was made for."""
     block_size: int | None = None
@@ -229,6 +234,10 @@ def _problems(config: EngineConfig) -> list[str]:
         )
     if config.load_format not in ("auto", "dummy"):
         problems.append(f"load_format is {config.load_format!r}; choose auto or dummy")
+    if config.model_impl not in ("auto", "native", "transformers"):
+        problems.append(
+            f"model_impl is {config.model_impl!r}; choose auto, native or transformers"
+        )
     if not config.model:
         problems.append("model is empty; give a directory, a hub id, or demo")
     return problems

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING
 from quire.core.config import ConfigChange, EngineConfig, resolve
 from quire.core.discovery import ChosenDevice, choose_device
 from quire.core.errors import ConfigError, Reason, UnsupportedError
-from quire.core.interface.ops import OP_SPECS
+from quire.core.interface.op_specs import OP_SPECS
 from quire.core.interface.worker import WorkerConfig
-from quire.core.models.description import describe_model, size_of_dtype
+from quire.core.models.description import size_of_dtype
+from quire.core.models.registry import describe
 from quire.core.models.source import resolve_model_directory
 
 if TYPE_CHECKING:
     from quire.core.interface.attention import AttentionSpec
     from quire.core.interface.backend import Device
     from quire.core.interface.capabilities import Capabilities
+    from quire.core.models.attention_groups import AttentionGroup
     from quire.core.models.description import ModelDescription
 
 _ACTIVATION_COPIES = 12
@@ -64,6 +66,8 @@ class Plan:
     model: str
     directory: Path
     architecture: str
+    implementation: str
+    """Who runs the model: `native`, `transformers`, or the package that brings it."""
     num_parameters: int
     device: ChosenDevice
     config: EngineConfig
@@ -110,7 +114,9 @@ def make_plan(
 
     Raises: UnsupportedError with every reason; ConfigError; CheckpointError.
     """
-    as_saved = describe_model(directory)
+    as_saved = describe(
+        directory, model_impl=user.model_impl, trust_remote_code=user.trust_remote_code
+    )
     resolved = resolve(user, device.capabilities, as_saved)
     config = resolved.config
     worker_config = make_worker_config(config, directory)
@@ -129,6 +135,7 @@ def make_plan(
         model=user.model,
         directory=directory,
         architecture=description.architecture,
+        implementation=description.implementation,
         num_parameters=description.num_parameters,
         device=chosen,
         config=config,
@@ -137,7 +144,7 @@ def make_plan(
         kernels=kernels,
         cache=cache,
         memory=memory,
-        notes=tuple(_notes(chosen, kernels)),
+        notes=(*description.notes, *_notes(chosen, kernels)),
     )
     return plan, description
 
@@ -167,6 +174,8 @@ def make_worker_config(config: EngineConfig, directory: Path) -> WorkerConfig:
         device_memory_fraction=config.device_memory_fraction,
         cache_memory_bytes=config.cache_memory_bytes,
         load_format=config.load_format,
+        model_impl=config.model_impl,
+        trust_remote_code=config.trust_remote_code,
         quantization=config.quantization,
         seed=config.seed,
         logits_processors=dict(config.logits_processors),
@@ -205,6 +214,8 @@ def _model_reasons(
     The settings have passed already: what a refused one needs of memory could not be said.
     """
     for group in description.attention_groups:
+        if group.is_own:
+            continue
         yield from _attention_reasons(group.spec, device.capabilities)
     yield from device.reasons_against(worker_config)
     yield from _memory_reasons(memory, device)
@@ -247,7 +258,7 @@ def _memory(
     ]
     allowed = int(device.memory().free_bytes * config.device_memory_fraction)
     cache = config.cache_memory_bytes or max(allowed - weights - activations, 0)
-    per_token = sum(_bytes_per_token(g.spec, len(g.layers)) for g in description.attention_groups)
+    per_token = sum(g.bytes_per_token(size_of_dtype) for g in description.attention_groups)
     useful = 2 * config.max_num_seqs * worker_config.max_model_len * per_token
     note = f"at most; {min(cache, useful) // max(per_token, 1):,} tokens"
     rows.append(MemoryRow(tag="cache", size_bytes=min(cache, useful), note=note))
@@ -272,16 +283,19 @@ def _memory_reasons(memory: Sequence[MemoryRow], device: Device) -> Iterator[Rea
         )
 
 
-def _bytes_per_token(spec: AttentionSpec, num_layers: int) -> int:
-    width = spec.num_kv_heads * (spec.head_size + spec.v_head_size)
-    return width * size_of_dtype(spec.cache_dtype) * num_layers
+def _own_layout(group: AttentionGroup) -> str:
+    """Pages that the model keeps itself, for people."""
+    kept = [page.in_blocks(group.spec) for page in group.pages]
+    return ", ".join(f"{t.name} {list(t.block_shape)} {t.dtype}" for t in kept)
 
 
 def _cache_rows(description: ModelDescription, device: Device) -> tuple[CacheRow, ...]:
     rows = []
     for group in description.attention_groups:
         layout, provider = "the worker's own", "worker"
-        if device.torch_device is not None:
+        if group.is_own:
+            layout, provider = _own_layout(group), "model"
+        elif device.torch_device is not None:
             attention = device.attention(group.spec)
             layout, provider = attention.cache_layout().description, attention.provider()
         rows.append(
@@ -291,7 +305,7 @@ def _cache_rows(description: ModelDescription, device: Device) -> tuple[CacheRow
                 num_layers=len(group.layers),
                 layout=layout,
                 attention=provider,
-                bytes_per_token=_bytes_per_token(group.spec, len(group.layers)),
+                bytes_per_token=group.bytes_per_token(size_of_dtype),
             )
         )
     return tuple(rows)

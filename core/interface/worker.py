@@ -175,6 +175,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     providers: dict[str, str] = {}
     """Operator to who serves it."""
+    implementation: str = "native"
+    """Who runs the model: `native`, `transformers`, or the package that brings it."""
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,6 +195,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Given: the cache's size, nothing is measured."""
     load_format: str = "auto"
     """`auto`: from the files; `dummy`: random weights."""
+    model_impl: str = "auto"
+    """Who runs the model: `native`, `transformers`, or `auto`: the first that knows it."""
+    trust_remote_code: bool = False
+    """Whether code that comes with a checkpoint may run."""
     quantization: str | None = None
     seed: int = 0
     rank: int = 0

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
 
-from quire.core.interface.attention import AttentionSpec
+from quire.core.interface.attention import AttentionSpec, CacheTensor
 from quire.core.models.decoder_spec import DecoderSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageTensor:
+    """One tensor of pages that a model keeps itself."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of one token, or of one block."""
+    is_per_token: bool
+    dtype: str | None = None
+    """None: the cache's."""
+
+    def in_blocks(self, spec: AttentionSpec) -> CacheTensor:
+        """As a cache of this spec keeps it."""
+        shape = (spec.block_size, *self.shape) if self.is_per_token else self.shape
+        return CacheTensor(name=self.name, block_shape=shape, dtype=self.dtype or spec.cache_dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +36,29 @@ class AttentionGroup:
     spec: AttentionSpec
     layers: tuple[int, ...]
     """Their indices, ascending."""
+    pages: tuple[PageTensor, ...] = ()
+    """What one layer keeps where the model keeps its pages itself; empty: the device's attention
+    keeps them, in a layout of its own."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the model keeps the pages itself and asks nothing of the device's attention."""
+        return bool(self.pages)
+
+    def laid_out(self, *, dtype: str, cache_dtype: str, block_size: int) -> AttentionGroup:
+        """The same group in these dtypes and blocks; pages of its own are laid out by the model."""
+        spec = replace(self.spec, dtype=dtype, cache_dtype=cache_dtype, block_size=block_size)
+        return replace(self, spec=spec)
+
+    def bytes_per_token(self, size_of_dtype: Callable[[str], int]) -> int:
+        """Of the cache, for all layers of the group together."""
+        spec = self.spec
+        if self.pages:
+            kept = [page.in_blocks(spec) for page in self.pages]
+            sizes = [prod(t.block_shape) * size_of_dtype(t.dtype) for t in kept]
+            return sum(sizes) * len(self.layers) // spec.block_size
+        width = spec.num_kv_heads * (spec.head_size + spec.v_head_size)
+        return width * size_of_dtype(spec.cache_dtype) * len(self.layers)
 
 
 def attention_groups_of(

@@ -10,7 +10,8 @@ from torch import Tensor
 from quire.core.errors import Reason, UnsupportedError
 from quire.core.interface.attention import AttentionBackend
 from quire.core.interface.backend import Device
-from quire.core.interface.ops import OP_SPECS, PackedLinear
+from quire.core.interface.op_specs import OP_SPECS
+from quire.core.interface.ops import PackedLinear
 from quire.core.models.description import ModelDescription
 from quire.core.models.layers import DecoderLayer, LayerWeights
 from quire.core.models.rotary import RotaryTable
@@ -53,6 +54,7 @@ class CausalLM:
         self.attention_backends = tuple(attention_backends)
         self.max_model_len = max_model_len
         self.num_parameters = description.num_parameters
+        self.can_be_recorded = True
         self._ops = device.ops()
         self._decoder = decoder
         self._embedding = weights.embedding

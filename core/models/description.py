@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quire.core.interface.ops import OP_SPECS
+from quire.core.interface.op_specs import OP_SPECS
 from quire.core.models.attention_groups import AttentionGroup, attention_groups_of
 from quire.core.models.decoder_spec import DecoderSpec
+from quire.core.models.families import Family
 from quire.core.models.model_config import ModelConfig, read_model_config
 from quire.core.models.weight_layout import lay_out
 
 __all__ = ["AttentionGroup", "ModelDescription", "describe_model", "size_of_dtype"]
 
-_DTYPE_SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+_DTYPE_SIZES = {"float64": 8, "int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,14 @@ class ModelDescription:
     ops: tuple[str, ...]
     """Names of the `OP_SPECS` that its forward and the sampling after it may use."""
     eos_token_ids: tuple[int, ...]
-    decoder: DecoderSpec
+    row_elements: int
+    """Numbers that a step holds for each of its tokens at its peak; an upper bound."""
+    decoder: DecoderSpec | None = None
+    """Of a native family that runs through the one decoder."""
+    implementation: str = "native"
+    """Who runs it: `native`, `transformers`, or the package that brings it."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how it runs."""
 
     def weight_bytes(self, dtype: str | None = None) -> int:
         """Memory of the plain weights in `dtype` (None: the model's); packing may add to it."""
@@ -43,20 +51,28 @@ class ModelDescription:
 
     def laid_out(self, *, dtype: str, cache_dtype: str, block_size: int) -> ModelDescription:
         """The same model in these dtypes and blocks; nothing is read again."""
-        groups = attention_groups_of(
-            self.decoder, dtype=dtype, cache_dtype=cache_dtype, block_size=block_size
+        groups = tuple(
+            group.laid_out(dtype=dtype, cache_dtype=cache_dtype, block_size=block_size)
+            for group in self.attention_groups
         )
         return replace(self, dtype=dtype, cache_dtype=cache_dtype, attention_groups=groups)
 
 
 def describe_model(
-    directory: Path, *, dtype: str = "auto", cache_dtype: str = "auto", block_size: int = 16
+    directory: Path,
+    *,
+    dtype: str = "auto",
+    cache_dtype: str = "auto",
+    block_size: int = 16,
+    family: Family | None = None,
 ) -> ModelDescription:
-    """Describes the model in `directory` from its JSON files alone.
+    """Describes the native model in `directory` from its JSON files alone.
+
+    `family`: one from outside the table.
 
     Raises: CheckpointError, UnsupportedError, as `read_model_config` does.
     """
-    config = read_model_config(Path(directory))
+    config = read_model_config(Path(directory), family)
     dtype = config.dtype if dtype == "auto" else dtype
     cache_dtype = dtype if cache_dtype == "auto" else cache_dtype
     return describe_config(config, dtype=dtype, cache_dtype=cache_dtype, block_size=block_size)
@@ -82,6 +98,7 @@ def describe_config(
         ),
         ops=_ops_of(decoder),
         eos_token_ids=config.eos_token_ids,
+        row_elements=_row_elements(decoder),
         decoder=decoder,
     )
 
@@ -89,6 +106,11 @@ def describe_config(
 def size_of_dtype(dtype: str) -> int:
     """Bytes of one element."""
     return _DTYPE_SIZES[dtype]
+
+
+def _row_elements(decoder: DecoderSpec) -> int:
+    """A layer's input, residual and output, q, k and v twice (split and not), the MLP's halves."""
+    return 4 * decoder.hidden_size + 2 * sum(decoder.qkv_sizes) + 4 * decoder.intermediate_size
 
 
 def _ops_of(decoder: DecoderSpec) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from quire.core.models.checkpoint_files import CheckpointFiles
 from quire.core.models.decoder import CausalLM, DecoderWeights, make_attention_backends
 from quire.core.models.description import ModelDescription, describe_config
 from quire.core.models.dummy_weights import DummyWeights
+from quire.core.models.families import Family
 from quire.core.models.layers import LayerWeights
 from quire.core.models.model_config import ModelConfig, read_model_config
 from quire.core.models.weight_layout import (
@@ -40,15 +41,15 @@ class WeightSource(Protocol):
         ...
 
 
-def load_model(config: WorkerConfig, device: Device) -> CausalLM:
-    """Loads `config.model` onto `device`.
+def load_model(config: WorkerConfig, device: Device, family: Family | None = None) -> CausalLM:
+    """Loads `config.model` onto `device`, as a native model; `family`: one from outside the table.
 
     The peak of memory is the packed weights and one layer more.
     Raises: CheckpointError, UnsupportedError, DeviceOutOfMemory.
     """
-    _refuse_quantization(config)
+    refuse_quantization(config)
     directory = Path(config.model)
-    model_config = read_model_config(directory)
+    model_config = read_model_config(directory, family)
     description = describe_config(
         model_config,
         dtype=config.dtype,
@@ -204,7 +205,8 @@ def _out_of_memory(description: ModelDescription, error: BaseException) -> Devic
     )
 
 
-def _refuse_quantization(config: WorkerConfig) -> None:
+def refuse_quantization(config: WorkerConfig) -> None:
+    """Raises UnsupportedError if the config asks for quantized weights."""
     if config.quantization is None:
         return
     reason = Reason(

@@ -23,22 +23,22 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
 
-def read_model_config(directory: Path) -> ModelConfig:
-    """Reads config.json and generation_config.json; no weights.
+def read_model_config(directory: Path, family: Family | None = None) -> ModelConfig:
+    """Reads config.json and generation_config.json; no weights. `family`: read it as this one.
 
     Raises: CheckpointError for missing or broken files and unknown architectures, UnsupportedError
     for features of a known architecture that Quire lacks.
     """
     directory = Path(directory)
     raw = read_json(directory / "config.json")
-    family = family_of(raw, where=directory)
-    _refuse_quantized(raw, directory)
-    config = _load_config(directory)
+    family = family or family_of(raw, where=directory)
+    refuse_quantized(raw, directory)
+    config = load_config(directory)
     return ModelConfig(
         family=family,
         decoder=_describe(family, config, directory),
-        dtype=_dtype_of(config),
-        eos_token_ids=_eos_token_ids(directory, config),
+        dtype=dtype_of(config),
+        eos_token_ids=eos_token_ids_of(directory, config),
     )
 
 
@@ -60,11 +60,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _load_config(directory: Path) -> Any:
+def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The Hugging Face config of a local directory.
+
+    Raises: CheckpointError for what is not valid.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     # Any field may be wrong in any way, and each check of transformers raises its own.
     except Exception as error:
         raise CheckpointError(f"{directory / 'config.json'} is not valid: {error}") from error
@@ -81,7 +87,8 @@ def _describe(family: Family, config: Any, directory: Path) -> DecoderSpec:
         ) from error
 
 
-def _refuse_quantized(raw: dict[str, Any], directory: Path) -> None:
+def refuse_quantized(raw: dict[str, Any], directory: Path) -> None:
+    """Raises UnsupportedError if the config says that the weights are quantized."""
     quantization = raw.get("quantization_config")
     if not quantization:
         return
@@ -95,18 +102,22 @@ def _refuse_quantized(raw: dict[str, Any], directory: Path) -> None:
     raise UnsupportedError([reason], what=f"the checkpoint in {directory}")
 
 
-def _dtype_of(config: Any) -> str:
+def dtype_of(config: Any) -> str:
+    """In which the checkpoint stores its weights."""
     text_config = config.get_text_config(decoder=True)
     dtype = getattr(text_config, "dtype", None) or getattr(config, "dtype", None) or "float32"
     return str(dtype).removeprefix("torch.")
 
 
-def _eos_token_ids(directory: Path, config: Any) -> tuple[int, ...]:
-    """The generation config's where it has some, since it lists the ends of a turn as well."""
+def eos_token_ids_of(directory: Path, config: Any) -> tuple[int, ...]:
+    """The ids that end a text.
+
+    The generation config's where it has some, since it lists the ends of a turn as well.
+    """
     path = directory / "generation_config.json"
     ids = read_json(path).get("eos_token_id") if path.is_file() else None
     if ids is None:
-        ids = config.get_text_config(decoder=True).eos_token_id
+        ids = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list) else (ids,)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from quire.core.interface import NewRequest, SamplingSpec, StepBatch, WorkerConfig
-from quire.core.models.decoder import CausalLM
 from quire.core.models.description import ModelDescription
+from quire.core.models.language_model import LanguageModel
 
 _LARGEST_SAMPLING = SamplingSpec(
     temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, num_logprobs=20
@@ -53,18 +53,14 @@ def make_dummy_batch(
 def estimate_step_bytes(model: ModelDescription, config: WorkerConfig) -> int:
     """The peak of the largest step, from shapes: for memory whose use cannot be measured exactly.
 
-    A layer holds its input, residual and output, queries, keys and values twice (before and after
-    they are split), and the MLP's halves; all in float32, as an upper bound.
+    All in float32, as an upper bound.
     """
-    decoder = model.decoder
-    row = (
-        4 * decoder.hidden_size + 2 * sum(decoder.qkv_sizes) + 4 * decoder.intermediate_size
-    ) * _FLOAT_BYTES
+    row = model.row_elements * _FLOAT_BYTES
     logits = config.max_num_seqs * model.vocab_size * _SAMPLING_BYTES
     return config.max_num_batched_tokens * row + logits
 
 
-def cache_bytes_per_block(model: CausalLM) -> list[int]:
+def cache_bytes_per_block(model: LanguageModel) -> list[int]:
     """Bytes of one block of each cache group, all its layers together."""
     return [
         backend.cache_layout().bytes_per_block * len(group.layers)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quire.core.errors import UnsupportedError
 from quire.core.interface import NULL_BLOCK, AttentionBatch, CapturedStep, Device, GraphCapture
-from quire.core.models.decoder import CausalLM
+from quire.core.models.language_model import LanguageModel
 from quire.core.worker.buckets import Buckets
 from quire.core.worker.step_arrays import StepRows
 
@@ -29,7 +29,7 @@ class DecodeGraphs:
     """The recordings of one model's decode steps, and the buffers that they read and write."""
 
     def __init__(
-        self, device: Device, model: CausalLM, graphs: GraphCapture, max_requests: int
+        self, device: Device, model: LanguageModel, graphs: GraphCapture, max_requests: int
     ) -> None:
         self._graphs = graphs
         self._max_model_len = model.max_model_len
@@ -115,9 +115,13 @@ class DecodeGraphs:
         )
 
 
-def make_decode_graphs(device: Device, model: CausalLM, max_requests: int) -> DecodeGraphs | None:
+def make_decode_graphs(
+    device: Device, model: LanguageModel, max_requests: int
+) -> DecodeGraphs | None:
     """The recordings of a device that claims and offers them; None: steps run eagerly."""
-    graphs = None if device.capabilities.step_mode == "eager" else device.graphs()
+    if device.capabilities.step_mode == "eager" or not model.can_be_recorded:
+        return None
+    graphs = device.graphs()
     return None if graphs is None else DecodeGraphs(device, model, graphs, max_requests)
 
 
@@ -132,7 +136,7 @@ def _sizes(buckets: Sequence[int], max_requests: int) -> tuple[int, ...]:
 def _static_buffers(
     torch_device: str,
     size: int,
-    model: CausalLM,
+    model: LanguageModel,
     block_sizes: Sequence[int],
     index_dtype: torch.dtype,
 ) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from quire.core.interface import (
     StepBatch,
     WorkerConfig,
 )
-from quire.core.models.decoder import CausalLM
+from quire.core.models.language_model import LanguageModel
 from quire.core.models.step_context import StepContext
 from quire.core.worker.buckets import Buckets
 from quire.core.worker.decode_graphs import make_decode_graphs
@@ -73,7 +73,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: LanguageModel,
         device: Device,
         caches: Sequence[LayerCache],
         config: WorkerConfig,

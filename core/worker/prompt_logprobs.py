@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from quire.core.interface import Ops
-from quire.core.models.decoder import CausalLM
+from quire.core.models.language_model import LanguageModel
 from quire.core.worker.input_batch import InputBatch
 from quire.core.worker.sampler import logprob_fields, write_logprobs
 from quire.core.worker.sampling_settings import PROMPT_LOGPROBS
@@ -84,7 +84,7 @@ def make_prompt_rows(
 
 
 def run_prompt_logprobs(
-    model: CausalLM,
+    model: LanguageModel,
     ops: Ops,
     hidden: Tensor,
     tensors: Mapping[str, Tensor],

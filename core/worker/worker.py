@@ -20,8 +20,8 @@ from quire.core.interface import (
     Worker,
     WorkerConfig,
 )
-from quire.core.models.decoder import CausalLM
-from quire.core.models.loading import load_model
+from quire.core.models.language_model import LanguageModel
+from quire.core.models.registry import load_language_model
 from quire.core.worker.cache_budget import (
     cache_bytes_per_block,
     estimate_step_bytes,
@@ -52,7 +52,7 @@ class DefaultWorker(Worker):
         self._device = device
         self._config = config
         self._free_at_start = device.memory().free_bytes
-        self._model: CausalLM | None = None
+        self._model: LanguageModel | None = None
         self._runner: ModelRunner | None = None
         self._caches: list[LayerCache] = []
         self._activation_bytes = 0
@@ -62,7 +62,7 @@ class DefaultWorker(Worker):
     def load_model(self) -> ModelInfo:
         """Loads the weights and says what the layers need of the cache."""
         with device_errors("weights"):
-            model = self._model = load_model(self._config, self._device)
+            model = self._model = load_language_model(self._config, self._device)
         description = model.description
         return ModelInfo(
             architecture=description.architecture,
@@ -72,6 +72,7 @@ class DefaultWorker(Worker):
             num_parameters=model.num_parameters,
             weight_bytes=model.weight_bytes,
             dtype=description.dtype,
+            implementation=description.implementation,
             providers=model.providers(),
         )
 
@@ -200,7 +201,7 @@ class DefaultWorker(Worker):
 
     # --- parts ----------------------------------------------------------------------------------
 
-    def _loaded(self) -> CausalLM:
+    def _loaded(self) -> LanguageModel:
         if self._model is None:
             raise QuireError("the worker has no model; call load_model first")
         return self._model
@@ -271,7 +272,7 @@ class DefaultWorker(Worker):
         runner.forget_all()
 
 
-def _cache_groups(model: CausalLM) -> list[CacheGroup]:
+def _cache_groups(model: LanguageModel) -> list[CacheGroup]:
     return [
         CacheGroup(
             name=group.name,

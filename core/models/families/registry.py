@@ -47,11 +47,8 @@ def known_architectures() -> tuple[str, ...]:
     return tuple(sorted(_FAMILIES))
 
 
-def family_of(raw_config: dict[str, Any], *, where: object) -> Family:
-    """The family of a config.json that was read from `where`.
-
-    Raises: CheckpointError that lists the known architectures.
-    """
+def find_family(raw_config: dict[str, Any]) -> Family | None:
+    """The family of a config.json; None: the table has none."""
     architectures = raw_config.get("architectures") or []
     for architecture in architectures:
         if architecture in _FAMILIES:
@@ -61,7 +58,19 @@ def family_of(raw_config: dict[str, Any], *, where: object) -> Family:
         for family in _FAMILIES.values():
             if model_type in family.model_types:
                 return family
-    asked = ", ".join(architectures) or f"model_type {model_type!r}"
+    return None
+
+
+def family_of(raw_config: dict[str, Any], *, where: object) -> Family:
+    """The family of a config.json that was read from `where`.
+
+    Raises: CheckpointError that lists the known architectures.
+    """
+    family = find_family(raw_config)
+    if family is not None:
+        return family
+    architectures = raw_config.get("architectures") or []
+    asked = ", ".join(architectures) or f"model_type {raw_config.get('model_type')!r}"
     raise CheckpointError(
         f"{where} holds a model of architecture {asked}, which Quire does not know; "
         f"known are {', '.join(known_architectures())}"

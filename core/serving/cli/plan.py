@@ -52,7 +52,11 @@ def _show(made: Plan) -> None:
     console = out()
     device = made.device
     console.print(f"model    {made.model} ({made.architecture})", markup=False, soft_wrap=True)
-    console.print(f"         {made.num_parameters:,} parameters in {made.directory}", markup=False)
+    console.print(
+        f"         {made.num_parameters:,} parameters in {made.directory}, run by "
+        f"{made.implementation}",
+        markup=False,
+    )
     console.print(
         f"device   {device.name}:{device.index} {device.info.name}; {device.why}",
         markup=False,
@@ -87,6 +91,7 @@ def _record(made: Plan) -> dict[str, Any]:
         "is_supported": True,
         "directory": str(made.directory),
         "architecture": made.architecture,
+        "implementation": made.implementation,
         "num_parameters": made.num_parameters,
         "device": {
             "backend": device.name,
