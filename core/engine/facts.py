@@ -31,7 +31,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Operator to who serves it."""
     changes: list[str]
     """What `resolve` filled in or corrected, one sentence each."""
-    tasks: list[str] = ["generate"]
+    tasks: list[str] = msgspec.field(default_factory=lambda: ["generate"])
     """What the model does: see `quire.core.engine.pooling.Task`."""
     startup_s: dict[str, float]
     """Seconds of each stage of the start: `plan`, `load`, `measure`, `allocate`, `warm_up`."""
