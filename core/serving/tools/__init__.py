@@ -1,0 +1,1 @@
+"""What a model says, taken apart: thoughts, calls of tools, and the text that is left."""

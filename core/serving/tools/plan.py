@@ -1,0 +1,99 @@
+"""What one request wants of tools and thoughts, and who reads the answer for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from quire.core.errors import RequestError
+from quire.core.sampling_params import SamplingParams, StructuredOutputsParams
+from quire.core.serving.tools.events import AnswerParser, new_call_id
+from quire.core.serving.tools.guaranteed import CallListParser, NamedCallParser
+from quire.core.serving.tools.harmony import HarmonyParser
+from quire.core.serving.tools.marked import ContentTrimmer
+from quire.core.serving.tools.reasoning import PlainParser, ReasoningParser, is_open
+from quire.core.serving.tools.registry import Formats
+from quire.core.serving.tools.schemas import arguments_schema, call_list_schema
+
+ToolMode = Literal["none", "auto", "required", "named"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerPlan:
+    """How the answers to one request are asked for and read. Made before the prompt is known."""
+
+    formats: Formats
+    mode: ToolMode = "none"
+    tools: Sequence[Mapping[str, Any]] = ()
+    """As the OpenAI API has them; of a named choice that one alone."""
+    is_parallel: bool = True
+
+    def apply(self, params: SamplingParams, prompt: str) -> None:
+        """Writes into `params` what the answer needs: a grammar, and marks that must be seen.
+
+        Raises: RequestError for a form that contradicts the tools.
+        """
+        if self.is_reading and self.formats.shows_special_tokens:
+            params.skip_special_tokens = False
+        if self.mode != "none" and params.structured_outputs is not None:
+            raise RequestError(
+                f"the answer's form is asked for and tool_choice is {self.mode}; an answer of that "
+                "form could call no tool: leave one out, or set tool_choice to none",
+                param="response_format",
+            )
+        if self.mode == "required":
+            functions = [tool["function"] for tool in self.tools]
+            schema = call_list_schema(functions, is_parallel=self.is_parallel)
+            params.structured_outputs = StructuredOutputsParams(json=schema)
+        elif self.mode == "named":
+            schema = arguments_schema(self.tools[0]["function"])
+            params.structured_outputs = StructuredOutputsParams(json=schema)
+        if isinstance(params.structured_outputs, StructuredOutputsParams) and self._thinks(prompt):
+            assert self.formats.reasoning is not None
+            params.structured_outputs.starts_after = self.formats.reasoning.end
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether there is anything to be found in the answers."""
+        return self.mode != "none" or self.formats.reasoning is not None
+
+    def parser(self, prompt: str) -> AnswerParser:
+        """A parser for one answer to `prompt`."""
+        reasoning = self.formats.reasoning
+        if self._is_harmony and self.mode in ("none", "auto"):
+            return HarmonyParser(self._trimmer(), has_tools=self.mode == "auto")
+        inner = self._inner()
+        if reasoning is None or reasoning.is_harmony:
+            return inner
+        is_inside = self._thinks(prompt)
+        return ReasoningParser(reasoning.begin, reasoning.end, inner, is_inside=is_inside)
+
+    def _inner(self) -> AnswerParser:
+        if self.mode == "named":
+            return NamedCallParser(self.tools[0]["function"]["name"])
+        if self.mode == "required":
+            return CallListParser()
+        if self.mode == "auto" and self.formats.tools is not None:
+            return self.formats.tools.make(self.tools, self._trimmer())
+        return PlainParser()
+
+    def _trimmer(self) -> ContentTrimmer:
+        tools = self.formats.tools
+        make_id = new_call_id if tools is None else tools.make_id
+        return ContentTrimmer(is_parallel=self.is_parallel, make_id=make_id)
+
+    @property
+    def _is_harmony(self) -> bool:
+        formats = self.formats
+        return (formats.reasoning is not None and formats.reasoning.is_harmony) or (
+            formats.tools is not None and formats.tools.name == "gpt_oss" and self.mode == "auto"
+        )
+
+    def _thinks(self, prompt: str) -> bool:
+        """Whether the answer begins within thoughts that the prompt has opened."""
+        reasoning = self.formats.reasoning
+        if reasoning is None or reasoning.is_harmony:
+            return False
+        opened = is_open(prompt, reasoning.begin, reasoning.end)
+        return reasoning.begins_inside if opened is None else opened

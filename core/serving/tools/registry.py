@@ -1,0 +1,197 @@
+"""The formats that can be chosen by name, and the one that a chat template speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from quire.core.errors import ConfigError
+from quire.core.serving.tools import bare, formats
+from quire.core.serving.tools.events import AnswerParser, new_call_id, short_call_id
+from quire.core.serving.tools.harmony import HarmonyParser
+from quire.core.serving.tools.marked import ContentTrimmer, MarkedParser, Region
+
+Tools = Sequence[Mapping[str, Any]]
+MakeParser = Callable[[Tools, ContentTrimmer], AnswerParser]
+
+AUTO, NONE = "auto", "none"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """How one family writes tool calls."""
+
+    name: str
+    make: MakeParser
+    marks: tuple[str, ...] = ()
+    """Tokens that must not be left out of the text."""
+    signs: tuple[str, ...] = ()
+    """All of these in a chat template: it is this format for sure."""
+    make_id: Callable[[], str] = new_call_id
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningFormat:
+    """How one family writes its thoughts."""
+
+    name: str
+    begin: str
+    end: str
+    begins_inside: bool = False
+    """Without a word of the prompt, the answer begins with thoughts."""
+    signs: tuple[str, ...] = ()
+    is_harmony: bool = field(default=False, kw_only=True)
+
+
+def _marked(*regions: Region, noise: tuple[str, ...] = ()) -> MakeParser:
+    return lambda _, trimmer: MarkedParser(regions, trimmer, noise=noise)
+
+
+def _typed(read: Callable[[Tools], Any]) -> MakeParser:
+    def make(tools: Tools, trimmer: ContentTrimmer) -> AnswerParser:
+        region = Region("<tool_call>", "</tool_call>", read(tools), is_json=False)
+        return MarkedParser([region], trimmer)
+
+    return make
+
+
+_TOOL_CALL = ("<tool_call>", "</tool_call>")
+_DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+_DEEPSEEK_ONE = ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
+_KIMI = ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")
+_KIMI_ONE = ("<|tool_call_begin|>", "<|tool_call_end|>")
+_GEMMA = ("<start_function_call>", "<end_function_call>")
+_HARMONY = ("<|channel|>", "<|message|>", "<|start|>")
+
+
+def _llama(_: Tools, trimmer: ContentTrimmer) -> AnswerParser:
+    return bare.BareParser(bare.could_be_llama_json, bare.read_llama_json, trimmer)
+
+
+def _pythonic(_: Tools, trimmer: ContentTrimmer) -> AnswerParser:
+    return bare.BareParser(bare.could_be_python, bare.read_pythonic, trimmer)
+
+
+_DEEPSEEK_FORMAT = _marked(Region(*_DEEPSEEK_ONE, formats.read_deepseek), noise=_DEEPSEEK)
+
+# In the order in which a template is asked: the telling ones first.
+TOOL_FORMATS: dict[str, ToolFormat] = {
+    one.name: one
+    for one in (
+        ToolFormat(
+            "gpt_oss",
+            lambda _, trimmer: HarmonyParser(trimmer),
+            (*_HARMONY, "<|constrain|>"),
+            _HARMONY,
+        ),
+        ToolFormat("deepseek_v3", _DEEPSEEK_FORMAT, (*_DEEPSEEK, *_DEEPSEEK_ONE), _DEEPSEEK[:1]),
+        ToolFormat("deepseek_v31", _DEEPSEEK_FORMAT, (*_DEEPSEEK, *_DEEPSEEK_ONE)),
+        ToolFormat(
+            "kimi_k2",
+            _marked(Region(*_KIMI_ONE, formats.read_kimi), noise=_KIMI),
+            (*_KIMI, *_KIMI_ONE),
+            _KIMI[:1],
+        ),
+        ToolFormat(
+            "mistral",
+            _marked(Region("[TOOL_CALLS]", None, formats.read_mistral)),
+            ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+            ("[TOOL_CALLS]",),
+            short_call_id,
+        ),
+        ToolFormat("glm45", _typed(formats.glm_reader), _TOOL_CALL, ("<arg_key>", "<tool_call>")),
+        ToolFormat(
+            "qwen3_coder",
+            _typed(formats.qwen_coder_reader),
+            _TOOL_CALL,
+            ("<tool_call>", "<function=", "<parameter="),
+        ),
+        ToolFormat(
+            "hermes",
+            _marked(Region(*_TOOL_CALL, formats.read_json_call)),
+            _TOOL_CALL,
+            ("<tool_call>", '"arguments"'),
+        ),
+        ToolFormat(
+            "gemma",
+            _marked(
+                Region(*_GEMMA, formats.read_gemma_call, is_json=False),
+                Region("```tool_code\n", "```", formats.read_gemma_code, is_json=False),
+            ),
+            (*_GEMMA, "<escape>"),
+            _GEMMA[:1],
+        ),
+        ToolFormat(
+            "llama3_json", _llama, ("<|python_tag|>",), ("Environment: ipython", '"parameters"')
+        ),
+        ToolFormat("llama4_json", _llama, ("<|python_tag|>",)),
+        ToolFormat(
+            "llama4_pythonic", _pythonic, ("<|python_start|>",), ("<|python_start|>", "[func_name1")
+        ),
+        ToolFormat("pythonic", _pythonic),
+    )
+}
+
+_THINK = ("<think>", "</think>")
+REASONING_FORMATS: dict[str, ReasoningFormat] = {
+    one.name: one
+    for one in (
+        ReasoningFormat("gpt_oss", "", "", signs=_HARMONY, is_harmony=True),
+        ReasoningFormat("mistral", "[THINK]", "[/THINK]", signs=("[THINK]",)),
+        ReasoningFormat("kimi", "◁think▷", "◁/think▷", signs=("◁/think▷",)),
+        ReasoningFormat("deepseek_r1", *_THINK, True, ("</think>", "<｜Assistant｜><think>")),
+        ReasoningFormat("deepseek_v3", *_THINK, False, ("</think>", "<｜Assistant｜>")),
+        ReasoningFormat("glm45", *_THINK, False, ("</think>", "<|assistant|>", "/nothink")),
+        ReasoningFormat("qwen3", *_THINK, False, _THINK),
+        ReasoningFormat("kimi_k2", *_THINK),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """What a server reads in the answers of its model."""
+
+    tools: ToolFormat | None = None
+    reasoning: ReasoningFormat | None = None
+    shows_special_tokens: bool = False
+    """Some of the marks are special tokens, which a text would leave out."""
+    said: tuple[str, ...] = ()
+    """How the choice came about, for the log."""
+
+
+def choose_formats(
+    tool_parser: str, reasoning_parser: str, chat_template: str, special_tokens: frozenset[str]
+) -> Formats:
+    """Formats by name, or where the name is `auto` those that the template speaks for sure.
+
+    Raises: ConfigError for an unknown name, with those that are known.
+    """
+    said: list[str] = []
+    tools = _choose("tool_call_parser", tool_parser, TOOL_FORMATS, chat_template, said)
+    reasoning = _choose(
+        "reasoning_parser", reasoning_parser, REASONING_FORMATS, chat_template, said
+    )
+    marks = {*(tools.marks if tools else ())}
+    if reasoning is not None:
+        marks |= {*_HARMONY} if reasoning.is_harmony else {reasoning.begin, reasoning.end}
+    return Formats(tools, reasoning, bool(marks & special_tokens), tuple(said))
+
+
+def _choose(
+    setting: str, name: str, known: Mapping[str, Any], template: str, said: list[str]
+) -> Any:
+    if name == NONE:
+        return None
+    if name != AUTO:
+        if name not in known:
+            raise ConfigError(
+                f"{setting} is {name!r}; choose {AUTO}, {NONE}, {', '.join(sorted(known))}"
+            )
+        return known[name]
+    for one in known.values():
+        if one.signs and all(sign in template for sign in one.signs):
+            said.append(f"{setting}: {one.name} (the chat template writes {one.signs[0]})")
+            return one
+    return None
