@@ -114,7 +114,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 """For each room, the rooms it may import besides itself. What has no row may import anything."""
 
-SHARED_BACKEND_PARTS = ("backends.reference",)
+SHARED_BACKEND_PARTS = ("backends.reference", "backends.torch_accelerator")
 """What every backend may import although it lies in backends/."""
 
 WITHOUT_TORCH = (

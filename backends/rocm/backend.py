@@ -1,0 +1,39 @@
+"""The factory of ROCm devices."""
+
+from __future__ import annotations
+
+from quire import kernels_rocm
+from quire.backends.rocm.topology import find_devices
+from quire.backends.torch_accelerator import AcceleratorBackend, Found, Vendor
+from quire.backends.torch_accelerator.vendor import Architecture
+
+_FNUZ, _OCP = "float8_e4m3fnuz", "float8_e4m3fn"
+ROCM = Vendor(
+    name="rocm",
+    title="ROCm",
+    torch_type="cuda",
+    collectives="nccl",
+    build_field="hip",
+    install='pip install "quire[rocm]" with torch from https://download.pytorch.org/whl/rocm6.4',
+    driver_remedy="install or update AMD's amdgpu driver",
+    architectures={
+        "gfx90a": Architecture(),
+        "gfx942": Architecture(fp8=_FNUZ),
+        "gfx950": Architecture(fp8=_OCP),
+        "gfx11": Architecture(),
+        "gfx12": Architecture(fp8=_OCP),
+    },
+    read_tables=kernels_rocm.table_path,
+    interpreted_architecture="gfx942",
+)
+
+
+class RocmBackend(AcceleratorBackend):
+    """AMD's devices on this machine."""
+
+    name = "rocm"
+    interface_version = "1.0"
+    _vendor = ROCM
+
+    def _find(self) -> Found:
+        return find_devices()

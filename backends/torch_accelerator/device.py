@@ -1,0 +1,185 @@
+"""One opened accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from quire.backends.reference import ReferenceAttention, TorchDevice
+from quire.backends.torch_accelerator.attention import TritonAttention
+from quire.backends.torch_accelerator.errors import device_errors
+from quire.backends.torch_accelerator.graphs import ReplayedCalls, TorchGraphs
+from quire.backends.torch_accelerator.ops import TritonOps
+from quire.backends.torch_accelerator.queue import StreamQueue
+from quire.backends.torch_accelerator.vendor import Vendor
+from quire.core.interface import (
+    AttentionBackend,
+    AttentionSpec,
+    Capabilities,
+    Communicator,
+    DeviceError,
+    DeviceInfo,
+    GraphCapture,
+    ImmediateQueue,
+    Ops,
+    Queue,
+    SoloCommunicator,
+    UnsupportedError,
+)
+from quire.kernels_triton.launch import TABLES, DeviceLauncher, LaunchTable, read_table
+
+_BLOCK_SIZES = (16, 32, 64, 128, 256, 8)
+_HALVES = ("bfloat16", "float16")
+_WIDE = "float32"
+
+
+def open_device(
+    vendor: Vendor, info: DeviceInfo, *, num_devices: int, is_interpreted: bool
+) -> AcceleratorDevice:
+    """Opens a device, and with it the driver's context.
+
+    Raises: DeviceError with the remedy where the driver refuses; DeviceOutOfMemory where the device
+    has no memory left for a context.
+    """
+    if is_interpreted:
+        from quire.kernels_triton import interpreter
+
+        if not interpreter.is_interpreting():
+            raise DeviceError(
+                f"{vendor.name} was asked to interpret its kernels in a process that has compiled "
+                "some; set TRITON_INTERPRET=1 before the process starts"
+            )
+        interpreter.install()
+        table = read_table(TABLES / "interpreter.json")
+        claims = _interpreted_claims(vendor, info)
+        return AcceleratorDevice(vendor, info, "cpu", claims, table)
+    torch_device = f"{vendor.torch_type}:{info.index}"
+    try:
+        with device_errors("context"):
+            torch.empty(1, device=torch_device)
+            torch.get_device_module(torch_device).set_device(torch_device)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(
+            f"{vendor.name}:{info.index} ({info.name}) cannot be opened: {error}; "
+            f"{vendor.driver_remedy}"
+        ) from error
+    path = vendor.read_tables(info.architecture) or TABLES / "portable.json"
+    return AcceleratorDevice(
+        vendor, info, torch_device, _claims(vendor, info, num_devices), read_table(path)
+    )
+
+
+class AcceleratorDevice(TorchDevice):
+    """A device of torch's, with Triton's kernels, an asynchronous queue and recorded steps."""
+
+    def __init__(
+        self,
+        vendor: Vendor,
+        info: DeviceInfo,
+        torch_device: str,
+        capabilities: Capabilities,
+        table: LaunchTable,
+    ) -> None:
+        self._vendor = vendor
+        self._launcher = DeviceLauncher(table)
+        super().__init__(info=info, torch_device=torch_device, capabilities=capabilities)
+        self._is_interpreted = torch_device == "cpu"
+        self._queue: Queue = ImmediateQueue() if self._is_interpreted else StreamQueue(torch_device)
+
+    def _make_ops(self) -> Ops:
+        return TritonOps(self._launcher)
+
+    def _attention_class(self, spec: AttentionSpec) -> type[ReferenceAttention]:
+        return TritonAttention
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        reasons = TritonAttention.reasons_against(spec)
+        if reasons:
+            raise UnsupportedError(reasons, what=f"attention on {self.info.name}")
+        return TritonAttention(spec, self.torch_device, self._launcher)
+
+    def queue(self) -> Queue:
+        return self._queue
+
+    def graphs(self) -> GraphCapture | None:
+        if self.capabilities.step_mode != "capture":
+            return None
+        return ReplayedCalls() if self._is_interpreted else TorchGraphs(self.torch_device)
+
+    def make_staging(self, shape: Sequence[int], dtype: str) -> Tensor:
+        pins = not self._is_interpreted
+        with device_errors("staging"):
+            return torch.empty(tuple(shape), dtype=getattr(torch, dtype), pin_memory=pins)
+
+    def measure_peak_bytes(self, work: Callable[[], None]) -> int:
+        """By the allocator's own count: what it keeps between steps is not lost."""
+        if self._is_interpreted:
+            return super().measure_peak_bytes(work)
+        module = torch.get_device_module(self.torch_device)
+        module.synchronize()
+        module.reset_peak_memory_stats(self.torch_device)
+        before = module.memory_allocated(self.torch_device)
+        taken = super().measure_peak_bytes(work)
+        peak = module.max_memory_allocated(self.torch_device) - before
+        return max(taken, int(peak))
+
+    def communicator(self, ranks: Sequence[int], *, rank: int, address: str) -> Communicator:
+        if len(ranks) == 1:
+            return SoloCommunicator()
+        from quire.backends.torch_accelerator.communicator import join_group
+
+        return join_group(
+            ranks,
+            rank=rank,
+            address=address,
+            backend="gloo" if self._is_interpreted else self._vendor.collectives,
+            torch_device=self.torch_device,
+            limit=self.capabilities.max_tensor_parallel,
+        )
+
+    def close(self) -> None:
+        """Gives what torch's allocator keeps back to the driver."""
+        if not self._is_interpreted:
+            torch.get_device_module(self.torch_device).empty_cache()
+
+
+def _claims(vendor: Vendor, info: DeviceInfo, num_devices: int) -> Capabilities:
+    """By architecture. Sums run in a fixed order (no float atomics), so a run can be repeated;
+    vendors' matrix libraries choose by the size of a batch, so more is not claimed.
+    """
+    architecture = vendor.architecture(info.architecture)
+    halves = _HALVES if architecture.has_bfloat16 else _HALVES[1:]
+    dtypes = (*halves, _WIDE)
+    return Capabilities(
+        dtypes=dtypes,
+        cache_dtypes=(*dtypes, architecture.fp8) if architecture.fp8 else dtypes,
+        block_sizes=_BLOCK_SIZES,
+        attention_kinds=frozenset({"causal", "sliding_window", "chunked"}),
+        attention_features=frozenset({"soft_cap", "sinks", "alibi"}),
+        step_mode="capture" if architecture.has_graphs else "eager",
+        is_asynchronous=True,
+        copy_mode="asynchronous",
+        determinism="run_to_run",
+        max_tensor_parallel=num_devices,
+    )
+
+
+def _interpreted_claims(vendor: Vendor, info: DeviceInfo) -> Capabilities:
+    """The vendor's claims but for what only a device has: a queue of its own and several devices.
+
+    Recording is claimed, so that steps that are replayed run through the same kernels and plans.
+    """
+    claims = _claims(vendor, info, 1)
+    return Capabilities(
+        dtypes=(_WIDE, *_HALVES),
+        cache_dtypes=(_WIDE, *_HALVES, *(d for d in claims.cache_dtypes if d.startswith("float8"))),
+        block_sizes=claims.block_sizes,
+        attention_kinds=claims.attention_kinds,
+        attention_features=claims.attention_features,
+        step_mode="capture",
+        copy_mode="synchronous",
+        determinism=claims.determinism,
+        max_tensor_parallel=1,
+    )

@@ -1,0 +1,107 @@
+"""Recording a step into a graph of the device's, and replaying it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from quire.backends.torch_accelerator.errors import device_errors
+from quire.core.interface import (
+    CapturedStep,
+    DeviceError,
+    GraphCapture,
+    Reason,
+    UnsupportedError,
+)
+
+_WARM_UPS = 2
+"""The first call compiles kernels and makes handles, the second finds them made."""
+_GRAPH_CLASSES = ("CUDAGraph", "XPUGraph")
+
+
+class TorchGraphs(GraphCapture):
+    """Graphs of one device; they share one pool of memory, since they never run at once."""
+
+    def __init__(self, torch_device: str) -> None:
+        self._device = torch_device
+        self._module: Any = torch.get_device_module(torch_device)
+        self._pool: Any = None
+        self._captured: list[Any] = []
+
+    def capture(self, key: str, step: Callable[[], None]) -> CapturedStep:
+        graph = self._new_graph(key)
+        stream = self._module.Stream(self._device)
+        try:
+            with device_errors("graphs"):
+                stream.wait_stream(self._module.current_stream())
+                with self._module.stream(stream):
+                    for _ in range(_WARM_UPS):
+                        step()
+                    stream.synchronize()
+                    graph.capture_begin(pool=self._pool)
+                    try:
+                        step()
+                    finally:
+                        graph.capture_end()
+                self._module.current_stream().wait_stream(stream)
+        except DeviceError:
+            raise
+        except RuntimeError as error:
+            raise _refusal(key, str(error)) from error
+        self._pool = graph.pool()
+        self._captured.append(graph)
+        return _TorchGraph(graph)
+
+    def release(self) -> None:
+        for graph in self._captured:
+            graph.reset()
+        self._captured.clear()
+        self._pool = None
+
+    def _new_graph(self, key: str) -> Any:
+        for name in _GRAPH_CLASSES:
+            graph_class = getattr(self._module, name, None)
+            if graph_class is not None:
+                return graph_class()
+        raise _refusal(key, f"torch {torch.__version__} has no graphs for {self._device}")
+
+
+class _TorchGraph(CapturedStep):
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+
+    def replay(self) -> None:
+        with device_errors("replay"):
+            self._graph.replay()
+
+
+class ReplayedCalls(GraphCapture):
+    """Where nothing can be recorded, as in the interpreter: a replay calls the step again.
+
+    What the step learnt from the host while it was recorded is what it uses at every replay, as in
+    a graph, so a plan that takes lengths from the host gives wrong results here too.
+    """
+
+    def capture(self, key: str, step: Callable[[], None]) -> CapturedStep:
+        step()
+        return _Call(step)
+
+
+class _Call(CapturedStep):
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+
+    def replay(self) -> None:
+        self._step()
+
+
+def _refusal(key: str, why: str) -> UnsupportedError:
+    reason = Reason(
+        code="graphs.capture",
+        need=f"a recording of {key}",
+        have=why.partition("\n")[0],
+        remedy="nothing need be done: such steps run eagerly",
+    )
+    return UnsupportedError([reason], what="recording a step")

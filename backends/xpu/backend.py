@@ -1,0 +1,31 @@
+"""The factory of XPU devices."""
+
+from __future__ import annotations
+
+from quire.backends.torch_accelerator import AcceleratorBackend, Found, Vendor
+from quire.backends.torch_accelerator.vendor import Architecture
+from quire.backends.xpu.drm import find_devices
+
+XPU = Vendor(
+    name="xpu",
+    title="XPU",
+    torch_type="xpu",
+    collectives="xccl",
+    build_field="xpu",
+    install='pip install "quire[xpu]" with torch from https://download.pytorch.org/whl/xpu',
+    driver_remedy="install or update Intel's GPU driver and Level Zero",
+    architectures={"xe": Architecture(has_graphs=False)},
+    read_tables=lambda architecture: None,
+    interpreted_architecture="xe",
+)
+
+
+class XpuBackend(AcceleratorBackend):
+    """Intel's devices on this machine."""
+
+    name = "xpu"
+    interface_version = "1.0"
+    _vendor = XPU
+
+    def _find(self) -> Found:
+        return find_devices()
