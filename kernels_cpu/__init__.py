@@ -16,6 +16,7 @@ from quire.kernels_cpu.elementwise import (
     rotary,
     silu_and_mul,
 )
+from quire.kernels_cpu.linear import PackedWeights, pack_codes, pack_dense
 from quire.kernels_cpu.native import (
     HAVE_NATIVE,
     WHY_NOT_NATIVE,
@@ -27,12 +28,15 @@ from quire.kernels_cpu.native import (
 __all__ = [
     "HAVE_NATIVE",
     "WHY_NOT_NATIVE",
+    "PackedWeights",
     "add_rms_norm",
     "available_isas",
     "gated_activation",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "isa",
+    "pack_codes",
+    "pack_dense",
     "paged_attention",
     "rms_norm",
     "rotary",

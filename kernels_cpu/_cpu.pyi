@@ -61,3 +61,33 @@ def rotary(
     sin_stride: int,
     is_interleaved: bool,
 ) -> None: ...
+def num_lanes(format: int, num_outputs: int, num_inputs: int, /) -> int: ...
+def pack_lanes(
+    format: int,
+    source: int,
+    row_bytes: int,
+    num_outputs: int,
+    num_inputs: int,
+    target: int,
+    /,
+) -> None: ...
+
+class Linear:
+    def __init__(
+        self,
+        format: int,
+        rounding: int,
+        lanes: int,
+        scale_dtype: int,
+        scales: int,
+        zeros: int,
+        bias: int,
+        num_outputs: int,
+        num_inputs: int,
+        group_size: int,
+        zero: int,
+        /,
+    ) -> None: ...
+    def multiply(
+        self, dtype: int, x: int, out: int, rows: int, x_stride: int, out_stride: int, /
+    ) -> None: ...

@@ -25,7 +25,7 @@ def require_native() -> None:
 
 
 def isa() -> str:
-    """The ISA level in use: "generic", "avx2" or "avx512"."""
+    """The ISA level in use: "generic", "avx2", "avx512_bf16" and so on."""
     require_native()
     return _cpu.isa()
 

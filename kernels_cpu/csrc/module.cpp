@@ -9,42 +9,12 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "levels.h"
+#include "linear_module.h"
 
 namespace nb = nanobind;
 
 namespace quire {
-extern const Table table_generic;
-#ifdef QUIRE_HAVE_avx2
-extern const Table table_avx2, table_avx512;
-#endif
-
-// Best first. Every entry runs on this machine.
-static std::vector<const Table*> available() {
-  std::vector<const Table*> tables;
-#ifdef QUIRE_HAVE_avx2
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    tables.push_back(&table_avx512);
-  if (avx2) tables.push_back(&table_avx2);
-#endif
-  tables.push_back(&table_generic);
-  return tables;
-}
-
-static const Table* chosen = available().front();
-
-static void use_isa(const std::string& name) {
-  for (const Table* table : available())
-    if (name == table->name) {
-      chosen = table;
-      return;
-    }
-  throw std::invalid_argument("this machine or this build has no ISA level named '" + name + "'");
-}
-
 template <class T>
 static T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -102,7 +72,7 @@ static void paged_attention(int dtype, uintptr_t q, uintptr_t k_cache, uintptr_t
   bool has_memory;
   {
     nb::gil_scoped_release released;
-    has_memory = chosen->paged_attention(a);
+    has_memory = chosen_level().kernels->paged_attention(a);
   }
   if (!has_memory) throw std::bad_alloc();
 }
@@ -123,7 +93,7 @@ static void write_cache(int64_t element_size, uintptr_t source, uintptr_t cache,
       throw std::out_of_range("slot_mapping[" + std::to_string(token) + "] = " + std::to_string(a.slots[token]) +
                               " but the cache has " + std::to_string(num_slots) + " slots");
   nb::gil_scoped_release released;
-  chosen->write_cache(a);
+  chosen_level().kernels->write_cache(a);
 }
 
 static void rms_norm(int dtype, uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, int64_t rows,
@@ -132,14 +102,14 @@ static void rms_norm(int dtype, uintptr_t x, uintptr_t residual, uintptr_t weigh
                    rows,         n,                 x_stride,           residual_stride,        out_stride,
                    eps};
   nb::gil_scoped_release released;
-  chosen->rms_norm(a);
+  chosen_level().kernels->rms_norm(a);
 }
 
 static void gated_activation(int dtype, int gate, uintptr_t x, uintptr_t out, int64_t rows, int64_t n,
                              int64_t x_stride, int64_t out_stride) {
   const GateArgs a{DType(dtype), Gate(gate), at<const void>(x), at<void>(out), rows, n, x_stride, out_stride};
   nb::gil_scoped_release released;
-  chosen->gated_activation(a);
+  chosen_level().kernels->gated_activation(a);
 }
 
 static void rotary(int dtype, uintptr_t x, uintptr_t cos, uintptr_t sin, int64_t num_tokens, int64_t num_heads,
@@ -149,21 +119,22 @@ static void rotary(int dtype, uintptr_t x, uintptr_t cos, uintptr_t sin, int64_t
                      num_tokens,   num_heads,    num_pairs,            token_stride,
                      head_stride,  cos_stride,   sin_stride,           is_interleaved};
   nb::gil_scoped_release released;
-  chosen->rotary(a);
+  chosen_level().kernels->rotary(a);
 }
 }  // namespace quire
 
 NB_MODULE(_cpu, m) {
-  m.def("isa", [] { return std::string(quire::chosen->name); });
+  m.def("isa", [] { return std::string(quire::chosen_level().name); });
   m.def("available_isas", [] {
     std::vector<std::string> names;
-    for (const quire::Table* table : quire::available()) names.emplace_back(table->name);
+    for (const quire::Level& level : quire::available_levels()) names.emplace_back(level.name);
     return names;
   });
-  m.def("use_isa", &quire::use_isa);
+  m.def("use_isa", &quire::choose_level);
   m.def("paged_attention", &quire::paged_attention);
   m.def("write_cache", &quire::write_cache);
   m.def("rms_norm", &quire::rms_norm);
   m.def("gated_activation", &quire::gated_activation);
   m.def("rotary", &quire::rotary);
+  quire::bind_linear(m);
 }

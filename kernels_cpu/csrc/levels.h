@@ -1,0 +1,25 @@
+// The ISA levels of this build, and which of them is in use.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "linear.h"
+
+namespace quire {
+
+struct Level {
+  const char* name;
+  const Table* kernels;
+  const LinearTable* linear;
+};
+
+// What this machine can run, best first. Never empty.
+std::vector<Level> available_levels();
+
+// The level in use: at first the best.
+const Level& chosen_level();
+
+// Throws std::invalid_argument if this machine or this build lacks the level.
+void choose_level(const std::string& name);
+
+}  // namespace quire
