@@ -1,13 +1,14 @@
 """The cases of the suite: checks times variants, with ids that are fixed for ever.
 
 A check is a function of a `Trial`, marked with `check`. Which of its cases a device is excused from
-follows from the device's Capabilities and from nothing else.
+follows from the device's Capabilities and from nothing else. The checks of a module `ext_NAME` are
+those of the extension NAME: reported apart from the levels, and never needed for one.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,11 @@ from typing import Any
 from quire.core.interface import OP_SPECS, Capabilities
 
 Function = Callable[..., None]
+EXTENSION_PREFIX = "ext_"
+"""Begins the name of a module of checks that belong to an extension."""
+EXTENSION_FILE = "test_extensions.py"
+"""The one test file of all extensions."""
+HIGHEST_LEVEL = 4
 Needs = Callable[[Capabilities, Mapping[str, Any]], str]
 """Why a device with these claims is excused from a variant; empty: it is not."""
 
@@ -45,6 +51,8 @@ class Case:
     arguments: Mapping[str, Any]
     needs: Needs
     on_torch: bool
+    extension: str = ""
+    """The extension that it belongs to; empty: a level."""
 
     @property
     def variant(self) -> str:
@@ -115,17 +123,25 @@ def dtypes(*names: str) -> dict[str, dict[str, Any]]:
 
 def cases_of(module: ModuleType) -> tuple[Case, ...]:
     """The cases of one module of checks, in the order in which they are written."""
-    file = f"test_{module.__name__.rpartition('.')[2]}.py"
+    name = module.__name__.rpartition(".")[2]
+    extension = extension_of(module)
+    prefix = f"{EXTENSION_FILE}::test_{extension}_" if extension else f"test_{name}.py::test_"
     functions = [f for f in vars(module).values() if inspect.isfunction(f)]
     marked = [f for f in functions if "conformance" in f.__dict__]
-    return tuple(case for function in marked for case in _expand(file, function))
+    return tuple(case for function in marked for case in _expand(prefix, function, extension))
 
 
-def _expand(file: str, function: Function) -> list[Case]:
+def extension_of(module: ModuleType) -> str:
+    """The extension that a module of checks is about; empty: levels."""
+    name = module.__name__.rpartition(".")[2]
+    return name.removeprefix(EXTENSION_PREFIX) if name.startswith(EXTENSION_PREFIX) else ""
+
+
+def _expand(prefix: str, function: Function, extension: str) -> list[Case]:
     spec: CheckSpec = function.__dict__["conformance"]
     return [
         Case(
-            id=f"{file}::test_{function.__name__}" + (f"[{variant}]" if variant else ""),
+            id=f"{prefix}{function.__name__}" + (f"[{variant}]" if variant else ""),
             level=spec.level,
             op=arguments.get("op", spec.op),
             dtype=arguments.get("dtype", ""),
@@ -133,14 +149,23 @@ def _expand(file: str, function: Function) -> list[Case]:
             arguments=arguments,
             needs=spec.needs,
             on_torch=spec.on_torch,
+            extension=extension,
         )
         for variant, arguments in spec.variants.items()
     ]
 
 
-def all_cases(max_level: int = 3) -> tuple[Case, ...]:
-    """Every case up to a level: the manifest."""
+def all_cases(max_level: int = HIGHEST_LEVEL) -> tuple[Case, ...]:
+    """Every case of the levels up to one: the manifest."""
     from quire.conformance import checks
 
     cases = [case for module in checks.MODULES for case in cases_of(module)]
-    return tuple(case for case in cases if case.level <= max_level)
+    return tuple(case for case in cases if case.level <= max_level and not case.extension)
+
+
+def extension_cases(names: Collection[str] | None = None) -> tuple[Case, ...]:
+    """The cases of these extensions; None: of every extension that the suite has checks for."""
+    from quire.conformance import checks
+
+    modules = [m for m in checks.EXTENSIONS if names is None or extension_of(m) in names]
+    return tuple(case for module in modules for case in cases_of(module))

@@ -15,8 +15,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from quire.conformance.cases import Case
+from quire.conformance.cases import Case, all_cases, extension_cases
 from quire.conformance.collection import case_of
+from quire.conformance.extensions import chosen_extensions
+from quire.conformance.ranks import RankGroups, opener_of
 from quire.conformance.records import RawRun, Row, row_of
 from quire.conformance.trial import run_case
 from quire.core.discovery import load_backend
@@ -31,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("conformance", "Quire's conformance suite")
     group.addoption("--backend", help="The backend under test, by name.")
     group.addoption("--level", type=int, default=2, help="The highest level to run.")
+    group.addoption("--extensions", default="all", help="Extensions to try: all, none or NAME,...")
     group.addoption("--conformance-seed", type=int, help="The seed of the run; default: drawn.")
     group.addoption("--conformance-rows", help="A file for the rows, as JSON.")
     group.addoption("--conformance-report", help="A folder for an unsealed report.")
@@ -57,9 +60,15 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Drops the levels above the one asked for."""
+    """Drops the levels above the one asked for, and extensions that were not."""
     highest = config.getoption("--level")
-    dropped = [item for item in items if (case := case_of(item)) and case.level > highest]
+    tried = chosen_extensions(config.getoption("--extensions"))
+    dropped = [
+        item
+        for item in items
+        if (case := case_of(item))
+        and (case.extension not in tried if case.extension else case.level > highest)
+    ]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
@@ -98,6 +107,7 @@ class _Rows:
             seed=self.seed,
             level=self._config.getoption("--level"),
             rows=sorted(self._rows, key=lambda row: row.id),
+            extensions=chosen_extensions(self._config.getoption("--extensions")),
         )
         if path := self._config.getoption("--conformance-rows"):
             Path(path).write_bytes(msgspec.json.encode(raw))
@@ -110,12 +120,13 @@ class _Rows:
 
 def _lost(report: pytest.TestReport) -> Row:
     case_id = report.nodeid.rpartition("/")[2]
-    level = case_id.removeprefix("test_l")[:1]
+    case = next((c for c in (*all_cases(), *extension_cases()) if c.id == case_id), None)
     return Row(
         id=case_id,
-        level=int(level) if level.isdigit() else 0,
-        op="",
-        dtype="",
+        level=case.level if case else 0,
+        op=case.op if case else "",
+        dtype=case.dtype if case else "",
+        extension=case.extension if case else "",
         outcome="failed",
         reason="the test could not run to its end: the process that drives the device crashed, "
         f"hung until it was ended, or could not open it. {report.longreprtext[-1000:]}",
@@ -133,11 +144,17 @@ class Bench:
         self._seed = seed
         self._directory = directory
         self._worker = worker
+        self._rank_groups = RankGroups(opener_of(backend.name))
 
     def run(self, case: Case, record_property: Callable[[str, object], None]) -> None:
         """Runs one case and records its row."""
         outcome = run_case(
-            case, self._device, backend=self._backend, seed=self._seed, directory=self._directory
+            case,
+            self._device,
+            backend=self._backend,
+            seed=self._seed,
+            directory=self._directory,
+            rank_groups=self._rank_groups,
         )
         row = row_of(outcome, worker=self._worker)
         record_property(_PROPERTY, msgspec.json.encode(row).decode())
@@ -146,6 +163,11 @@ class Bench:
         if outcome.outcome == "failed":
             text = f"{outcome.reason}\n\nseed {self._seed}\n{outcome.details}"
             pytest.fail(text, pytrace=False)
+
+    def close(self) -> None:
+        """Ends the processes of other ranks, and closes the device."""
+        self._rank_groups.close()
+        self._device.close()
 
 
 @pytest.fixture(scope="session")
@@ -164,11 +186,12 @@ def conformance(
     if not devices:
         raise pytest.UsageError(f"backend {name!r} has no device: {backend.probe().problem}")
     device = backend.open(devices[number % len(devices)].index)
-    yield Bench(
+    bench = Bench(
         backend,
         device,
         seed=_rows_of(config).seed,
         directory=tmp_path_factory.mktemp("conformance"),
         worker=worker,
     )
-    device.close()
+    yield bench
+    bench.close()

@@ -38,6 +38,8 @@ class Recipe:
     """The same by the oracle, in the dtype of the arrays."""
     tolerances: Mapping[str, str] = field(default_factory=dict)
     """Of results that are not of the operator's own class."""
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    """Of results that have a dtype of their own, whatever the inputs have."""
     hint: str = ""
     """What a stranger should look at first when the numbers are wrong."""
 
@@ -52,7 +54,10 @@ def arrays_of(inputs: Mapping[str, Tensor], width: type[np.floating[Any]]) -> di
     }
 
 
-def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale: float) -> Tensor:
+def make_normal(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale: float
+) -> Tensor:
+    """Normal numbers of this standard deviation, rounded to the dtype."""
     drawn = torch.from_numpy(rng.standard_normal(shape) * scale)
     return drawn.to(getattr(torch, dtype))
 
@@ -63,7 +68,9 @@ def _integers(rng: np.random.Generator, limit: int, count: int) -> Tensor:
     return torch.from_numpy(drawn)
 
 
-def _rounder(dtype: str) -> Callable[[Array], Array]:
+def make_rounder(dtype: str) -> Callable[[Array], Array]:
+    """Rounds arrays to a dtype, as an operator does that writes an intermediate result."""
+
     def rounded(x: Array) -> Array:
         near = torch.from_numpy(np.asarray(x, dtype=np.float64)).to(getattr(torch, dtype))
         return np.asarray(near.double().numpy().astype(x.dtype))
@@ -78,17 +85,17 @@ def _embedding(rng: np.random.Generator, dtype: str, scale: float, options: Opti
     rows, width = options["table"]
     return {
         "token_ids": _integers(rng, rows, options["count"]),
-        "weight": _normal(rng, (rows, width), dtype, scale),
+        "weight": make_normal(rng, (rows, width), dtype, scale),
     }
 
 
 def _linear(rng: np.random.Generator, dtype: str, scale: float, options: Options) -> Inputs:
     t, k, n = options["shape"]
     inputs = {
-        "x": _normal(rng, (t, k), dtype, scale),
-        "weight": _normal(rng, (n, k), dtype, k**-0.5),
+        "x": make_normal(rng, (t, k), dtype, scale),
+        "weight": make_normal(rng, (n, k), dtype, k**-0.5),
     }
-    return inputs | ({"bias": _normal(rng, (n,), dtype, scale)} if options["bias"] else {})
+    return inputs | ({"bias": make_normal(rng, (n,), dtype, scale)} if options["bias"] else {})
 
 
 def _call_linear(ops: Ops, tensors: Mapping[str, Tensor], options: Options) -> dict[str, Tensor]:
@@ -99,11 +106,11 @@ def _call_linear(ops: Ops, tensors: Mapping[str, Tensor], options: Options) -> d
 def _norm(rng: np.random.Generator, dtype: str, scale: float, options: Options) -> Inputs:
     shape = options["shape"]
     inputs = {
-        "x": _normal(rng, shape, dtype, scale),
-        "weight": _normal(rng, shape[-1:], dtype, 1.0),
+        "x": make_normal(rng, shape, dtype, scale),
+        "weight": make_normal(rng, shape[-1:], dtype, 1.0),
     }
     if options.get("adds"):
-        inputs["residual"] = _normal(rng, shape, dtype, scale)
+        inputs["residual"] = make_normal(rng, shape, dtype, scale)
     return inputs
 
 
@@ -119,7 +126,7 @@ def _expect_add_norm(arrays: Mapping[str, Array], options: Options) -> dict[str,
         arrays["residual"],
         arrays["weight"],
         options["eps"],
-        _rounder(options["dtype"]),
+        make_rounder(options["dtype"]),
     )
     return {"out": out, "residual": total}
 
@@ -133,9 +140,9 @@ def _rotary(rng: np.random.Generator, dtype: str, scale: float, options: Options
     }
     if options.get("is_strided"):
         shape = (num_tokens, (q_heads + 2 * k_heads) * size)
-        return {"qkv": _normal(rng, shape, dtype, scale)} | tables
-    q = _normal(rng, (num_tokens, q_heads, size), dtype, scale)
-    return {"q": q, "k": _normal(rng, (num_tokens, k_heads, size), dtype, scale)} | tables
+        return {"qkv": make_normal(rng, shape, dtype, scale)} | tables
+    q = make_normal(rng, (num_tokens, q_heads, size), dtype, scale)
+    return {"q": q, "k": make_normal(rng, (num_tokens, k_heads, size), dtype, scale)} | tables
 
 
 def _call_rotary(ops: Ops, tensors: Mapping[str, Tensor], options: Options) -> dict[str, Tensor]:
@@ -194,7 +201,7 @@ def _penalties(rng: np.random.Generator, dtype: str, scale: float, options: Opti
     rows, vocabulary, each = options["shape"]
     settings = rng.uniform((1.1, 0.2, 0.3), (1.8, 1.2, 1.5), (rows, 3))
     return {
-        "logits": _normal(rng, (rows, vocabulary), dtype, 4 * scale),
+        "logits": make_normal(rng, (rows, vocabulary), dtype, 4 * scale),
         **_entries(rng, rows, vocabulary, each),
         "output_counts": torch.from_numpy(rng.integers(0, 4, rows * each)).float(),
         "settings": torch.from_numpy(settings).float(),
@@ -208,10 +215,10 @@ def _call_penalties(ops: Ops, tensors: Mapping[str, Tensor], options: Options) -
 
 def _bias(rng: np.random.Generator, dtype: str, scale: float, options: Options) -> Inputs:
     rows, vocabulary, each = options["shape"]
-    bias = _normal(rng, (rows * each,), dtype, 3.0)
+    bias = make_normal(rng, (rows * each,), dtype, 3.0)
     bias[1] = float("-inf")
     return {
-        "logits": _normal(rng, (rows, vocabulary), dtype, 4 * scale),
+        "logits": make_normal(rng, (rows, vocabulary), dtype, 4 * scale),
         **_entries(rng, rows, vocabulary, each),
         "bias": bias,
     }
@@ -227,7 +234,7 @@ def _keep(rng: np.random.Generator, dtype: str, scale: float, options: Options) 
     kept = rng.permutation(rows)[: rows - 1]
     entries = _entries(rng, len(kept), vocabulary, each)
     return {
-        "logits": _normal(rng, (rows, vocabulary), dtype, 4 * scale),
+        "logits": make_normal(rng, (rows, vocabulary), dtype, 4 * scale),
         "rows": torch.from_numpy(kept),
         "row_of_entry": torch.from_numpy(kept)[entries["rows"]],
         "token_ids": entries["token_ids"],
@@ -244,7 +251,7 @@ def _mask(rng: np.random.Generator, dtype: str, scale: float, options: Options) 
     masked = rng.permutation(rows)[: rows - 1]
     words = rng.integers(0, 1 << 32, (len(masked), -(-vocabulary // 32)), dtype=np.uint32)
     return {
-        "logits": _normal(rng, (rows, vocabulary), dtype, 4 * scale),
+        "logits": make_normal(rng, (rows, vocabulary), dtype, 4 * scale),
         "rows": torch.from_numpy(masked),
         "mask": torch.from_numpy(words.view(np.int32)),
     }
@@ -257,7 +264,7 @@ def _call_mask(ops: Ops, tensors: Mapping[str, Tensor], options: Options) -> dic
 
 def _logprobs(rng: np.random.Generator, dtype: str, scale: float, options: Options) -> Inputs:
     rows, vocabulary, _ = options["shape"]
-    logits = _normal(rng, (rows, vocabulary), dtype, 4 * scale)
+    logits = make_normal(rng, (rows, vocabulary), dtype, 4 * scale)
     logits[:, vocabulary // 3] = logits[:, vocabulary // 2]
     token_ids = _integers(rng, vocabulary, rows)
     token_ids[1] = vocabulary // 2  # one that ties
@@ -328,7 +335,9 @@ RECIPES: Mapping[str, Recipe] = {
             for kind in ("silu", "gelu_tanh", "gelu")
             for width in (48, 33)
         },
-        make=lambda rng, dtype, scale, o: {"x": _normal(rng, (5, 2 * o["width"]), dtype, scale)},
+        make=lambda rng, dtype, scale, o: {
+            "x": make_normal(rng, (5, 2 * o["width"]), dtype, scale)
+        },
         call=lambda ops, t, o: {"out": ops.gated_activation(t["x"], o["kind"])},
         expect=lambda a, o: {"out": ORACLES["layers.gated_activation"](a["x"], o["kind"])},
         hint="The first half is activated, the second multiplies; is it the right form of GELU?",
@@ -347,7 +356,7 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "soft_cap": Recipe(
         variants={"cap30": {"cap": 30.0}, "cap2": {"cap": 2.0}},
-        make=lambda rng, dtype, scale, o: {"x": _normal(rng, (4, 65), dtype, 3 * scale)},
+        make=lambda rng, dtype, scale, o: {"x": make_normal(rng, (4, 65), dtype, 3 * scale)},
         call=_call_soft_cap,
         expect=lambda a, o: {"x": ORACLES["layers.soft_cap"](a["x"], o["cap"])},
         hint="cap * tanh(x / cap), in place.",

@@ -10,7 +10,7 @@ import msgspec
 from quire.conformance.numerics import UNBOUNDED
 from quire.conformance.trial import Outcome
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +31,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     provider: str = ""
     seconds: float = 0.0
     worker: str = ""
+    extension: str = ""
+    """The extension that the case belongs to; empty: its level."""
 
 
 class RawRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +41,8 @@ class RawRun(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     level: int
     rows: list[Row]
+    extensions: list[str] = []
+    """Those that were tried."""
 
 
 class Expectation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,6 +64,19 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     level: int
     is_granted: bool
     num_exceptions: int
+    text: str
+
+
+class ExtensionVerdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What the run says about one extension."""
+
+    name: str
+    outcome: str
+    """`granted`, `failed`, `not claimed`, `not tried`, or `not certifiable`: claimed, and the suite
+    has no check for it."""
+    num_exceptions: int
+    claim: str
+    """The words of the capabilities that claim it."""
     text: str
 
 
@@ -96,6 +113,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Whether torch owns the device's tensors; if not, operators are tried through its Worker."""
     capabilities: dict[str, Any]
     verdicts: list[Verdict]
+    hardware: str
+    """What computed: `real`, or how it was imitated (`interpreted`, `simulated`)."""
+    extensions_tried: list[str]
+    extensions: list[ExtensionVerdict]
     counts: dict[str, int]
     missing: list[str]
     """Ids of the manifest that have no row."""
@@ -134,6 +155,7 @@ def row_of(outcome: Outcome, *, worker: str) -> Row:
         provider=outcome.provider,
         seconds=round(outcome.seconds, 4),
         worker=worker,
+        extension=outcome.case.extension,
     )
 
 

@@ -15,7 +15,9 @@ import msgspec
 
 import quire
 from quire import conformance
+from quire.conformance.cases import all_cases, extension_cases
 from quire.conformance.expectations import apply_expectations
+from quire.conformance.extensions import judge_extensions
 from quire.conformance.page import render
 from quire.conformance.records import (
     SCHEMA_VERSION,
@@ -27,11 +29,14 @@ from quire.conformance.records import (
     checksum_of,
 )
 from quire.conformance.vendor_cost import cost_of
-from quire.conformance.verdicts import judge, manifest_of
+from quire.conformance.verdicts import judge, manifest_with
 from quire.core.discovery import BackendEntry, list_backends, load_backend
 from quire.core.errors import ConfigError
 from quire.core.interface import INTERFACE_VERSION, Device
 
+HARDWARE = "hardware"
+"""The key of `DeviceInfo.details` under which a device says that it is none: `interpreted` (its
+kernels run in an interpreter on the host), `simulated`."""
 _NO_COST = VendorCost(files=0, lines_of_code=0, quire_modules=[], assignments=[])
 
 
@@ -49,14 +54,15 @@ def make_report(
     backend: str, raw: RawRun, *, is_sealed: bool, expectations: Sequence[Expectation] = ()
 ) -> Report:
     """The report of one run. Opens the device once more, for its name and its claims."""
-    manifest = manifest_of(raw.level)
+    manifest = manifest_with(raw.level, raw.extensions)
+    every_id = {case.id for case in (*all_cases(), *extension_cases())}
     rows, problems = apply_expectations(
-        raw.rows, expectations, manifest=set(manifest_of(99)), version=quire.__version__
+        raw.rows, expectations, manifest=every_id, version=quire.__version__
     )
     problems += problems_of_ids(rows, manifest)
     entry = next((e for e in list_backends() if e.name == backend), None)
     device = _open(backend)
-    info, claims = device.info, _plain(device.capabilities)
+    info, claims = device.info, device.capabilities
     device.close()
     report = Report(
         schema_version=SCHEMA_VERSION,
@@ -73,8 +79,11 @@ def make_report(
         device=info.name,
         architecture=info.architecture,
         is_torch=device.torch_device is not None,
-        capabilities=claims,
+        capabilities=_plain(claims),
         verdicts=judge(rows, level=raw.level, problems=problems),
+        hardware=info.details.get(HARDWARE, "real"),
+        extensions_tried=sorted(raw.extensions),
+        extensions=judge_extensions(rows, tried=raw.extensions, capabilities=claims),
         counts=dict(sorted(Counter(row.outcome for row in rows).items())),
         missing=sorted(set(manifest) - {row.id for row in rows}),
         problems=problems,
@@ -108,14 +117,22 @@ def read_report(path: Path) -> Report:
     Raises: ConfigError if it is none of this version of the schema.
     """
     try:
-        report = msgspec.json.decode(path.read_bytes(), type=Report)
+        content = path.read_bytes()
+        schema_version = msgspec.json.decode(content, type=_Schema).schema_version
+        if schema_version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{path} has schema {schema_version}; this quire reads {SCHEMA_VERSION}. Run the "
+                "suite again, or read it with the quire that wrote it"
+            )
+        return msgspec.json.decode(content, type=Report)
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"{path} is no conformance report: {error}") from error
-    if report.schema_version != SCHEMA_VERSION:
-        raise ConfigError(
-            f"{path} has schema {report.schema_version}; this quire reads {SCHEMA_VERSION}"
-        )
-    return report
+
+
+class _Schema(msgspec.Struct, frozen=True):
+    """What is read of a report before the rest is trusted to be there."""
+
+    schema_version: str
 
 
 def _open(name: str) -> Device:

@@ -14,7 +14,9 @@ from pathlib import Path
 import msgspec
 
 from quire import conformance
+from quire.conformance.cases import HIGHEST_LEVEL
 from quire.conformance.expectations import read_expectations
+from quire.conformance.extensions import chosen_extensions
 from quire.conformance.records import RawRun, Report
 from quire.conformance.reporting import make_report, write_report
 from quire.core.discovery import load_backend
@@ -24,7 +26,6 @@ from quire.core.errors import ConfigError
 _CHANGES = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 _WITHOUT = ("PYTEST_",)
 """Prefixes of variables with which pytest would let itself be told things."""
-HIGHEST_LEVEL = 3
 _HANG_S = 300
 """A test that takes so long hangs: its process ends, and the test has failed."""
 _INI = f"""[pytest]
@@ -37,7 +38,8 @@ _MAX_CRASHES = 20
 def run_suite(
     backend: str,
     *,
-    level: int = HIGHEST_LEVEL,
+    level: int = 3,
+    extensions: str = "all",
     workers: int = 1,
     seed: int | None = None,
     expectations: Path | None = None,
@@ -47,35 +49,39 @@ def run_suite(
 ) -> Report:
     """Runs the sealed suite on `backend` and writes its report into `folder`, where given.
 
+    `extensions` is `all`, `none` or `NAME,...`: those to try where the device claims them.
+
     Raises: ConfigError, PluginError before anything runs if the run cannot be.
     """
     if not 0 <= level <= HIGHEST_LEVEL:
         raise ConfigError(
             f"level {level} was asked for; this suite has levels 0 to {HIGHEST_LEVEL}"
         )
+    tried = chosen_extensions(extensions)
     excuses = read_expectations(expectations) if expectations else []
     probe = load_backend(backend).probe()
     if not probe.is_usable:
         raise ConfigError(f"backend {backend!r} has no device: {probe.problem} {probe.remedy}")
-    raw = _run_sealed(backend, level=level, workers=workers, seed=seed, is_quiet=is_quiet)
+    options = [
+        *("--backend", backend, "--level", str(level), "--extensions", ",".join(tried) or "none"),
+        *(() if seed is None else ("--conformance-seed", str(seed))),
+    ]
+    raw = _run_sealed(options, workers=workers, is_quiet=is_quiet)
     report = make_report(backend, raw, is_sealed=True, expectations=excuses)
     if folder is not None:
         write_report(report, folder, baseline=baseline)
     return report
 
 
-def _run_sealed(
-    backend: str, *, level: int, workers: int, seed: int | None, is_quiet: bool
-) -> RawRun:
+def _run_sealed(options: Sequence[str], *, workers: int, is_quiet: bool) -> RawRun:
     with tempfile.TemporaryDirectory(prefix="quire-conformance-") as name:
         where = Path(name)
         rows, ini = where / "rows.json", where / "pytest.ini"
         ini.write_text(_INI)
         command = [
             *_command(ini, workers),
-            *("--backend", backend, "--level", str(level)),
+            *options,
             *("--conformance-rows", str(rows), "--basetemp", str(where / "files")),
-            *(() if seed is None else ("--conformance-seed", str(seed))),
         ]
         empty = where / "empty"
         empty.mkdir()

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.conformance.numerics import Measurement, compare
+from quire.conformance.ranks import RankGroups
 from quire.core.interface import Backend, Capabilities, Device, UnsupportedError
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Trial:
     seed: int
     directory: Path
     """For files of this run; models are made there once."""
+    rank_groups: RankGroups | None = None
+    """Processes of several ranks; None: nobody knows how another process opens the device."""
     measurements: list[Measurement] = field(default_factory=list)
     provider: str = ""
     """Who served the operator, by the device's own word."""
@@ -53,6 +56,13 @@ class Trial:
     def capabilities(self) -> Capabilities:
         """The device's claims."""
         return self.device.capabilities
+
+    @property
+    def ranks(self) -> RankGroups:
+        """Processes of several ranks, each with a device of its own."""
+        if self.rank_groups is None:
+            raise Finding("only an installed backend can be opened in several processes")
+        return self.rank_groups
 
     @property
     def block_size(self) -> int:
@@ -115,14 +125,27 @@ class Outcome:
 
 
 def run_case(
-    case: Case, device: Device, *, backend: Backend | None, seed: int, directory: Path
+    case: Case,
+    device: Device,
+    *,
+    backend: Backend | None,
+    seed: int,
+    directory: Path,
+    rank_groups: RankGroups | None = None,
 ) -> Outcome:
     """Runs one case. Whatever a declared capability raises is a failure; the suite alone skips."""
     is_torch = device.torch_device is not None
     reason = case.reason_against(device.capabilities, is_torch=is_torch)
     if reason:
         return Outcome(case=case, outcome="unsupported", reason=reason)
-    trial = Trial(backend=backend, device=device, case_id=case.id, seed=seed, directory=directory)
+    trial = Trial(
+        backend=backend,
+        device=device,
+        case_id=case.id,
+        seed=seed,
+        directory=directory,
+        rank_groups=rank_groups,
+    )
     begin = time.perf_counter()
     try:
         case.function(trial, **case.arguments)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from quire.conformance.cases import all_cases
+from quire.conformance.cases import all_cases, extension_cases
 from quire.conformance.records import Row, Verdict
 
 _FAILURES = ("failed", "unexpected_pass")
@@ -13,8 +13,13 @@ _TRIED = ("passed", "excused", *_FAILURES)
 
 
 def manifest_of(level: int) -> list[str]:
-    """The ids that a run up to `level` consists of."""
+    """The ids that a run up to `level` consists of, extensions left out."""
     return [case.id for case in all_cases(level)]
+
+
+def manifest_with(level: int, extensions: Collection[str]) -> list[str]:
+    """The ids of a run up to `level` that also tries these extensions."""
+    return manifest_of(level) + [case.id for case in extension_cases(extensions)]
 
 
 def judge(rows: Sequence[Row], *, level: int, problems: Sequence[str]) -> list[Verdict]:
@@ -23,7 +28,8 @@ def judge(rows: Sequence[Row], *, level: int, problems: Sequence[str]) -> list[V
     A level of which a device can try nothing is not granted by itself; for a device that torch does
     not own, level 2 stands for the operators of level 1.
     """
-    return [_judge_level(rows, upto, problems) for upto in range(level + 1)]
+    of_levels = [row for row in rows if not row.extension]
+    return [_judge_level(of_levels, upto, problems) for upto in range(level + 1)]
 
 
 def _judge_level(rows: Sequence[Row], level: int, problems: Sequence[str]) -> Verdict:

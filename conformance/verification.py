@@ -8,10 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from quire.conformance.cases import all_cases
+from quire.conformance.cases import all_cases, extension_cases
+from quire.conformance.extensions import judge_extensions
 from quire.conformance.records import Report, Row, checksum_of
 from quire.conformance.reporting import problems_of_ids, read_report, suite_hash
-from quire.conformance.verdicts import judge, manifest_of
+from quire.conformance.verdicts import judge, manifest_with
 from quire.core.interface import Capabilities
 
 
@@ -33,26 +34,30 @@ def _findings(report: Report) -> Iterator[str]:
             "another suite: the files of the suite that made it are not those installed here "
             f"(report of quire {report.quire_version})"
         )
-    missing = sorted(set(manifest_of(report.level)) - {row.id for row in report.rows})
+    manifest = manifest_with(report.level, report.extensions_tried)
+    missing = sorted(set(manifest) - {row.id for row in report.rows})
     if missing:
         yield f"incomplete: {len(missing)} tests of level {report.level} are missing: {missing[:3]}"
     if missing != report.missing:
         yield "dishonest: the list of missing tests is not what its rows say"
-    yield from problems_of_ids(report.rows, manifest_of(report.level))
+    yield from problems_of_ids(report.rows, manifest)
     if judge(report.rows, level=report.level, problems=report.problems) != report.verdicts:
         yield "dishonest: the verdicts do not follow from the rows"
+    claims = msgspec.convert(report.capabilities, type=Capabilities)
+    said = judge_extensions(report.rows, tried=report.extensions_tried, capabilities=claims)
+    if said != report.extensions:
+        yield "dishonest: the verdicts on extensions do not follow from the rows and the claims"
     if dict(Counter(row.outcome for row in report.rows)) != report.counts:
         yield "dishonest: the counts do not follow from the rows"
-    yield from _excuse_findings(report)
+    yield from _excuse_findings(report, claims)
     excused = {line.test for line in report.expectations}
     for row in report.rows:
         yield from _row_findings(row, excused)
 
 
-def _excuse_findings(report: Report) -> Iterator[str]:
+def _excuse_findings(report: Report, claims: Capabilities) -> Iterator[str]:
     """Rows that are unsupported although the claims in the report do not excuse them."""
-    claims = msgspec.convert(report.capabilities, type=Capabilities)
-    cases = {case.id: case for case in all_cases(report.level)}
+    cases = {case.id: case for case in (*all_cases(report.level), *extension_cases())}
     for row in report.rows:
         case = cases.get(row.id)
         if case is None or row.outcome != "unsupported":

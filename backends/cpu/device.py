@@ -24,6 +24,8 @@ from quire.core.interface import (
 )
 
 _NUM_THREADS = "cpu.num_threads"
+_MAX_TENSOR_PARALLEL = 8
+"""Processes that may share one machine's cores; more would wait for each other alone."""
 _BLOCK_SIZES = (16, 32, 64, 128, 8, 4, 2, 1)
 
 
@@ -74,9 +76,11 @@ def _capabilities() -> Capabilities:
         dtypes=dtypes,
         cache_dtypes=dtypes,
         block_sizes=_BLOCK_SIZES,
-        attention_kinds=frozenset({"causal", "sliding_window", "chunked"}),
+        attention_kinds=frozenset({"causal", "sliding_window", "chunked", "mla"}),
+        features=frozenset({"moe", "recurrent"}),
         attention_features=frozenset({"soft_cap", "sinks", "alibi"}),
         copy_mode="unified",
+        max_tensor_parallel=_MAX_TENSOR_PARALLEL,
         # The kernel's promise and oneDNN's habit, which is tried here and for every shape at load.
         determinism="invariant" if is_invariant else "run_to_run",
     )

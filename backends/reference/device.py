@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -14,10 +14,12 @@ from quire.core.interface import (
     AttentionBackend,
     AttentionSpec,
     Capabilities,
+    Communicator,
     Device,
     DeviceInfo,
     MemoryInfo,
     Ops,
+    SoloCommunicator,
     UnsupportedError,
 )
 
@@ -56,6 +58,16 @@ class TorchDevice(Device):
         if reasons:
             raise UnsupportedError(reasons, what=f"attention on {self.info.name}")
         return chosen(spec, self.torch_device)
+
+    def communicator(self, ranks: Sequence[int], *, rank: int, address: str) -> Communicator:
+        """Through host memory. `rank` is one of `ranks`; the first of them opens `address`."""
+        if len(ranks) == 1:
+            return SoloCommunicator()
+        # Here: only who splits a model needs torch's distributed package.
+        from quire.backends.reference.communicator import join_group
+
+        limit = self.capabilities.max_tensor_parallel
+        return join_group(ranks, rank=rank, address=address, max_devices=limit)
 
     def memory(self) -> MemoryInfo:
         device = torch.device(self.torch_device)

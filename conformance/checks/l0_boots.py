@@ -107,6 +107,28 @@ def capabilities_are_coherent(trial: Trial) -> None:
         trial.require(list(buckets) == sorted(set(buckets)), f"{name} {buckets} do not ascend")
 
 
+@check(level=0, op="device")
+def groups_beyond_the_claim_are_refused(trial: Trial) -> None:
+    """A group of one needs nobody; one larger than max_tensor_parallel is refused with a reason."""
+    alone = trial.device.communicator([0], rank=0, address="tcp://127.0.0.1:1")
+    place = (alone.rank, alone.world_size)
+    trial.require(place == (0, 1), f"a group of one is (rank, world_size) {place}")
+    alone.close()
+    limit = trial.capabilities.max_tensor_parallel
+    trial.require(limit >= 1, f"max_tensor_parallel is {limit}; one device is a group of one")
+    try:
+        trial.device.communicator(range(limit + 1), rank=0, address="tcp://127.0.0.1:1")
+    except UnsupportedError as error:
+        trial.require(error.reasons, f"a group of {limit + 1} devices is refused without a reason")
+    except Exception as error:  # whatever else is raised is the finding
+        raise Finding(
+            f"max_tensor_parallel is {limit}; a group of {limit + 1} raised "
+            f"{type(error).__name__} instead of UnsupportedError with its reason"
+        ) from error
+    else:
+        raise Finding(f"max_tensor_parallel is {limit}; a group of {limit + 1} is not refused")
+
+
 @check(level=0, op="device", on_torch=True)
 def everything_names_its_provider(trial: Trial) -> None:
     """Every operator says who serves it: `quire plan` shows it."""

@@ -11,17 +11,20 @@ from torch import Tensor
 
 from quire.conformance.buffers import Guarded, check_all, guard_all, same_bits
 from quire.conformance.cases import check
+from quire.conformance.extension_recipes import EXTENSION_RECIPES
 from quire.conformance.recipes import RECIPES, SCALES, Inputs, Options, Recipe, arrays_of
 from quire.conformance.trial import Trial
 from quire.core.interface import OP_SPECS, Capabilities, OpSpec
 
-_SPECS = {spec.name: spec for spec in OP_SPECS if spec.name in RECIPES}
+_RECIPES = {**RECIPES, **EXTENSION_RECIPES}
+_SPECS = {spec.name: spec for spec in OP_SPECS if spec.name in _RECIPES}
 _REPEATABLE = ("run_to_run", "batch_invariant", "invariant")
 _BY_ROW = ("linear", "rms_norm", "gated_activation")
 """Operators that work row by row on `x`, tried alone and in a batch."""
 
 
-def _numeric_cases() -> dict[str, dict[str, Any]]:
+def numeric_cases(extension: str = "") -> dict[str, dict[str, Any]]:
+    """Every operator of the levels, or of an extension, in every dtype and over every data."""
     return {
         f"{spec.name}-{variant}-{dtype}-{scale}": {
             "op": spec.name,
@@ -30,17 +33,19 @@ def _numeric_cases() -> dict[str, dict[str, Any]]:
             "scale": scale,
         }
         for spec in _SPECS.values()
-        for variant in RECIPES[spec.name].variants
+        if spec.extension == extension
+        for variant in _RECIPES[spec.name].variants
         for dtype in spec.dtypes
         for scale in SCALES
     }
 
 
-def _cases(ops: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+def op_cases(extension: str = "", ops: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """Every operator of the levels, or of an extension, in every dtype."""
     return {
         f"{spec.name}-{dtype}": {"op": spec.name, "dtype": dtype}
         for spec in _SPECS.values()
-        if not ops or spec.name in ops
+        if spec.extension == extension and (not ops or spec.name in ops)
         for dtype in spec.dtypes
     }
 
@@ -52,7 +57,7 @@ class _Call:
         device = trial.device
         self.guarded: dict[str, Guarded] = guard_all(inputs, str(device.torch_device))
         views = {name: buffer.view for name, buffer in self.guarded.items()}
-        self.results: dict[str, Tensor] = RECIPES[spec.name].call(device.ops(), views, options)
+        self.results: dict[str, Tensor] = _RECIPES[spec.name].call(device.ops(), views, options)
         device.synchronize()
         trial.provider = device.ops().provider(spec.name)
 
@@ -60,7 +65,7 @@ class _Call:
 def _prepare(
     trial: Trial, op: str, dtype: str, *, variant: str = "", scale: str = "normal"
 ) -> tuple[OpSpec, Recipe, Options, Inputs]:
-    recipe = RECIPES[op]
+    recipe = _RECIPES[op]
     options = {**recipe.variants[variant or next(iter(recipe.variants))], "dtype": dtype}
     return _SPECS[op], recipe, options, recipe.make(trial.rng, dtype, SCALES[scale], options)
 
@@ -68,7 +73,7 @@ def _prepare(
 def _measure(
     trial: Trial, call: _Call, inputs: Inputs, spec: OpSpec, options: Options, what: str
 ) -> None:
-    recipe = RECIPES[spec.name]
+    recipe = _RECIPES[spec.name]
     truth = recipe.expect(arrays_of(inputs, np.float64), options)
     base = recipe.expect(arrays_of(inputs, np.float32), options)
     for name, result in call.results.items():
@@ -82,7 +87,7 @@ def _measure(
         )
 
 
-@check(level=1, op="", over=_numeric_cases())
+@check(level=1, op="", over=numeric_cases())
 def numerics(trial: Trial, *, op: str, variant: str, dtype: str, scale: str) -> None:
     """The result is the formula's, as near as honest rounding in this dtype allows."""
     spec, _, options, inputs = _prepare(trial, op, dtype, variant=variant, scale=scale)
@@ -94,22 +99,23 @@ def numerics(trial: Trial, *, op: str, variant: str, dtype: str, scale: str) -> 
             f"{op}: {name} lies on {result.device}, not on the device ({where}): the operator runs "
             "somewhere else",
         )
-        is_typed = not result.dtype.is_floating_point or str(result.dtype) == f"torch.{dtype}"
-        trial.require(is_typed, f"{op}: {name} is {result.dtype}, not the inputs' {dtype}")
+        wanted = _RECIPES[op].dtypes.get(name, dtype)
+        is_typed = not result.dtype.is_floating_point or str(result.dtype) == f"torch.{wanted}"
+        trial.require(is_typed, f"{op}: {name} is {result.dtype} and should be {wanted}")
     _measure(trial, call, inputs, spec, options, "the result")
 
 
-@check(level=1, op="", over=_cases())
+@check(level=1, op="", over=op_cases())
 def purity(trial: Trial, *, op: str, dtype: str) -> None:
     """Only what the specification lists under `writes` is written, and nothing around it."""
-    for variant in RECIPES[op].variants:
+    for variant in _RECIPES[op].variants:
         spec, _, options, inputs = _prepare(trial, op, dtype, variant=variant)
         call = _Call(trial, spec, inputs, options)
         writes = {*spec.writes, "qkv"} if op == "rotary" else set(spec.writes)
         check_all(call.guarded, writes=writes)
 
 
-@check(level=1, op="", over=_cases())
+@check(level=1, op="", over=op_cases())
 def new_data(trial: Trial, *, op: str, dtype: str) -> None:
     """The same shapes with new data give the new answer, three times over."""
     for number in range(3):
@@ -132,11 +138,11 @@ def _needs_repeatable(claims: Capabilities, arguments: Mapping[str, Any]) -> str
     return f"determinism {claims.determinism!r} claims no repeatability"
 
 
-@check(level=1, op="", over=_cases(), needs=_needs_repeatable)
+@check(level=1, op="", over=op_cases(), needs=_needs_repeatable)
 def repeats(trial: Trial, *, op: str, dtype: str) -> None:
     """A device that claims determinism gives the same bits for the same inputs."""
     spec, _, options, inputs = _prepare(
-        trial, op, dtype, variant=list(RECIPES[op].variants)[-1], scale="large"
+        trial, op, dtype, variant=list(_RECIPES[op].variants)[-1], scale="large"
     )
     first = _Call(trial, spec, inputs, options).results
     for _ in range(3):
@@ -155,10 +161,10 @@ def _needs_batch_invariant(claims: Capabilities, arguments: Mapping[str, Any]) -
     return f"determinism {claims.determinism!r} claims no independence of the batch"
 
 
-@check(level=1, op="", over=_cases(ops=_BY_ROW), needs=_needs_batch_invariant)
+@check(level=1, op="", over=op_cases(ops=_BY_ROW), needs=_needs_batch_invariant)
 def alone_equals_batch(trial: Trial, *, op: str, dtype: str) -> None:
     """A row has the same bits alone and among others, where that is claimed."""
-    spec, _, options, inputs = _prepare(trial, op, dtype, variant=list(RECIPES[op].variants)[-1])
+    spec, _, options, inputs = _prepare(trial, op, dtype, variant=list(_RECIPES[op].variants)[-1])
     whole = _Call(trial, spec, inputs, options).results["out"]
     for row in range(len(inputs["x"])):
         one = {**inputs, "x": inputs["x"][row : row + 1]}

@@ -17,6 +17,7 @@ from quire.conformance.truth import ModelTruth
 from quire.core.interface import (
     CachePlan,
     Capabilities,
+    Device,
     PositionLogprobs,
     SamplingSpec,
     Worker,
@@ -48,12 +49,13 @@ def _needs_invariant(claims: Capabilities, arguments: Mapping[str, Any]) -> str:
     return _needs(claims, arguments)
 
 
-class _Runner:
+class Runner:
     """A loaded worker and the truth about its model."""
 
-    def __init__(self, trial: Trial, dtype: str) -> None:
+    def __init__(self, trial: Trial, dtype: str, device: Device) -> None:
         self._trial = trial
         self._dtype = dtype
+        self._device = device
         claims = trial.capabilities
         size = 32 if claims.head_sizes is None or 32 in claims.head_sizes else claims.head_sizes[0]
         self.model = oracle.TinyLlama(head_size=size)
@@ -80,12 +82,12 @@ class _Runner:
             device_memory_fraction=0.5,
             cache_memory_bytes=1 << 26,
         )
-        own = trial.device.make_worker(config)
+        own = self._device.make_worker(config)
         if own is not None:
             return own
         from quire.core.worker.worker import DefaultWorker
 
-        return DefaultWorker(trial.device, config)
+        return DefaultWorker(self._device, config)
 
     def steps(self) -> Steps:
         """A new engine for the worker, in other blocks."""
@@ -150,8 +152,9 @@ class _Runner:
 
 
 @contextmanager
-def _runner(trial: Trial, dtype: str) -> Iterator[_Runner]:
-    runner = _Runner(trial, dtype)
+def running(trial: Trial, dtype: str, device: Device | None = None) -> Iterator[Runner]:
+    """A loaded worker of the device under test, or of a variant of it; closed twice."""
+    runner = Runner(trial, dtype, device or trial.device)
     try:
         yield runner
     finally:
@@ -159,7 +162,7 @@ def _runner(trial: Trial, dtype: str) -> Iterator[_Runner]:
         runner.worker.close()
 
 
-def _add_all(runner: _Runner, steps: Steps, sampling: SamplingSpec = GREEDY) -> list[Job]:
+def _add_all(runner: Runner, steps: Steps, sampling: SamplingSpec = GREEDY) -> list[Job]:
     return [
         steps.add(name, runner.prompt(n), _NUM_OUTPUT, sampling) for name, n in _LENGTHS.items()
     ]
@@ -168,7 +171,7 @@ def _add_all(runner: _Runner, steps: Steps, sampling: SamplingSpec = GREEDY) -> 
 @check(level=2, op="runner", over=_DTYPES, needs=_needs)
 def greedy(trial: Trial, *, dtype: str) -> None:
     """One request alone gives the most likely tokens."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         steps = runner.steps()
         job = steps.add("a", runner.prompt(37), 12)
         steps.run()
@@ -181,7 +184,7 @@ _CHUNKS = {f"chunk{n}": {"chunk": n} for n in (1, 5, 16, 33)}
 @check(level=2, op="runner", over=product(_CHUNKS, _DTYPES), needs=_needs)
 def chunked_prefill(trial: Trial, *, chunk: int, dtype: str) -> None:
     """A prompt cut into chunks of any size gives the same tokens."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         steps = runner.steps()
         jobs = _add_all(runner, steps)
         steps.run(chunk)
@@ -192,7 +195,7 @@ def chunked_prefill(trial: Trial, *, chunk: int, dtype: str) -> None:
 @check(level=2, op="runner", over=_DTYPES, needs=_needs)
 def batch_mix(trial: Trial, *, dtype: str) -> None:
     """Requests that come and go while others decode do not touch each other."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         steps = runner.steps()
         jobs = []
         for name, length in _LENGTHS.items():
@@ -206,7 +209,7 @@ def batch_mix(trial: Trial, *, dtype: str) -> None:
 @check(level=2, op="runner", over=_DTYPES, needs=_needs)
 def prefix_reuse(trial: Trial, *, dtype: str) -> None:
     """A request that begins with another's blocks computes the rest alone."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         steps = runner.steps()
         size = trial.block_size
         first = steps.add("first", runner.prompt(2 * size + 5), _NUM_OUTPUT)
@@ -221,7 +224,7 @@ def prefix_reuse(trial: Trial, *, dtype: str) -> None:
 @check(level=2, op="runner", over=_DTYPES, needs=_needs)
 def preempt_and_resume(trial: Trial, *, dtype: str) -> None:
     """A request whose blocks were taken goes on from its tokens as if nothing had happened."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         steps = runner.steps()
         jobs = _add_all(runner, steps)
         steps.run(20, max_steps=4)
@@ -236,7 +239,7 @@ def preempt_and_resume(trial: Trial, *, dtype: str) -> None:
 @check(level=2, op="runner", over=_DTYPES, needs=_needs)
 def overlapped_steps(trial: Trial, *, dtype: str) -> None:
     """Steps submitted before the last result was read give the same tokens."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         steps = runner.steps()
         jobs = _add_all(runner, steps)
         steps.run_overlapped(20)
@@ -247,7 +250,7 @@ def overlapped_steps(trial: Trial, *, dtype: str) -> None:
 @check(level=2, op="runner", over=_DTYPES, needs=_needs)
 def request_ids_return(trial: Trial, *, dtype: str) -> None:
     """A finished id that comes again is a new request; nothing of the old one is remembered."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         steps = runner.steps()
         for number in range(3):
             job = steps.add("same", runner.prompt(21), 4)
@@ -258,7 +261,7 @@ def request_ids_return(trial: Trial, *, dtype: str) -> None:
 @check(level=2, op="runner", over=_DTYPES, needs=_needs)
 def logprobs(trial: Trial, *, dtype: str) -> None:
     """Reported log-probabilities of output tokens are the model's own."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         steps = runner.steps()
         jobs = _add_all(runner, steps, SamplingSpec(temperature=0.0, num_logprobs=4))
         steps.run(20)
@@ -273,7 +276,7 @@ def logprobs(trial: Trial, *, dtype: str) -> None:
 @check(level=2, op="runner", over=_DTYPES, needs=_needs)
 def prompt_logprobs(trial: Trial, *, dtype: str) -> None:
     """Log-probabilities of the prompt's tokens, which is cut into chunks, are the model's own."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         steps = runner.steps()
         sampling = SamplingSpec(temperature=0.0, num_prompt_logprobs=2)
         job = steps.add("a", runner.prompt(41), 2, sampling)
@@ -287,7 +290,7 @@ def prompt_logprobs(trial: Trial, *, dtype: str) -> None:
 @check(level=2, op="runner", over=_DTYPES, needs=_needs)
 def seeds(trial: Trial, *, dtype: str) -> None:
     """A seed decides: the same alone, in a batch and after preemption; another one differs."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         prompt = runner.prompt(30)
         answers: dict[str, list[int]] = {}
         for name, seed in (("alone", 7), ("other", 8)):
@@ -316,7 +319,7 @@ def _preemption(steps: Steps) -> None:
 
 
 def _sampled(
-    runner: _Runner,
+    runner: Runner,
     prompt: list[int],
     seed: int,
     *,
@@ -336,7 +339,7 @@ def _sampled(
 @check(level=2, op="runner", over=_DTYPES, needs=_needs)
 def constraints(trial: Trial, *, dtype: str) -> None:
     """Allowed tokens, biases and penalties of one request bind it and nobody else."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         steps = runner.steps()
         allowed = (9, 77, 130)
         bound = steps.add(
@@ -358,7 +361,7 @@ def constraints(trial: Trial, *, dtype: str) -> None:
 @check(level=2, op="runner", over=_DTYPES, needs=_needs_batch_invariant)
 def same_bits_in_any_batch(trial: Trial, *, dtype: str) -> None:
     """Where independence of the batch is claimed, log-probabilities have the same bits."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         prompt = runner.prompt(29)
         alone = _probabilities(runner, prompt, among=0, chunk=64)
         _hold_bits(trial, alone, _probabilities(runner, prompt, among=4, chunk=64), "in a batch")
@@ -367,7 +370,7 @@ def same_bits_in_any_batch(trial: Trial, *, dtype: str) -> None:
 @check(level=2, op="runner", over=_DTYPES, needs=_needs_invariant)
 def same_bits_in_any_chunks(trial: Trial, *, dtype: str) -> None:
     """Where full invariance is claimed, chunks of a prompt change no bit."""
-    with _runner(trial, dtype) as runner:
+    with running(trial, dtype) as runner:
         prompt = runner.prompt(45)
         whole = _probabilities(runner, prompt, among=0, chunk=64)
         for chunk in (1, 7, 16):
@@ -375,7 +378,7 @@ def same_bits_in_any_chunks(trial: Trial, *, dtype: str) -> None:
             _hold_bits(trial, whole, cut, f"cut into chunks of {chunk}")
 
 
-def _probabilities(runner: _Runner, prompt: list[int], *, among: int, chunk: int) -> list[float]:
+def _probabilities(runner: Runner, prompt: list[int], *, among: int, chunk: int) -> list[float]:
     steps = runner.steps()
     for number in range(among):
         steps.add(f"other{number}", runner.prompt(10 + 7 * number), 4)

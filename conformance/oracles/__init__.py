@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from quire.conformance.oracles import attention, layers, logits
+from quire.conformance.oracles import attention, experts, layers, logits, recurrence
 
 ORACLES: Mapping[str, Callable[..., Any]] = {
     "layers.embedding": layers.embedding,
@@ -26,6 +26,12 @@ ORACLES: Mapping[str, Callable[..., Any]] = {
     "logits.apply_token_mask": logits.apply_token_mask,
     "logits.sample": logits.sample,
     "logits.logprobs": logits.logprobs,
+    "experts.route": experts.route,
+    "experts.experts": experts.experts,
+    "recurrence.causal_conv1d": recurrence.causal_conv1d,
+    "recurrence.selective_scan": recurrence.selective_scan,
+    "recurrence.ssd_scan": recurrence.ssd_scan,
+    "recurrence.gated_delta_rule": recurrence.gated_delta_rule,
     "attention.paged": attention.paged,
 }
 """By `OpSpec.oracle`."""

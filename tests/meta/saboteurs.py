@@ -6,21 +6,29 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
 from quire.backends.reference import ReferenceAttention, ReferenceOps, TorchDevice
+from quire.backends.reference.communicator import GlooCommunicator
+from quire.backends.sim.device import SimDevice
+from quire.conformance.ranks import Opener
 from quire.core.interface import (
     Capabilities,
+    CapturedStep,
     CompletedStep,
     DeviceError,
     DeviceInfo,
     Event,
+    GraphCapture,
     MemoryInfo,
     Ops,
+    PendingStep,
     Queue,
+    UnsupportedError,
     Worker,
     WorkerConfig,
 )
@@ -608,6 +616,271 @@ def with_worker(worker: type[DefaultWorker], **claims: object) -> TorchDevice:
     return make_device(base=Working, **claims)
 
 
+# --- several devices ------------------------------------------------------------------------------
+
+
+class SkipsLastRank(GlooCommunicator):
+    """A sum to which the last rank adds nothing."""
+
+    def all_reduce(self, x):
+        return super().all_reduce(torch.zeros_like(x) if self.rank == self.world_size - 1 else x)
+
+
+class GathersBackwards(GlooCommunicator):
+    """The ranks' tensors in the order in which a ring brings them."""
+
+    def all_gather(self, x, *, dim):
+        parts = super().all_gather(x, dim=dim).chunk(self.world_size, dim=dim)
+        return torch.cat(parts[::-1], dim=dim)
+
+
+class SendsFromItsNeighbour(GlooCommunicator):
+    """Counts sources from 1."""
+
+    def broadcast(self, x, *, source):
+        return super().broadcast(x, source=(source + 1) % self.world_size)
+
+
+class ForgetsToWrite(GlooCommunicator):
+    """Returns what was sent, and leaves the argument as it was."""
+
+    def broadcast(self, x, *, source):
+        return super().broadcast(x.clone(), source=source)
+
+
+class WaitsForNobody(GlooCommunicator):
+    def barrier(self):
+        return None
+
+
+class SumsInHalf(GlooCommunicator):
+    """Rounds after each rank, and to fewer bits than the dtype has."""
+
+    def all_reduce(self, x):
+        return super().all_reduce(x.bfloat16()).to(x.dtype)
+
+
+class RaisesWhatTorchRaises(GlooCommunicator):
+    """A rank that dies is somebody else's RuntimeError."""
+
+    def all_reduce(self, x):
+        try:
+            return super().all_reduce(x)
+        except DeviceError as error:
+            raise RuntimeError("connection reset by peer") from error
+
+
+COMMUNICATORS = {
+    cls.__name__: cls
+    for cls in (
+        GlooCommunicator,
+        SkipsLastRank,
+        GathersBackwards,
+        SendsFromItsNeighbour,
+        ForgetsToWrite,
+        WaitsForNobody,
+        SumsInHalf,
+        RaisesWhatTorchRaises,
+    )
+}
+
+
+class Scaled(TorchDevice):
+    """The reference with the communicator that a file names: the same processes try them all."""
+
+    chosen: Path | None = None
+
+    def communicator(self, ranks, *, rank, address):
+        if len(ranks) > self.capabilities.max_tensor_parallel or self.chosen is None:
+            return super().communicator(ranks, rank=rank, address=address)
+        return COMMUNICATORS[self.chosen.read_text()](ranks, rank=rank, address=address)
+
+
+def open_scaled(rank: int, chosen: str = "") -> TorchDevice:
+    """One rank's device; other processes call this by its name."""
+    torch.set_num_threads(1)
+    device = make_device(base=Scaled, max_tensor_parallel=3)
+    device.__dict__["chosen"] = Path(chosen) if chosen else None
+    return device
+
+
+def opener_of(chosen: Path) -> Opener:
+    """How another process opens the device whose communicator `chosen` names."""
+    return Opener(target="saboteurs:open_scaled", arguments=(str(chosen),))
+
+
+class RefusesWithoutReason(TorchDevice):
+    def communicator(self, ranks, *, rank, address):
+        if len(ranks) > 1:
+            raise NotImplementedError("communicator")
+        return super().communicator(ranks, rank=rank, address=address)
+
+
+# --- recordings -----------------------------------------------------------------------------------
+
+
+class HostLengthsAttention(ReferenceAttention):
+    """Takes lengths from what the host said when the step was recorded: the worst case."""
+
+
+class DeviceLengthsAttention(ReferenceAttention):
+    """Takes lengths from the device's tensors alone, as recorded work must."""
+
+    def plan(self, batch):
+        return super().plan(
+            replace(
+                batch,
+                seq_lens_host=batch.seq_lens.tolist(),
+                query_start_loc_host=batch.query_start_loc.tolist(),
+            )
+        )
+
+
+class CallsAgain(CapturedStep):
+    """Calls the recorded function again: right only if all it reads lies in static buffers."""
+
+    def __init__(self, step):
+        self._step = step
+
+    def replay(self):
+        self._step()
+
+
+class KeepsItsFirstAnswer(CapturedStep):
+    """A recording whose kernels read copies of the buffers, made when it was recorded."""
+
+    def __init__(self, step):
+        self._is_first = True
+        self._step = step
+
+    def replay(self):
+        if self._is_first:
+            self._step()
+        self._is_first = False
+
+
+class SoftwareGraphs(GraphCapture):
+    """Records by remembering the function."""
+
+    def __init__(self, step: type[CapturedStep] = CallsAgain):
+        self._kind = step
+
+    def capture(self, key, step):
+        step()
+        return self._kind(step)
+
+
+class RefusesToRecord(GraphCapture):
+    def capture(self, key, step):
+        raise UnsupportedError([], what=key)
+
+
+def with_graphs(
+    graphs: Callable[[], GraphCapture | None],
+    attention: type[ReferenceAttention] = DeviceLengthsAttention,
+    **claims: object,
+) -> TorchDevice:
+    """The reference with recordings."""
+
+    class Recording(TorchDevice):
+        def __init__(self, **parts):
+            super().__init__(**parts)
+            self._graphs = graphs()
+
+        def graphs(self):
+            return self._graphs
+
+    return make_device(
+        base=Recording, attention=attention, step_mode="capture", copy_mode="synchronous", **claims
+    )
+
+
+class OtherBitsWhenReplayed(CapturedStep):
+    """Another kernel is chosen while a step is recorded: nearly the same numbers."""
+
+    def __init__(self, step):
+        self._step = step
+
+    def replay(self):
+        with torch.inference_mode():
+            self._step()
+            hidden = _hidden_of(self._step)
+            hidden.mul_(1 + torch.finfo(hidden.dtype).eps)
+
+
+def _hidden_of(step):
+    cells = dict(zip(step.__code__.co_freevars, step.__closure__, strict=True))
+    return cells["static"].cell_contents["hidden"]
+
+
+# --- overlap, streams, processes ------------------------------------------------------------------
+
+
+class LosesStepsAhead(DefaultWorker):
+    """Takes the token of the step before the last for a step that is submitted ahead."""
+
+    def submit(self, batch):
+        is_ahead = getattr(self, "waiting", 0) > 0
+        self.waiting = getattr(self, "waiting", 0) + 1
+        return _Counted(self, super().submit(batch), is_ahead)
+
+
+class _Counted(PendingStep):
+    """A step, and whether it was submitted while another was on its way."""
+
+    def __init__(self, worker, inner, is_ahead):
+        self._worker, self._inner, self._is_ahead = worker, inner, is_ahead
+        self._result = None
+
+    def result(self):
+        if self._result is None:
+            self._result = self._inner.result()
+            self._worker.waiting -= 1
+            if self._is_ahead:
+                tokens = [[t ^ 1 for t in tokens] for tokens in self._result.sampled_token_ids]
+                self._result = msgspec.structs.replace(self._result, sampled_token_ids=tokens)
+        return self._result
+
+
+class TiresAfterTwoRequests(DefaultWorker):
+    """Gives other tokens once it has served two requests."""
+
+    def submit(self, batch):
+        self.served = getattr(self, "served", 0) + len(batch.new_requests)
+        result = super().submit(batch).result()
+        if self.served > 2:
+            tokens = [[t ^ 1 for t in tokens] for tokens in result.sampled_token_ids]
+            result = msgspec.structs.replace(result, sampled_token_ids=tokens)
+        return CompletedStep(result)
+
+
+class DependsOnEarlierWorkers(TorchDevice):
+    """Keeps something of the engine before, which a fresh process does not have."""
+
+    num_workers = 0
+
+    def make_worker(self, config: WorkerConfig) -> Worker | None:
+        self.num_workers += 1
+        return DefaultWorker(self, config) if self.num_workers == 1 else _Flips(self, config)
+
+
+class _Flips(DefaultWorker):
+    def submit(self, batch):
+        result = super().submit(batch).result()
+        tokens = [[t ^ 1 for t in tokens] for tokens in result.sampled_token_ids]
+        return CompletedStep(msgspec.structs.replace(result, sampled_token_ids=tokens))
+
+
+def asynchronous(worker: type[DefaultWorker]) -> TorchDevice:
+    """A worker on a device whose steps may overlap."""
+
+    class Working(SimDevice):
+        def make_worker(self, config: WorkerConfig) -> Worker | None:
+            return worker(self, config)
+
+    return Working()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saboteur:
     """One broken backend, and the test that must catch it with these words."""
@@ -616,6 +889,8 @@ class Saboteur:
     device: Callable[[], TorchDevice]
     test: str
     words: str
+    communicator: str = "GlooCommunicator"
+    """Of `COMMUNICATORS`, where the test needs several processes."""
 
 
 def _broken(name: str, device: Callable[[], TorchDevice], test: str, words: str) -> Saboteur:
@@ -635,6 +910,18 @@ def _engine(cls: type[DefaultWorker], test: str, words: str) -> Saboteur:
     return _broken(name, lambda: with_worker(cls), f"{_SERVES}{test}", words)
 
 
+def _scaled(cls: type[GlooCommunicator], test: str, words: str) -> Saboteur:
+    name = cls.__name__
+    return Saboteur(
+        name=name,
+        device=lambda: open_scaled(0),
+        test=f"test_l4_scale.py::test_{test}",
+        words=words,
+        communicator=name,
+    )
+
+
+_EXTENDS = "extensions.py::test_"
 _SERVES = "l3_engine.py::test_"
 _OPS, _SAMPLE = "l1_ops.py::test_", "l1_sampling.py::test_"
 _ATTEND, _BOOTS, _RUNS = "l1_attention.py::test_", "l0_boots.py::test_", "l2_runner.py::test_"
@@ -788,5 +1075,55 @@ SABOTEURS: tuple[Saboteur, ...] = (
         lambda: make_device(base=AliveOnce),
         f"{_SERVES}restarts_in_one_process",
         "the driver is open already",
+    ),
+    _broken(
+        "RefusesWithoutReason",
+        lambda: make_device(base=RefusesWithoutReason),
+        f"{_BOOTS}groups_beyond_the_claim_are_refused",
+        "instead of UnsupportedError with its reason",
+    ),
+    _scaled(SkipsLastRank, "all_reduce[world2-float32]", "each counted once"),
+    _scaled(SumsInHalf, "all_reduce[world3-float32]", "the sum over all ranks"),
+    _scaled(GathersBackwards, "all_gather[world3-float16]", "in the order of the ranks"),
+    _scaled(SendsFromItsNeighbour, "broadcast[world3-bfloat16]", "broadcast from rank 0 brought"),
+    _scaled(ForgetsToWrite, "broadcast[world2-int64]", "did not write it into x"),
+    _scaled(WaitsForNobody, "barrier[world2]", "passed barriers when"),
+    _scaled(RaisesWhatTorchRaises, "lost_rank_is_an_error[world2]", "must get a DeviceError"),
+    _broken(
+        "KeepsItsFirstAnswer",
+        lambda: with_graphs(lambda: SoftwareGraphs(KeepsItsFirstAnswer)),
+        f"{_EXTENDS}graphs_recordings_are_read_anew[float32]",
+        "less likely",
+    ),
+    _broken(
+        "OtherBitsWhenReplayed",
+        lambda: with_graphs(lambda: SoftwareGraphs(OtherBitsWhenReplayed)),
+        f"{_EXTENDS}graphs_replay_equals_eager[float32]",
+        "replays the same bits",
+    ),
+    _broken(
+        "LengthsOfTheRecording",
+        lambda: with_graphs(SoftwareGraphs, HostLengthsAttention),
+        f"{_EXTENDS}graphs_replay_equals_eager[float32]",
+        "replayed decode steps",
+    ),
+    _broken(
+        "RefusesToRecord",
+        lambda: with_graphs(RefusesToRecord),
+        f"{_EXTENDS}graphs_replay_equals_eager[float32]",
+        "was replayed",
+    ),
+    _broken(
+        "LosesStepsAhead",
+        lambda: asynchronous(LosesStepsAhead),
+        f"{_SERVES}overlap_changes_nothing",
+        "with steps that overlap",
+    ),
+    _engine(TiresAfterTwoRequests, "stop_and_stream", "it must end with the first"),
+    _broken(
+        "DependsOnEarlierWorkers",
+        lambda: make_device(base=DependsOnEarlierWorkers),
+        f"{_SERVES}own_process_equals_this_one",
+        "that a fresh process does not have",
     ),
 )

@@ -31,7 +31,16 @@ def _require_extra() -> None:
 @conformance.command()
 def run(
     backend: Annotated[str, typer.Option(help="The backend, as in `quire backends`.")],
-    level: Annotated[int, typer.Option(help="The highest level to run.")] = 2,
+    level: Annotated[
+        int,
+        typer.Option(
+            help="The highest level to run: 0 boots, 1 kernels, 2 runner, 3 engine, 4 scale. "
+            "3 is the highest that one device can reach; 4 needs a claim to several."
+        ),
+    ] = 3,
+    extensions: Annotated[
+        str, typer.Option(help="Extensions to try, reported apart: all, none or NAME,...")
+    ] = "all",
     workers: Annotated[int, typer.Option("-n", "--workers", help="Parallel processes.")] = 1,
     expectations: Annotated[
         Path | None, typer.Option(help="A TOML file of tests that are known to fail.")
@@ -50,6 +59,7 @@ def run(
     result = run_suite(
         backend,
         level=level,
+        extensions=extensions,
         workers=workers,
         seed=seed,
         expectations=expectations,
@@ -94,13 +104,17 @@ def report(
 
 @conformance.command(name="list")
 def list_tests(
-    level: Annotated[int, typer.Option(help="The highest level to list.")] = 2,
+    level: Annotated[int, typer.Option(help="The highest level to list.")] = 3,
+    extensions: Annotated[
+        str, typer.Option(help="Extensions to list as well: all, none or NAME,...")
+    ] = "none",
 ) -> None:
     """List the ids of the tests: the manifest."""
     _require_extra()
-    from quire.conformance.verdicts import manifest_of
+    from quire.conformance.extensions import chosen_extensions
+    from quire.conformance.verdicts import manifest_with
 
-    for name in manifest_of(level):
+    for name in manifest_with(level, chosen_extensions(extensions)):
         typer.echo(name)
 
 
@@ -110,7 +124,6 @@ def badge(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, with the counts.")] = False,
 ) -> None:
     """Check that a backend uses the public interface alone and patches nothing. Runs none of it."""
-    _require_extra()
     import msgspec
 
     from quire.conformance.badge import make_badge
@@ -131,5 +144,8 @@ def badge(
 def _show(result: Report) -> None:
     counts = ", ".join(f"{count} {name}" for name, count in result.counts.items())
     typer.echo(f"{result.headline} ({counts}; seed {result.seed})")
+    for verdict in result.extensions:
+        if verdict.claim:
+            typer.echo(f"  extension {verdict.name}: {verdict.text} ({verdict.claim})")
     for problem in [*result.problems, *(f"{name}: missing" for name in result.missing)]:
         typer.echo(f"  {problem}", err=True)

@@ -1,0 +1,155 @@
+"""Backends whose extensions are broken on purpose, each in one way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from saboteurs import Saboteur, make_device
+
+from quire.backends.reference import ReferenceAttention, ReferenceOps
+
+CLAIMS = {
+    "features": frozenset({"moe", "recurrent"}),
+    "attention_kinds": frozenset({"causal", "sliding_window", "chunked", "mla"}),
+}
+
+
+class TiesToTheHighestExpert(ReferenceOps):
+    def route_experts(self, logits, spec, correction_bias):
+        bias = None if correction_bias is None else correction_bias.flip(-1)
+        weights, ids = super().route_experts(logits.flip(-1), spec, bias)
+        return weights, spec.num_experts - 1 - ids
+
+
+class WeighsWithTheBias(ReferenceOps):
+    def route_experts(self, logits, spec, correction_bias):
+        weights, ids = super().route_experts(logits, spec, correction_bias)
+        return (weights if correction_bias is None else weights + correction_bias[ids]), ids
+
+
+class IgnoresGroups(ReferenceOps):
+    def route_experts(self, logits, spec, correction_bias):
+        free = replace(spec, num_groups=1, num_kept_groups=1)
+        return super().route_experts(logits, free, correction_bias)
+
+
+class ForgetsRenormalising(ReferenceOps):
+    def route_experts(self, logits, spec, correction_bias):
+        return super().route_experts(logits, replace(spec, is_renormalised=False), correction_bias)
+
+
+class DropsCrowdedTokens(ReferenceOps):
+    def experts(self, x, packed, weights, expert_ids, *, weighs_input=False):
+        capacity = 2 * expert_ids.numel() // packed.num_experts // 2
+        kept = weights.clone()
+        for expert in range(packed.num_experts):
+            tokens, slots = (expert_ids == expert).nonzero(as_tuple=True)
+            kept[tokens[capacity:], slots[capacity:]] = 0
+        return super().experts(x, packed, kept, expert_ids, weighs_input=weighs_input)
+
+
+class SwapsGateAndUp(ReferenceOps):
+    def pack_experts(self, weights):
+        gate, up = weights.gate_up.chunk(2, dim=1)
+        return super().pack_experts(replace(weights, gate_up=torch.cat((up, gate), dim=1)))
+
+
+class LooksAcrossSequences(ReferenceOps):
+    def causal_conv1d(self, x, weight, bias, states, sequences, *, activation=""):
+        states[1:] = states[:1].expand_as(states[1:]).clone()
+        return super().causal_conv1d(x, weight, bias, states, sequences, activation=activation)
+
+
+class StateBackToFront(ReferenceOps):
+    def causal_conv1d(self, x, weight, bias, states, sequences, *, activation=""):
+        out = super().causal_conv1d(x, weight, bias, states, sequences, activation=activation)
+        states.copy_(states.flip(-1))
+        return out
+
+
+class StartsFromNothing(ReferenceOps):
+    def selective_scan(self, x, dt, a, b, c, d, states, sequences):
+        states.zero_()
+        return super().selective_scan(x, dt, a, b, c, d, states, sequences)
+
+
+class KeepsHalfStates(ReferenceOps):
+    def ssd_scan(self, x, dt, a, b, c, d, states, sequences):
+        out = super().ssd_scan(x, dt, a, b, c, d, states, sequences)
+        states.copy_(states.bfloat16())
+        return out
+
+
+class GroupsInTurn(ReferenceOps):
+    def ssd_scan(self, x, dt, a, b, c, d, states, sequences):
+        repeats = x.shape[1] // b.shape[1]
+        b, c = (y.repeat(1, repeats, 1) for y in (b, c))
+        return super().ssd_scan(x, dt, a, b, c, d, states, sequences)
+
+
+class RecallsBeforeDecay(ReferenceOps):
+    def gated_delta_rule(self, q, k, v, decay, beta, states, sequences):
+        late = torch.cat((decay[1:], torch.zeros_like(decay[:1])))
+        return super().gated_delta_rule(q, k, v, late, beta, states, sequences)
+
+
+class ScalesByTheLatent(ReferenceAttention):
+    def __init__(self, spec, torch_device="cpu"):
+        is_latent = spec.kind == "mla"
+        scale = spec.v_head_size**-0.5 if is_latent else spec.scale
+        super().__init__(replace(spec, scale=scale), torch_device)
+
+
+_EXT = "test_extensions.py::test_"
+
+
+def _ops(cls: type[ReferenceOps], test: str, words: str) -> Saboteur:
+    return Saboteur(
+        name=cls.__name__,
+        device=lambda: make_device(ops=cls, **CLAIMS),
+        test=f"{_EXT}{test}",
+        words=words,
+    )
+
+
+_ROUTE = "moe_numerics[route_experts"
+EXTENSION_SABOTEURS: tuple[Saboteur, ...] = (
+    _ops(TiesToTheHighestExpert, f"{_ROUTE}-softmax-float32-normal]", "ties go to the lowest id"),
+    _ops(WeighsWithTheBias, f"{_ROUTE}-corrected-float32-normal]", "does not weigh"),
+    _ops(IgnoresGroups, f"{_ROUTE}-grouped-float32-normal]", "the scale comes last"),
+    _ops(ForgetsRenormalising, f"{_ROUTE}-softmax-float32-large]", "route_experts"),
+    _ops(DropsCrowdedTokens, "moe_numerics[experts-crowded-float32-normal]", "Every token's"),
+    _ops(SwapsGateAndUp, "moe_numerics[experts-silu-bfloat16-normal]", "gate rows come before"),
+    _ops(
+        LooksAcrossSequences,
+        "recurrent_numerics[causal_conv1d-mixed-float32-normal]",
+        "sequences do not see each other",
+    ),
+    _ops(
+        StateBackToFront, "recurrent_numerics[causal_conv1d-decode-float16-normal]", "oldest first"
+    ),
+    _ops(
+        StartsFromNothing,
+        "recurrent_numerics[selective_scan-mixed-float32-normal]",
+        "decays before the new input",
+    ),
+    _ops(
+        KeepsHalfStates,
+        "recurrent_numerics[ssd_scan-decode-bfloat16-normal]",
+        "the state is float32",
+    ),
+    _ops(GroupsInTurn, "recurrent_numerics[ssd_scan-mixed-float32-normal]", "m // (heads"),
+    _ops(
+        RecallsBeforeDecay,
+        "recurrent_numerics[gated_delta_rule-mixed-float32-normal]",
+        "Decay first",
+    ),
+    Saboteur(
+        name="ScalesByTheLatent",
+        device=lambda: make_device(attention=ScalesByTheLatent, **CLAIMS),
+        test=f"{_EXT}mla_mixed_batch[r32-p16-float32]",
+        words="all of it is multiplied by the query",
+    ),
+)
+"""Each is caught by its test, with its words."""
