@@ -33,6 +33,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What `resolve` filled in or corrected, one sentence each."""
     tasks: list[str] = msgspec.field(default_factory=lambda: ["generate"])
     """What the model does: see `quire.core.engine.pooling.Task`."""
+    labels: list[str] = []
+    """Of a model that classifies, by index."""
     startup_s: dict[str, float]
     """Seconds of each stage of the start: `plan`, `load`, `measure`, `allocate`, `warm_up`."""
 

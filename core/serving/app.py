@@ -6,12 +6,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 
 import quire
 from quire.core.engine.async_engine import AsyncEngine
+from quire.core.serving.endpoints import install_endpoints
 from quire.core.serving.error_responses import install_error_handlers
 from quire.core.serving.gate import Gate
 from quire.core.serving.metrics import ServerMetrics
@@ -20,39 +18,16 @@ from quire.core.serving.middleware import (
     GateMiddleware,
     RequestIdMiddleware,
 )
+from quire.core.serving.openapi import make_document
 from quire.core.serving.operations.access import AccessMiddleware
 from quire.core.serving.operations.api_keys import KeyRing, plain_key
 from quire.core.serving.operations.deadline import DeadlineMiddleware
 from quire.core.serving.operations.key_limits import KeyLimits
 from quire.core.serving.operations.request_log import RequestLogMiddleware
 from quire.core.serving.operations.tracing import install_tracing
-from quire.core.serving.protocol.chat import ChatRequest, ChatResponse
-from quire.core.serving.protocol.completions import CompletionRequest, CompletionResponse
-from quire.core.serving.protocol.tokens import (
-    DetokenizeRequest,
-    DetokenizeResponse,
-    TokenizeResponse,
-    TokenizeTextRequest,
-)
-from quire.core.serving.routes import (
-    chat,
-    completions,
-    health,
-    models,
-    playground,
-    server,
-    tokens,
-)
+from quire.core.serving.routes import playground
 from quire.core.serving.server_state import ServerState
 from quire.core.serving.settings import ServerSettings
-
-_BODIES: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {
-    "/v1/completions": (CompletionRequest, CompletionResponse),
-    "/v1/chat/completions": (ChatRequest, ChatResponse),
-    "/tokenize": (TokenizeTextRequest, TokenizeResponse),
-    "/detokenize": (DetokenizeRequest, DetokenizeResponse),
-}
-"""Path to what it takes and gives, for the API's own documentation."""
 
 
 def make_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
@@ -64,11 +39,13 @@ def make_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         root_path=settings.root_path.rstrip("/"),
     )
     state = ServerState(
-        engine=engine, settings=settings, metrics=ServerMetrics(engine), gate=Gate()
+        engine=engine,
+        settings=settings,
+        metrics=ServerMetrics(engine),
+        gate=Gate(),
     )
     app.state.server = state
-    for routes in (completions, chat, tokens, models, health, server):
-        app.include_router(routes.router)
+    install_endpoints(app)
     if settings.serve_playground:
         app.include_router(playground.router)
     install_error_handlers(app, retry_after_s=settings.retry_after_s)
@@ -93,7 +70,7 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
         )
     install_tracing(app, settings.otlp_traces_endpoint)
@@ -103,19 +80,7 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
 
 
 def _schema(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with the bodies that the routes read by themselves."""
+    """The OpenAPI document, made once."""
     if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        pairs = [(b, "validation") for bodies in _BODIES.values() for b in bodies]
-        refs, definitions = models_json_schema(pairs, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-        schema.setdefault("components", {})["schemas"] = definitions.get("$defs", {})
-        for path, (asked, given) in _BODIES.items():
-            post = schema["paths"][path]["post"]
-            post["requestBody"] = _content(refs[(asked, "validation")])
-            post["responses"]["200"] |= _content(refs[(given, "validation")])
-        app.openapi_schema = schema
+        app.openapi_schema = make_document(app)
     return app.openapi_schema
-
-
-def _content(ref: Any) -> dict[str, Any]:
-    return {"content": {"application/json": {"schema": ref}}}

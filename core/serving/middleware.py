@@ -12,7 +12,15 @@ from quire.core.serving.error_responses import Failure, HttpError
 from quire.core.serving.gate import Gate
 from quire.core.serving.operations.record import RequestRecord, path_of
 
-_GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})
+_GENERATING = frozenset(
+    {
+        *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"),
+        *("/", "/generate", "/generate_stream", "/v1/embeddings", "/pooling", "/classify"),
+        *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+        *("/v1/audio/transcriptions", "/v1/audio/translations"),
+    }
+)
+"""Paths on which the engine works for a client, asked with POST."""
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -90,7 +98,7 @@ class GateMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] != "http" or path_of(scope) not in _GENERATING:
+        if not _generates(scope):
             await self._app(scope, receive, send)
             return
         try:
@@ -98,3 +106,8 @@ class GateMiddleware:
                 await self._app(scope, receive, send)
         except HttpError as error:
             await error.failure.response()(scope, receive, send)
+
+
+def _generates(scope: Scope) -> bool:
+    is_post = scope["type"] == "http" and scope["method"] == "POST"
+    return is_post and path_of(scope) in _GENERATING

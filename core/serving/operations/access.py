@@ -91,7 +91,9 @@ class AccessMiddleware:
         path = path_of(scope)
         if path in METRICS_PATHS and not self._protects_metrics:
             return True
-        return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
+        # POST / asks the model, as /generate does.
+        is_page = path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
+        return is_page and scope["method"] in {"GET", "HEAD"}
 
 
 def secret_of(headers: Headers) -> str:

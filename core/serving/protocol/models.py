@@ -1,4 +1,4 @@
-"""`/v1/models` and `/version`."""
+"""`/v1/models`, `/version` and `/load`."""
 
 from __future__ import annotations
 
@@ -30,3 +30,16 @@ class VersionResponse(ResponseBody):
     """Of the engine."""
 
     version: str
+
+
+class LoadResponse(ResponseBody):
+    """How much there is to do."""
+
+    server_load: int
+    """HTTP requests that are being answered, by vLLM's name."""
+    running: int
+    """Requests whose tokens the engine computes."""
+    waiting: int
+    """Requests that wait for room."""
+    cache_usage: float
+    """Of the cache's blocks, the part in use, from 0 to 1."""

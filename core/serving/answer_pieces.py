@@ -1,0 +1,41 @@
+"""The parts of an assistant's turn, as every API that answers conversations tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from quire.core.serving.protocol.chat import AnswerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """Text that was added."""
+
+    kind: Literal["text", "reasoning"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallPiece:
+    """A tool call that begins, or more of its arguments."""
+
+    index: int
+    """Of the call in the turn."""
+    call_id: str | None
+    """Given with the first piece."""
+    name: str
+    """Given with the first piece."""
+    arguments: str
+    """What was added to the JSON."""
+    kind: Literal["call"] = "call"
+
+
+Piece = TextPiece | CallPiece
+
+
+def pieces_of(delta: AnswerMessage) -> Iterator[Piece]:
+    """What a chunk added, in the order in which it is told."""
+    if delta.content:
+        yield TextPiece("text", delta.content)
