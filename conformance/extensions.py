@@ -116,6 +116,8 @@ def _plain_claims(claims: Capabilities) -> Iterator[tuple[str, str]]:
         yield kind, f"attention kind {kind!r}"
     for feature in claims.attention_features - _LEVEL_FEATURES:
         yield feature, f"attention feature {feature!r}"
+    for feature in claims.features:
+        yield feature, f"feature {feature!r}"
     for format_name in claims.quantizations:
         yield f"{format_name}_weights", f"quantization {format_name!r}"
     if claims.can_sleep:
