@@ -28,6 +28,7 @@ from quire.core.serving.operations.tracing import install_tracing
 from quire.core.serving.routes import playground
 from quire.core.serving.server_state import ServerState
 from quire.core.serving.settings import ServerSettings
+from quire.core.serving.tools.detection import formats_of
 
 
 def make_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
@@ -43,6 +44,7 @@ def make_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         settings=settings,
         metrics=ServerMetrics(engine),
         gate=Gate(),
+        formats=formats_of(engine, settings),
     )
     app.state.server = state
     install_endpoints(app)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from quire.core.outputs import CompletionOutput
+from quire.core.serving.answer_messages import DeltaReader, whole_message
 from quire.core.serving.answers import AnswerHead, PromptFacts, Tally, collect
 from quire.core.serving.generation import Generation
 from quire.core.serving.logprobs import TokenNames, chat_logprobs, prompt_logprobs_body
@@ -20,6 +21,7 @@ from quire.core.serving.protocol.chat import (
     ChatResponse,
 )
 from quire.core.serving.token_bytes import TokenBytes
+from quire.core.serving.tools.events import AnswerParser
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,8 @@ class ChatWriter:
     request: ChatRequest
     head: AnswerHead
     token_bytes: TokenBytes
+    make_parser: Callable[[], AnswerParser] | None = None
+    """None: answers are text and nothing else."""
 
     async def whole(self, generation: Generation) -> ChatResponse:
         """The answer when everything is there."""
@@ -57,6 +61,7 @@ class ChatWriter:
         What other endpoints that answer conversations write is made of the same chunks.
         """
         tally = Tally()
+        readers = [DeltaReader(self.make_parser, self.request) for _ in range(self.request.n or 1)]
         async with aclosing(generation.outputs()) as outputs:
             for index in range(self.request.n or 1):
                 delta = AnswerMessage(role="assistant", content="")
@@ -64,10 +69,11 @@ class ChatWriter:
             async for item in outputs:
                 is_first = not tally.prompts
                 facts = tally.note(item)
-                told = [c for c in item.output.outputs if self._says_something(c)]
+                choices = [self._chunk_choice(c, readers[c.index]) for c in item.output.outputs]
+                told = [choice for choice in choices if choice is not None]
                 if not told and not (is_first and self._tells_prompt()):
                     continue
-                chunk = self._chunk([self._chunk_choice(child) for child in told], tally)
+                chunk = self._chunk(told, tally)
                 if is_first:
                     self._add_prompt(chunk, facts)
                 yield chunk
@@ -91,23 +97,29 @@ class ChatWriter:
         return chunk
 
     def _choice(self, child: CompletionOutput) -> ChatChoice:
+        message, has_called = whole_message(child.text, self.make_parser, self.request)
         choice = ChatChoice(
             index=child.index,
-            message=AnswerMessage(role="assistant", content=child.text, refusal=None),
+            message=message,
             logprobs=self._logprobs(child),
-            finish_reason=child.finish_reason,
+            finish_reason=_finish_reason(child, has_called=has_called),
             stop_reason=child.stop_reason,
         )
         if self.request.return_token_ids:
             choice.token_ids = list(child.token_ids)
         return choice
 
-    def _chunk_choice(self, child: CompletionOutput) -> ChatChunkChoice:
+    def _chunk_choice(self, child: CompletionOutput, reader: DeltaReader) -> ChatChunkChoice | None:
+        """What to tell of an output; None: nothing."""
+        delta = reader.read(child.text, is_last=child.is_finished)
+        wants_tokens = self.request.logprobs or self.request.return_token_ids
+        if delta is None and not child.is_finished and not (wants_tokens and child.token_ids):
+            return None
         choice = ChatChunkChoice(
             index=child.index,
-            delta=AnswerMessage(content=child.text) if child.text else AnswerMessage(),
+            delta=AnswerMessage() if delta is None else delta,
             logprobs=self._logprobs(child),
-            finish_reason=child.finish_reason,
+            finish_reason=_finish_reason(child, has_called=reader.has_called),
         )
         if child.is_finished:
             choice.stop_reason = child.stop_reason
@@ -127,10 +139,6 @@ class ChatWriter:
             token_bytes=self.token_bytes,
         )
 
-    def _says_something(self, child: CompletionOutput) -> bool:
-        wants_tokens = self.request.logprobs or self.request.return_token_ids
-        return bool(child.text or child.is_finished or (wants_tokens and child.token_ids))
-
     def _tells_prompt(self) -> bool:
         return bool(self.request.return_token_ids) or self.request.prompt_logprobs is not None
 
@@ -143,3 +151,10 @@ class ChatWriter:
 
 def _opening(index: int, delta: AnswerMessage) -> ChatChunkChoice:
     return ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
+
+
+def _finish_reason(child: CompletionOutput, *, has_called: bool) -> str | None:
+    """An answer that ended by itself and calls tools waits for their results."""
+    if has_called and child.finish_reason == "stop":
+        return "tool_calls"
+    return child.finish_reason

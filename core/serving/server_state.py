@@ -15,6 +15,7 @@ from quire.core.serving.gate import Gate
 from quire.core.serving.metrics import ServerMetrics
 from quire.core.serving.operations.record import record_of
 from quire.core.serving.settings import ServerSettings
+from quire.core.serving.tools.registry import Formats
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class ServerState:
     settings: ServerSettings
     metrics: ServerMetrics
     gate: Gate
+    formats: Formats = field(default_factory=Formats)
+    """How the model writes calls and thoughts."""
     created: int = field(default_factory=lambda: int(time.time()))
     """When the server began, in seconds since the epoch."""
     is_restarting: bool = False

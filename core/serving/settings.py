@@ -36,6 +36,10 @@ class ServerSettings:
     """Origins whose pages may call the server from a browser; `*`: all."""
     trust_request_chat_template: bool = False
     """Whether clients may bring a chat template, which is a program."""
+    tool_call_parser: str = "auto"
+    """How the model writes tool calls; `auto`: as its chat template says, where that is sure."""
+    reasoning_parser: str = "auto"
+    """How the model writes its thoughts; `none`: they stay in the text."""
     request_timeout_s: float | None = None
     """How long a request may take from its first byte to its last; None: as long as it takes."""
     on_engine_death: str = "restart"

@@ -12,6 +12,13 @@ from quire.core.sampling_params import SamplingParams
 from quire.core.serving.protocol.base import Count, RequestBody, ResponseBody
 from quire.core.serving.protocol.completions import PromptLogprobs
 from quire.core.serving.protocol.sampling import SamplingFields
+from quire.core.serving.protocol.tools import (
+    CallBody,
+    FunctionTool,
+    MessageToolCall,
+    ToolChoice,
+    check_tools,
+)
 from quire.core.serving.protocol.usage import Usage
 
 
@@ -30,15 +37,19 @@ class ChatMessage(RequestBody):
         "annotations": ([],),
         "audio": (),
         "function_call": (),
-        "tool_calls": ([],),
-        "tool_call_id": (),
-        "reasoning": (),
-        "reasoning_content": (),
     }
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+    """None only where an assistant's turn is calls alone."""
     name: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    """What an assistant's turn called."""
+    tool_call_id: str | None = None
+    """Which call a tool's turn answers."""
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    """What an assistant's turn thought; both names are known."""
 
     @property
     def text(self) -> str:
@@ -46,21 +57,48 @@ class ChatMessage(RequestBody):
 
         Raises: RequestError for a part that is not text.
         """
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "\n".join(_text_of(part) for part in self.content)
 
-    def to_template(self) -> dict[str, str]:
-        """The message as chat templates take it; `developer` means `system`, which they know."""
+    def to_template(self) -> dict[str, Any]:
+        """The message as chat templates take it; `developer` means `system`, which they know.
+
+        Raises: RequestError for fields that the role has not.
+        """
+        self._check()
         role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": self.text}
-        return message if self.name is None else {**message, "name": self.name}
+        message: dict[str, Any] = {"role": role, "content": self.text}
+        thoughts = self.reasoning_content or self.reasoning
+        optional = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": [call.to_template() for call in self.tool_calls or ()] or None,
+            "reasoning_content": thoughts or None,
+        }
+        return message | {key: value for key, value in optional.items() if value is not None}
+
+    def _check(self) -> None:
+        is_assistant = self.role == "assistant"
+        if self.content is None and not (is_assistant and self.tool_calls):
+            raise RequestError(f"a message of role {self.role} needs content", param="messages")
+        if self.tool_calls and not is_assistant:
+            raise RequestError("tool_calls are an assistant's", param="messages")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise RequestError(
+                "a message of role tool, and no other, has tool_call_id", param="messages"
+            )
 
 
 class TemplateFields(RequestBody):
     """How a conversation becomes a prompt."""
 
     messages: list[ChatMessage] = Field(min_length=1)
+    tools: list[FunctionTool] | None = None
+    tool_choice: ToolChoice | None = None
+    """None: `auto` where there are tools."""
+    reasoning_effort: str | None = Field(default=None, max_length=32)
+    """For templates that know it."""
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
@@ -76,8 +114,21 @@ class TemplateFields(RequestBody):
             return not self.continue_final_message
         return self.add_generation_prompt
 
+    @property
+    def shown_tools(self) -> list[FunctionTool]:
+        """The tools that the prompt tells of: all, or none where none may be called."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the template is told besides the conversation."""
+        effort = self.reasoning_effort
+        own = {} if effort in (None, "none") else {"reasoning_effort": effort}
+        return {**own, **(self.chat_template_kwargs or {})}
+
     def check_template_fields(self) -> None:
         """Raises: RequestError for fields that contradict each other."""
+        check_tools(self.tools or [], self.tool_choice)
         if self.continue_final_message and self.add_generation_prompt:
             raise RequestError(
                 "add_generation_prompt and continue_final_message exclude each other; set one",
@@ -89,16 +140,11 @@ class ChatRequest(SamplingFields, TemplateFields):
     """A conversation to continue."""
 
     neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
-        "reasoning_effort": ("none",),
         "verbosity": (),
         "web_search_options": (),
         "service_tier": ("auto", "default"),
@@ -107,11 +153,6 @@ class ChatRequest(SamplingFields, TemplateFields):
         "length_penalty": (1.0, 1),
         "echo": (False,),
         "documents": ([],),
-        "structured_outputs": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
         "mm_processor_kwargs": (),
         "kv_transfer_params": (),
         "best_of": (1,),
@@ -126,6 +167,10 @@ class ChatRequest(SamplingFields, TemplateFields):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
+    parallel_tool_calls: bool | None = None
+    """None or true: as many calls as the model makes; false: one."""
+    include_reasoning: bool | None = None
+    """False: thoughts are left out of the answer."""
 
     def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """What the engine is asked for; `defaults` are those of the model.
@@ -183,6 +228,11 @@ class AnswerMessage(ResponseBody):
     role: Literal["assistant"] = "assistant"
     content: str | None = None
     refusal: None = None
+    reasoning_content: str | None = None
+    """What the model thought, where the server reads thoughts out of the answer."""
+    reasoning: str | None = None
+    """The same, by its newer name."""
+    tool_calls: list[CallBody] | None = None
 
 
 class ChatChoice(ResponseBody):

@@ -33,14 +33,8 @@ class CompletionRequest(SamplingFields):
 
     neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "suffix": ("",),
-        "response_format": ({"type": "text"},),
         "use_beam_search": (False,),
         "prompt_embeds": (),
-        "structured_outputs": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
         "kv_transfer_params": (),
         "length_penalty": (1.0, 1),
     }

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from quire.core.errors import RequestError
 from quire.core.serving.protocol.base import Count, RequestBody, TokenId
+from quire.core.serving.protocol.structured import StructuredFields
 
 MAX_BIAS = 100.0
 """The largest bias of a logit, either way, as the OpenAI API has it."""
@@ -54,7 +55,7 @@ class StreamOptions(RequestBody):
     """The usage so far in every chunk."""
 
 
-class SamplingFields(RequestBody):
+class SamplingFields(StructuredFields):
     """Settings that become SamplingParams under the same name. None: the default."""
 
     n: Count | None = None
@@ -124,6 +125,9 @@ class SamplingFields(RequestBody):
                 settings[name] = value
         if self.logit_bias is not None:
             settings["logit_bias"] = _bias_of(self.logit_bias)
+        structure = self.structure()
+        if structure is not None:
+            settings["structured_outputs"] = structure
         return settings
 
 

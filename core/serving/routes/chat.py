@@ -14,9 +14,11 @@ from quire.core.serving.disconnect import run_while_connected
 from quire.core.serving.generation import Generation
 from quire.core.serving.limits import check_limits
 from quire.core.serving.protocol.chat import ChatRequest, TemplateFields
+from quire.core.serving.protocol.tools import NamedToolChoice
 from quire.core.serving.server_state import Names, Server, ServerState, make_names
 from quire.core.serving.sse import EventStream
 from quire.core.serving.token_bytes import TokenBytes
+from quire.core.serving.tools.plan import AnswerPlan
 
 router = APIRouter()
 
@@ -50,10 +52,13 @@ async def begin_chat(body: ChatRequest, server: ServerState, names: Names) -> Ch
     """
     params = body.to_sampling_params(server.engine.default_sampling)
     check_limits(params, 1, settings=server.settings, config=server.engine.config)
+    plan = plan_answer(body, server)
+    prompt = await render(body, server)
+    plan.apply(params, prompt)
     generation = await Generation.begin(
         server.engine,
         server.metrics,
-        [await render(body, server)],
+        [prompt],
         params,
         request_id=names.engine_id,
         output_kind="delta" if body.is_streaming else "final",
@@ -61,7 +66,47 @@ async def begin_chat(body: ChatRequest, server: ServerState, names: Names) -> Ch
     )
     head = AnswerHead(id=names.answer_id, model=server.model_name)
     token_bytes = TokenBytes(server.engine.tokenizer)
-    return ChatRun(generation, ChatWriter(request=body, head=head, token_bytes=token_bytes))
+    writer = ChatWriter(
+        request=body,
+        head=head,
+        token_bytes=token_bytes,
+        make_parser=(lambda: plan.parser(prompt)) if plan.is_reading else None,
+    )
+    return ChatRun(generation, writer)
+
+
+def plan_answer(body: ChatRequest, server: ServerState) -> AnswerPlan:
+    """What the request wants of tools and thoughts.
+
+    Raises: RequestError for tools that the model may call by itself, where nobody knows how it
+    writes calls.
+    """
+    body.check_template_fields()
+    formats = server.formats
+    if body.reasoning_effort not in (None, "none") and not formats.knows_reasoning_effort:
+        raise RequestError(
+            f"reasoning_effort is {body.reasoning_effort!r}; this model's chat template does not "
+            "know it: leave it out",
+            param="reasoning_effort",
+        )
+    choice = body.tool_choice
+    tools = [tool.to_template() for tool in body.shown_tools]
+    if not tools:
+        return AnswerPlan(formats=formats)
+    is_parallel = body.parallel_tool_calls is not False
+    if isinstance(choice, NamedToolChoice):
+        named = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
+        return AnswerPlan(formats=formats, mode="named", tools=named)
+    if choice == "required":
+        return AnswerPlan(formats=formats, mode="required", tools=tools, is_parallel=is_parallel)
+    if formats.tools is None:
+        raise RequestError(
+            "tool_choice is auto, and the chat template does not tell how this model writes tool "
+            "calls; set tool_choice to required, none or one tool, or start the server with "
+            "--tool-call-parser",
+            param="tool_choice",
+        )
+    return AnswerPlan(formats=formats, mode="auto", tools=tools, is_parallel=is_parallel)
 
 
 async def render(body: TemplateFields, server: ServerState) -> str:
@@ -79,8 +124,9 @@ async def render(body: TemplateFields, server: ServerState) -> str:
     body.check_template_fields()
     return await server.engine.render_chat(
         [message.to_template() for message in body.messages],
+        tools=[tool.to_template() for tool in body.shown_tools] or None,
         chat_template=body.chat_template,
         add_generation_prompt=body.adds_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
-        template_variables=body.chat_template_kwargs,
+        template_variables=body.template_variables,
     )

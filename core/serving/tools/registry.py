@@ -157,6 +157,8 @@ class Formats:
     reasoning: ReasoningFormat | None = None
     shows_special_tokens: bool = False
     """Some of the marks are special tokens, which a text would leave out."""
+    knows_reasoning_effort: bool = False
+    """The template asks how much the model is to think."""
     said: tuple[str, ...] = ()
     """How the choice came about, for the log."""
 
@@ -176,7 +178,13 @@ def choose_formats(
     marks = {*(tools.marks if tools else ())}
     if reasoning is not None:
         marks |= {*_HARMONY} if reasoning.is_harmony else {reasoning.begin, reasoning.end}
-    return Formats(tools, reasoning, bool(marks & special_tokens), tuple(said))
+    return Formats(
+        tools=tools,
+        reasoning=reasoning,
+        shows_special_tokens=bool(marks & special_tokens),
+        knows_reasoning_effort="reasoning_effort" in chat_template,
+        said=tuple(said),
+    )
 
 
 def _choose(
