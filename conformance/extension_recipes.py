@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from quire.conformance.oracles import experts as experts_oracle
-from quire.conformance.oracles import recurrence
+from quire.conformance.oracles import layers, recurrence
 from quire.conformance.recipes import Array, Inputs, Options, Recipe, make_normal, make_rounder
-from quire.core.interface import ExpertWeights, Ops, RoutingSpec, Sequences
+from quire.core.interface import ExpertWeights, Ops, QuantizedWeight, RoutingSpec, Sequences
 
 Tensors = Mapping[str, Tensor]
 
@@ -301,7 +301,64 @@ def _expect_delta(arrays: Mapping[str, Array], options: Options) -> dict[str, Ar
     return {"out": out, "states": states}
 
 
+# --- quantization ---------------------------------------------------------------------------------
+
+_QUANTIZED: dict[str, Options] = {
+    "int8": {"shape": (5, 96, 33), "bits": 8, "group_size": 0, "activations": "token"},
+    "int8-grouped": {"shape": (3, 128, 20), "bits": 8, "group_size": 32, "activations": "none"},
+    "int4": {"shape": (6, 256, 48), "bits": 4, "group_size": 64, "activations": "group"},
+    "int4-zeros": {
+        "shape": (2, 64, 65), "bits": 4, "group_size": 32, "activations": "none", "zeros": True,
+    },
+}  # fmt: skip
+
+
+def _quantized(rng: np.random.Generator, dtype: str, scale: float, options: Options) -> Inputs:
+    t, k, n = options["shape"]
+    bits, size = options["bits"], options["group_size"]
+    groups = k // size if size else 1
+    inputs = {
+        "x": make_normal(rng, (t, k), dtype, scale),
+        "codes": torch.from_numpy(rng.integers(0, 256, (n, k * bits // 8), dtype=np.uint8)),
+        "scales": torch.from_numpy(rng.uniform(0.5, 2, (n, groups)) * 2.0**-bits).bfloat16(),
+        "bias": make_normal(rng, (n,), dtype, scale),
+    }
+    inputs["x"][-1] = 0  # a row that rounding must not divide by its largest
+    if options.get("zeros"):
+        zeros = rng.integers(0, 2**bits, (n, groups), dtype=np.uint8)
+        inputs["zeros"] = torch.from_numpy(zeros)
+    return inputs
+
+
+def _call_quantized(ops: Ops, tensors: Tensors, options: Options) -> dict[str, Tensor]:
+    weight = QuantizedWeight(
+        bits=options["bits"],
+        group_size=options["group_size"],
+        num_inputs=options["shape"][1],
+        codes=tensors["codes"],
+        scales=tensors["scales"],
+        zeros=tensors.get("zeros"),
+        activations=options["activations"],
+    )
+    packed = ops.pack_quantized_linear(weight, tensors["bias"], options["dtype"])
+    return {"out": ops.linear(tensors["x"], packed)}
+
+
+def _expect_quantized(arrays: Mapping[str, Array], options: Options) -> dict[str, Array]:
+    how = {name: options[name] for name in ("bits", "group_size", "activations")}
+    inputs = (arrays["x"], arrays["codes"], arrays["scales"], arrays.get("zeros"), arrays["bias"])
+    return {"out": layers.quantized_linear(*inputs, **how)}
+
+
 EXTENSION_RECIPES: Mapping[str, Recipe] = {
+    "pack_quantized_linear": Recipe(
+        variants=_QUANTIZED,
+        make=_quantized,
+        call=_call_quantized,
+        expect=_expect_quantized,
+        hint="Codes are unsigned; input 2j lies in the low half of byte j; are activations rounded "
+        "as the weight says, with one scale a row or a group?",
+    ),
     "route_experts": Recipe(
         variants=_ROUTES,
         make=_route,

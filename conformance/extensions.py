@@ -24,6 +24,8 @@ GRANTED, FAILED, NOT_CLAIMED, NOT_TRIED, NOT_CERTIFIABLE = (
 _LEVEL_KINDS = frozenset({"causal", "sliding_window", "chunked"})
 _LEVEL_FEATURES = frozenset({"soft_cap", "sinks", "alibi"})
 """What the levels try of attention where it is claimed."""
+_HELD_QUANTIZATIONS = frozenset({"int8", "int4"})
+"""The extension `quantization`."""
 _FLOATS = frozenset({"float32", "bfloat16", "float16"})
 _FAILURES = ("failed", "unexpected_pass")
 
@@ -118,7 +120,7 @@ def _plain_claims(claims: Capabilities) -> Iterator[tuple[str, str]]:
         yield feature, f"attention feature {feature!r}"
     for feature in claims.features:
         yield feature, f"feature {feature!r}"
-    for format_name in claims.quantizations:
+    for format_name in claims.quantizations - _HELD_QUANTIZATIONS:
         yield f"{format_name}_weights", f"quantization {format_name!r}"
     if claims.can_sleep:
         yield "sleep", "can_sleep"

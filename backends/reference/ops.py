@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from quire.backends.reference import experts, recurrence, sampling
+from quire.backends.reference import experts, quantization, recurrence, sampling
 from quire.core.interface import (
     ExpertWeights,
     Ops,
     PackedExperts,
     PackedLinear,
+    QuantizedWeight,
     RoutingSpec,
     SampledLogprobs,
     SamplingTensors,
@@ -58,7 +59,14 @@ class ReferenceOps(Ops):
             payload=DenseWeights(weight, bias),
         )
 
+    def pack_quantized_linear(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: str
+    ) -> PackedLinear:
+        return quantization.pack(weight, bias, dtype)
+
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        if isinstance(packed.payload, quantization.WidenedWeights):
+            return quantization.multiply(x, packed.payload)
         assert isinstance(packed.payload, DenseWeights), packed
         return F.linear(x, packed.payload.weight, packed.payload.bias)
 

@@ -25,6 +25,47 @@ def linear(x: Array, weight: Array, bias: Array | None) -> Array:
     return product if bias is None else product + bias
 
 
+def quantized_linear(
+    x: Array,
+    codes: Array,
+    scales: Array,
+    zeros: Array | None,
+    bias: Array | None,
+    *,
+    bits: int,
+    group_size: int,
+    activations: str,
+) -> Array:
+    """x' @ weight.T + bias with weight = (code - zero) * scale: [T, N].
+
+    codes [N, K], or [N, ceil(K / 2)] with two of 4 bits in a byte; x' as activations are rounded,
+    with the division in float32 whatever the precision of the rest.
+    """
+    num_inputs = x.shape[1]
+    if bits == 4:
+        codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(len(codes), -1)[:, :num_inputs]
+    size = group_size or num_inputs
+    out = np.zeros((len(x), len(codes)), x.dtype)
+    row = _rounded_activations(x) if activations == "token" else x
+    for group in range(num_inputs // size):
+        inputs = slice(group * size, (group + 1) * size)
+        part = row[:, inputs]
+        if activations == "group":
+            part = _rounded_activations(part)
+        zero = 2 ** (bits - 1) if zeros is None else zeros[:, group, None].astype(x.dtype)
+        weight = codes[:, inputs].astype(x.dtype) - zero
+        out += part @ (weight * scales[:, group, None]).T
+    return out if bias is None else out + bias
+
+
+def _rounded_activations(x: Array) -> Array:
+    """q * s with q = round(x / s), s = max |x| / 127; zeros stay zeros."""
+    narrow = x.astype(np.float32)
+    scale = np.abs(narrow).max(axis=1, keepdims=True) / np.float32(127)
+    q = np.rint(narrow / np.where(scale == 0, np.float32(1), scale))
+    return np.asarray(q.astype(x.dtype) * scale.astype(x.dtype))
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """X / sqrt(mean(x^2) + eps) * weight over the last dimension.
 

@@ -39,6 +39,7 @@ from quire.core.interface.ops import (
     SampledLogprobs,
     SamplingTensors,
 )
+from quire.core.interface.quantization import QuantizedWeight
 from quire.core.interface.queue import Event, ImmediateQueue, Queue
 from quire.core.interface.recurrence import Sequences, StateSpec
 from quire.core.interface.version import INTERFACE_VERSION, check_interface_version
@@ -99,6 +100,7 @@ __all__ = [
     "PluginError",
     "PositionLogprobs",
     "Probe",
+    "QuantizedWeight",
     "Queue",
     "QuireError",
     "Reason",

@@ -194,6 +194,15 @@ OP_SPECS: tuple[OpSpec, ...] = (
         since="1.1",
     ),
     OpSpec(
+        name="pack_quantized_linear",
+        summary="Multiplies by weights of 4 or 8 bits.",
+        tolerance="quantised",
+        oracle="layers.quantized_linear",
+        reads=("x", "weight", "bias"),
+        extension="quantization",
+        since="1.1",
+    ),
+    OpSpec(
         name="paged_attention",
         summary="Attention of new tokens over their paged context.",
         tolerance="attention",

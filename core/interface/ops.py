@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quire.core.interface.experts import ExpertWeights, PackedExperts, RoutingSpec
+    from quire.core.interface.quantization import QuantizedWeight
     from quire.core.interface.recurrence import Sequences
 
 
@@ -114,6 +115,18 @@ class Ops(ABC):
 
         Accumulates in float32.
         """
+
+    def pack_quantized_linear(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: str
+    ) -> PackedLinear:
+        """Packs a quantized linear layer for `linear`, with activations of `dtype`.
+
+        bias [N] in `dtype`, or None. Mutates nothing; the packed form may keep references to the
+        tensors. `linear` then gives x' @ weight.T + bias, where x' is x as `weight.activations`
+        rounds it. Called at load, once a layer; may allocate.
+        Source: Dettmers et al. 2022, section 2; Frantar et al. 2022 and Lin et al. 2023 for groups.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

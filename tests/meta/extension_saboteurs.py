@@ -11,6 +11,7 @@ from quire.backends.reference import ReferenceAttention, ReferenceOps
 
 CLAIMS = {
     "features": frozenset({"moe", "recurrent"}),
+    "quantizations": frozenset({"int8", "int4"}),
     "attention_kinds": frozenset({"causal", "sliding_window", "chunked", "mla"}),
 }
 
@@ -101,6 +102,23 @@ class ScalesByTheLatent(ReferenceAttention):
         super().__init__(replace(spec, scale=scale), torch_device)
 
 
+class SwapsNibbles(ReferenceOps):
+    def pack_quantized_linear(self, weight, bias, dtype):
+        if weight.bits == 4:
+            weight = replace(weight, codes=weight.codes >> 4 | weight.codes << 4)
+        return super().pack_quantized_linear(weight, bias, dtype)
+
+
+class KeepsActivations(ReferenceOps):
+    def pack_quantized_linear(self, weight, bias, dtype):
+        return super().pack_quantized_linear(replace(weight, activations="none"), bias, dtype)
+
+
+class ForgetsZeros(ReferenceOps):
+    def pack_quantized_linear(self, weight, bias, dtype):
+        return super().pack_quantized_linear(replace(weight, zeros=None), bias, dtype)
+
+
 _EXT = "test_extensions.py::test_"
 
 
@@ -113,8 +131,12 @@ def _ops(cls: type[ReferenceOps], test: str, words: str) -> Saboteur:
     )
 
 
+_QUANTIZED = "quantization_numerics[pack_quantized_linear"
 _ROUTE = "moe_numerics[route_experts"
 EXTENSION_SABOTEURS: tuple[Saboteur, ...] = (
+    _ops(SwapsNibbles, f"{_QUANTIZED}-int4-float32-normal]", "low half of byte j"),
+    _ops(KeepsActivations, f"{_QUANTIZED}-int8-float32-normal]", "rounded as the weight says"),
+    _ops(ForgetsZeros, f"{_QUANTIZED}-int4-zeros-bfloat16-large]", "Codes are unsigned"),
     _ops(TiesToTheHighestExpert, f"{_ROUTE}-softmax-float32-normal]", "ties go to the lowest id"),
     _ops(WeighsWithTheBias, f"{_ROUTE}-corrected-float32-normal]", "does not weigh"),
     _ops(IgnoresGroups, f"{_ROUTE}-grouped-float32-normal]", "the scale comes last"),
