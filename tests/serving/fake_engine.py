@@ -14,13 +14,17 @@ from dataclasses import dataclass, field
 
 from quire.core.config import EngineConfig
 from quire.core.engine.async_engine import QueueFullError
+from quire.core.engine.audio import TranscriptSegment, TranscriptWord
 from quire.core.engine.facts import EngineFacts, EngineStatistics
+from quire.core.engine.pooling import PoolingOutput, check_task
 from quire.core.errors import EngineDeadError, RequestError
 from quire.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 
 BOS_ID, EOS_ID = 256, 257
 VOCAB_SIZE = 260
 REPLY = "Hello, world"
+NUM_DIMENSIONS = 8
+TRANSCRIPT = ("hello", "there")
 
 
 def facts(**changes) -> EngineFacts:
@@ -79,6 +83,10 @@ class FakeEngine:
     tokenizer: object = None
     num_finished: int = 0
     num_output_tokens: int = 0
+    pooled: list[tuple] = field(default_factory=list)
+    """(prompt, pair, params) of each text that was pooled."""
+    heard: list[tuple] = field(default_factory=list)
+    """(clip, params) of each transcription."""
 
     @property
     def errored(self) -> bool:
@@ -141,6 +149,35 @@ class FakeEngine:
         if params.logits_processors:
             raise RequestError("no such processor", param="logits_processors")
         return ids
+
+    async def pool(self, prompt, params, request_id, *, pair=None, add_special_tokens=True):
+        if self.dead_error is not None:
+            raise self.dead_error
+        check_task(params.task, self.facts.tasks, self.facts.served_model_name)
+        ids = list(prompt) if not isinstance(prompt, str) else _encode(prompt, add_special_tokens)
+        ids = ids[-params.truncate_prompt_tokens :] if params.truncate_prompt_tokens else ids
+        if not ids or max(ids) >= VOCAB_SIZE or len(ids) > self.facts.max_model_len:
+            raise RequestError("the prompt does not fit", param="input")
+        if params.dimensions is not None and params.dimensions > NUM_DIMENSIONS:
+            raise RequestError("the vector is shorter", param="dimensions")
+        self.pooled.append((prompt, pair, params))
+        await asyncio.sleep(0)
+        return PoolingOutput(data=_pooled(params, ids, pair), num_prompt_tokens=len(ids))
+
+    async def transcribe(self, clip, params, request_id):
+        check_task("transcribe", self.facts.tasks, self.facts.served_model_name)
+        self.heard.append((clip, params))
+        for index, word in enumerate(TRANSCRIPT):
+            await asyncio.sleep(0)
+            yield TranscriptSegment(
+                start_s=index,
+                end_s=index + 0.5,
+                text=f" {word}",
+                token_ids=[index],
+                language="en",
+                average_logprob=-0.25,
+                words=[TranscriptWord(word=word, start_s=index, end_s=index + 0.5)],
+            )
 
     async def render_chat(
         self,
@@ -358,6 +395,23 @@ class _Child:
             finish_reason=self.reason,
             stop_reason=self.stop_reason,
         )
+
+
+def vector_of(ids: Sequence[int]) -> list[float]:
+    """How often each of the low three bits' values occurs: texts alike have vectors alike."""
+    return [float(sum(token_id % 8 == value for token_id in ids)) for value in range(8)]
+
+
+def _pooled(params, ids, pair):
+    if params.task == "embed":
+        return vector_of(ids)[: params.dimensions]
+    if params.task == "classify":
+        return [0.25, 0.75] if params.use_activation else [-1.0, 1.0]
+    if params.task == "score":
+        return [float(len(set(pair.encode()) & set(ids)))]
+    if params.task == "reward":
+        return [float(len(ids))]
+    return [[float(token_id)] for token_id in ids]
 
 
 def logprobs_of(token_id: int, count: int) -> dict[int, Logprob]:
