@@ -132,7 +132,8 @@ def make_group_policy(group: CacheGroup) -> GroupPolicy:
 
     Raises: UnsupportedError for a kind that the cache does not know.
     """
-    if group.kind in ("causal", "mla"):
+    # Chunks could go back as windows do; keeping them is right, and takes more memory.
+    if group.kind in ("causal", "mla", "chunked"):
         return FullPolicy(group.block_size)
     if group.kind == "recurrent":
         return RecurrentPolicy(group.block_size)
@@ -141,7 +142,7 @@ def make_group_policy(group: CacheGroup) -> GroupPolicy:
     reason = Reason(
         code="kv_cache.kind",
         need=f"blocks for attention of kind {group.kind!r}, window {group.window}",
-        have="causal, mla, recurrent, and sliding_window with a window",
+        have="causal, chunked, mla, recurrent, and sliding_window with a window",
         remedy="serve a model without such layers",
     )
     raise UnsupportedError([reason], what=f"cache group {group.name!r}")

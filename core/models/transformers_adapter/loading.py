@@ -1,0 +1,179 @@
+"""Loads a transformers model onto a device, in the best way that is right."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quire.core.errors import DeviceOutOfMemory, QuireError, Reason, UnsupportedError
+from quire.core.models.loading import refuse_quantization
+from quire.core.models.transformers_adapter.adapted_model import AdaptedModel
+from quire.core.models.transformers_adapter.cached import CachedModel
+from quire.core.models.transformers_adapter.checkpoint import (
+    load_weights,
+    make_dummy_model,
+    model_class_of,
+    read_config,
+)
+from quire.core.models.transformers_adapter.describing import Way, describe_way, find_ways
+from quire.core.models.transformers_adapter.paged import PagedModel
+from quire.core.models.transformers_adapter.pages import OwnPages
+from quire.core.models.transformers_adapter.recomputed import RecomputedModel
+from quire.core.models.transformers_adapter.ropes import fix_frequencies
+from quire.core.models.transformers_adapter.self_check import OwnRun, deviation, run_own, tolerance
+from quire.core.models.transformers_adapter.text_model import TextModel
+
+if TYPE_CHECKING:
+    from quire.core.interface.attention import AttentionBackend
+    from quire.core.interface.backend import Device
+    from quire.core.interface.worker import WorkerConfig
+    from quire.core.models.description import ModelDescription
+    from quire.core.models.language_model import LanguageModel
+
+
+def load_adapted(config: WorkerConfig, device: Device) -> LanguageModel:
+    """Loads `config.model` onto `device`, and holds it against transformers' own run.
+
+    Raises: CheckpointError, DeviceOutOfMemory; UnsupportedError with what was found in each way if
+    none is right.
+    """
+    refuse_quantization(config)
+    directory = Path(config.model)
+    hf_config = read_config(directory, trust_remote_code=config.trust_remote_code)
+    text_model = TextModel(_load(config, directory, hf_config, device))
+    text_model.part()
+    fix_frequencies(text_model.model, config.max_model_len)
+    ways, found = find_ways(
+        text_model,
+        dtype=config.dtype,
+        cache_dtype=config.cache_dtype,
+        block_size=config.block_size,
+    )
+    rejected: list[Reason] = []
+    own = _own_run(text_model, found.logits_size or int(text_model.config.vocab_size))
+    for way in ways:
+        description = describe_way(text_model, way, found, hf_config, directory, dtype=config.dtype)
+        description = replace(description, cache_dtype=config.cache_dtype)
+        model = _first_right(_made(way, text_model, description, config, device), own, rejected)
+        if model is not None:
+            return model
+    raise UnsupportedError(rejected, what=f"running {type(text_model.model).__name__}")
+
+
+def _load(config: WorkerConfig, directory: Path, hf_config: Any, device: Device) -> Any:
+    trust = config.trust_remote_code
+    model_class = model_class_of(hf_config, directory, trust_remote_code=trust)
+    if config.load_format == "dummy":
+        model = make_dummy_model(model_class, hf_config, dtype=config.dtype, seed=config.seed)
+    else:
+        model = load_weights(
+            directory, model_class, hf_config, dtype=config.dtype, trust_remote_code=trust
+        )
+    try:
+        return model.to(device.torch_device)
+    except torch.OutOfMemoryError as error:
+        size = sum(p.nbytes for p in model.parameters())
+        raise DeviceOutOfMemory(
+            f"the weights take {size / 2**30:.2f} GiB, which the device refused ({error}); use a "
+            "smaller dtype or model, or a device with more memory",
+            requested_bytes=size,
+            tag="weights",
+        ) from error
+
+
+def _own_run(text_model: TextModel, vocab_size: int) -> OwnRun | Exception:
+    try:
+        return run_own(text_model, vocab_size)
+    # The model's own code; without a run of its own nothing can be held against it.
+    except Exception as error:
+        return error
+
+
+def _made(
+    way: Way,
+    text_model: TextModel,
+    description: ModelDescription,
+    config: WorkerConfig,
+    device: Device,
+) -> Iterator[tuple[str, AdaptedModel | Exception]]:
+    """The models of a way, best first, with their names."""
+    settings: dict[str, Any] = {"max_model_len": config.max_model_len}
+    try:
+        backends = _backends(way, device)
+    except UnsupportedError as error:
+        yield way.name, error
+        return
+    arguments: tuple[Any, ...] = (text_model, description, backends)
+    if way.name == "paged":
+        yield way.name, PagedModel(*arguments, **settings)
+    elif way.name == "cached":
+        for runs_chunks in (True, False):
+            name = "cached" if runs_chunks else "cached, a token at a time"
+            model = CachedModel(*arguments, way.form, **settings, runs_later_chunks=runs_chunks)
+            yield name, model
+    else:
+        yield way.name, RecomputedModel(*arguments, **settings)
+
+
+def _backends(way: Way, device: Device) -> list[AttentionBackend]:
+    """Raises UnsupportedError with the reasons of all groups."""
+    backends: list[AttentionBackend] = []
+    reasons: list[Reason] = []
+    for group in way.groups:
+        if group.is_own:
+            backends.append(OwnPages(group, device.torch_device))
+            continue
+        try:
+            backends.append(device.attention(group.spec))
+        except UnsupportedError as error:
+            reasons.extend(error.reasons)
+    if reasons:
+        raise UnsupportedError(reasons, what="attention")
+    return backends
+
+
+def _first_right(
+    made: Iterator[tuple[str, AdaptedModel | Exception]],
+    own: OwnRun | Exception,
+    rejected: list[Reason],
+) -> AdaptedModel | None:
+    """The first model that gives the logits of its own run; why not goes to `rejected`."""
+    for name, model in made:
+        found = _objection(model, own)
+        if found is None:
+            return model  # type: ignore[return-value]
+        rejected.append(
+            Reason(
+                code=f"model.{name.split(',')[0]}",
+                need="the logits of the model's own run",
+                have=f"{name}: {found}",
+                remedy="report the architecture, or use a native family",
+            )
+        )
+        if isinstance(model, PagedModel):
+            model.release()
+    return None
+
+
+def _objection(model: AdaptedModel | Exception, own: OwnRun | Exception) -> str | None:
+    """Why a model must not be used; None: it is right."""
+    if isinstance(model, UnsupportedError):
+        return "; ".join(reason.need for reason in model.reasons)
+    if isinstance(model, Exception) or isinstance(own, Exception):
+        return f"transformers itself cannot run it: {own}"
+    try:
+        found = deviation(model, own)
+    except QuireError as error:
+        return str(error)
+    # The model's own code, in a way that its authors may not have thought of.
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+    if found <= tolerance(model.description.dtype):
+        return None
+    return f"its logits are off by {found:.2g} of their spread"
