@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from quire.core.errors import ConfigError, RequestError
 from quire.core.structured.grammar_text import param_of, to_compiler_text
 from quire.core.structured.spec import GrammarSpec
@@ -128,9 +130,9 @@ class GrammarCompiler:
             raise RequestError(
                 f"the grammar cannot be compiled: {_first_lines(messages)}", param=param_of(spec)
             )
-        if matcher.is_stopped():
+        if matcher.is_stopped() or not _allows_any(matcher.deep_copy(), tokenizer):
             raise RequestError(
-                "the grammar allows nothing but the empty text; give one that some text fits",
+                "the grammar allows no text but the empty one; give one that some text fits",
                 param=param_of(spec),
             )
         return CompiledGrammar(matcher, tokenizer)
@@ -169,6 +171,13 @@ def _library() -> Any:
     except ImportError as error:
         raise ConfigError(_MISSING) from error
     return llguidance
+
+
+def _allows_any(matcher: Any, tokenizer: Any) -> bool:
+    """Whether some token may stand first, besides those that end a text."""
+    bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+    bits[list(tokenizer.eos_tokens)] = 0
+    return bool(bits.any())
 
 
 def _first_lines(messages: list[str]) -> str:

@@ -16,6 +16,21 @@ from quire.core.structured.spec import MAX_GRAMMAR_CHARS, GrammarSpec
 DEFAULT_WHITESPACE = r"( |\n[ \t]{0,64})?"
 """Between the tokens of JSON. Bounded: a model that likes spaces would never come to an end."""
 
+_DATE = (
+    r"(([0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)-02-29"
+    r"|([0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)-"
+    r"((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)"
+    r"|02-(0[1-9]|1[0-9]|2[0-8])))"
+)
+_TIME = (
+    r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?"
+    r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+)
+_FORMATS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}T{_TIME}"}
+"""Formats that the library takes less exactly: it knows no leap years, and lets every minute have
+61 seconds.
+"""
+
 _PARAMS = {"json_schema": "json", "json_object": "json_object"}
 _TRIGGER_TEXT = r"(.|\n)*"
 
@@ -62,6 +77,7 @@ def _json_grammar(schema: Any, spec: GrammarSpec) -> str:
 def _with_options(schema: Any, spec: GrammarSpec) -> Any:
     if schema is True:
         schema = {}
+    schema = _with_exact_formats(schema)
     if spec.disable_additional_properties:
         schema = _closed(schema)
     if isinstance(schema, Mapping):
@@ -74,6 +90,25 @@ def _json_options(spec: GrammarSpec) -> dict[str, Any]:
     if spec.disable_any_whitespace:
         return {"whitespace_flexible": False}
     return {"whitespace_pattern": spec.whitespace_pattern or DEFAULT_WHITESPACE}
+
+
+def _with_exact_formats(schema: Any) -> Any:
+    """The schema with patterns in place of the formats that are known better here."""
+    if isinstance(schema, list):
+        return [_with_exact_formats(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    exact = {
+        key: value
+        if key in ("const", "enum", "default", "examples")
+        else _with_exact_formats(value)
+        for key, value in schema.items()
+    }
+    name = exact.get("format")
+    if isinstance(name, str) and name in _FORMATS and "pattern" not in exact:
+        del exact["format"]
+        exact["pattern"] = f"^{_FORMATS[name]}$"
+    return exact
 
 
 def _closed(schema: Any) -> Any:
