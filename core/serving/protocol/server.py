@@ -19,6 +19,7 @@ class ServerModel(ResponseBody):
     dtype: str
     max_model_len: int
     vocab_size: int
+    has_chat_template: bool
 
 
 class ServerDevice(ResponseBody):

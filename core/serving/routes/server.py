@@ -62,4 +62,10 @@ def _model(server: ServerState) -> ServerModel:
         dtype=facts.dtype,
         max_model_len=facts.max_model_len,
         vocab_size=facts.vocab_size,
+        has_chat_template=_has_chat_template(server),
     )
+
+
+def _has_chat_template(server: ServerState) -> bool:
+    own = server.engine.config.chat_template
+    return bool(own or getattr(server.engine.tokenizer, "chat_template", None))
