@@ -36,6 +36,16 @@ Piece = TextPiece | CallPiece
 
 
 def pieces_of(delta: AnswerMessage) -> Iterator[Piece]:
-    """What a chunk added, in the order in which it is told."""
+    """What a chunk added, in the order in which a turn has it: thoughts, text, calls."""
+    thought = delta.reasoning_content or delta.reasoning
+    if thought:
+        yield TextPiece("reasoning", thought)
     if delta.content:
         yield TextPiece("text", delta.content)
+    for position, call in enumerate(delta.tool_calls or ()):
+        yield CallPiece(
+            index=position if call.index is None else call.index,
+            call_id=call.id,
+            name=call.function.name or "",
+            arguments=call.function.arguments,
+        )

@@ -52,6 +52,7 @@ def error_of(response: httpx.Response, status: int) -> dict:
 def served_in_thread(engine: FakeEngine, **settings) -> Iterator[str]:
     """The address of a server with a real socket, in a thread of this process."""
     listener = bind("127.0.0.1", 0)
+    listener.listen()  # who connects before the thread runs waits instead of being refused
     app = make_app(engine, ServerSettings(**settings))
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))

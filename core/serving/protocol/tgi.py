@@ -27,7 +27,7 @@ class GenerateParameters(RequestBody):
         "watermark": (False,),
     }
 
-    max_new_tokens: Count | None = None
+    max_new_tokens: Count | None = Field(default=None, gt=0)
     do_sample: bool | None = None
     temperature: float | None = Field(default=None, gt=0)
     top_k: Count | None = Field(default=None, gt=0)
