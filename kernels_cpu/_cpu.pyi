@@ -61,9 +61,9 @@ def rotary(
     sin_stride: int,
     is_interleaved: bool,
 ) -> None: ...
-def num_lanes(format: int, num_outputs: int, num_inputs: int, /) -> int: ...
+def num_lanes(format_code: int, num_outputs: int, num_inputs: int, /) -> int: ...
 def pack_lanes(
-    format: int,
+    format_code: int,
     source: int,
     row_bytes: int,
     num_outputs: int,
@@ -75,7 +75,7 @@ def pack_lanes(
 class Linear:
     def __init__(
         self,
-        format: int,
+        format_code: int,
         rounding: int,
         lanes: int,
         scale_dtype: int,

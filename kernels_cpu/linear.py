@@ -64,7 +64,9 @@ class PackedWeights:
             _ROUNDINGS[rounding],
             lanes.data_ptr(),
             0 if scales is None else checks.dtype_code(scales.dtype),
-            *(0 if tensor is None else tensor.data_ptr() for tensor in kept[1:]),
+            _address(kept[1]),
+            _address(kept[2]),
+            _address(kept[3]),
             self.num_outputs,
             num_inputs,
             group_size,
@@ -116,7 +118,7 @@ def pack_codes(
     """Weights that are (code - zero) * scale, one scale and zero for each output and group.
 
     codes uint8: [N, K] for 8 bits; [N, ceil(K / 2)] for 4, input 2j in the low half of byte j.
-    scales [N, G] in float32, bfloat16 or float16, zeros uint8 [N, G]; None: 2^(bits - 1) everywhere.
+    scales [N, G] in float32, bfloat16 or float16, zeros uint8 [N, G]; None: all 2^(bits - 1).
     group_size 0: one group, G = 1. `activations` none: they stay as they are; token, group: rounded
     to int8 with one scale a row, or a row and group: q = round(x / s), s = max |x| / 127.
     Raises: ValueError, TypeError.
@@ -188,6 +190,10 @@ def _padded(bias: Tensor | None) -> Tensor | None:
     padded = bias.new_zeros((-(-bias.shape[0] // 64) * 64,)).float()
     padded[: bias.shape[0]] = bias
     return padded
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _uint8(like: Tensor) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ from quire.core.interface import (
 )
 
 _NUM_THREADS = "cpu.num_threads"
+_ISA = "cpu.isa"
 _MAX_TENSOR_PARALLEL = 8
 """Processes that may share one machine's cores; more would wait for each other alone."""
 _BLOCK_SIZES = (16, 32, 64, 128, 8, 4, 2, 1)
@@ -48,23 +49,38 @@ class CpuDevice(TorchDevice):
         return read_memory()
 
     def reasons_against(self, worker_config: WorkerConfig) -> Sequence[Reason]:
-        text = worker_config.options.get(_NUM_THREADS, "1")
-        if text.isdecimal() and int(text) > 0:
-            return ()
-        return (
-            Reason(
-                code="options.cpu.num_threads",
-                need=f"{text!r} threads",
-                have=f"{count_cores()} cores",
-                remedy=f"give {_NUM_THREADS} a whole number from 1 to {count_cores()}",
-            ),
-        )
+        return (*_thread_reasons(worker_config), *_isa_reasons(worker_config))
 
     def make_worker(self, config: WorkerConfig) -> Worker | None:
-        """Sets the number of threads and leaves the work to the core's worker."""
+        """Sets threads and ISA level, and leaves the work to the core's worker."""
+        if _ISA in config.options:
+            kernels_cpu.use_isa(config.options[_ISA])
         if _NUM_THREADS in config.options:
             torch.set_num_threads(int(config.options[_NUM_THREADS]))
         return None
+
+
+def _thread_reasons(worker_config: WorkerConfig) -> Iterator[Reason]:
+    text = worker_config.options.get(_NUM_THREADS, "1")
+    if not (text.isdecimal() and int(text) > 0):
+        yield Reason(
+            code="options.cpu.num_threads",
+            need=f"{text!r} threads",
+            have=f"{count_cores()} cores",
+            remedy=f"give {_NUM_THREADS} a whole number from 1 to {count_cores()}",
+        )
+
+
+def _isa_reasons(worker_config: WorkerConfig) -> Iterator[Reason]:
+    level = worker_config.options.get(_ISA)
+    levels = kernels_cpu.available_isas() if kernels_cpu.HAVE_NATIVE else []
+    if level is not None and level not in levels:
+        yield Reason(
+            code="options.cpu.isa",
+            need=f"the ISA level {level!r}",
+            have=", ".join(levels) or str(kernels_cpu.WHY_NOT_NATIVE),
+            remedy=f"give {_ISA} a level that this machine has, or leave it out",
+        )
 
 
 def _capabilities() -> Capabilities:
@@ -79,6 +95,7 @@ def _capabilities() -> Capabilities:
         attention_kinds=frozenset({"causal", "sliding_window", "chunked", "mla"}),
         features=frozenset({"moe", "recurrent"}),
         attention_features=frozenset({"soft_cap", "sinks", "alibi"}),
+        quantizations=frozenset({"int8", "int4"}),
         copy_mode="unified",
         max_tensor_parallel=_MAX_TENSOR_PARALLEL,
         # The kernel's promise and oneDNN's habit, which is tried here and for every shape at load.

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from quire import kernels_cpu
-from quire.backends.cpu import linear, sampling
+from quire.backends.cpu import linear, native_linear, sampling
+from quire.backends.cpu.host import read_cpu
 from quire.backends.reference import ReferenceOps
 from quire.backends.reference.sampling import draw
-from quire.core.interface import PackedLinear, SampledLogprobs, SamplingTensors
+from quire.core.interface import PackedLinear, QuantizedWeight, SampledLogprobs, SamplingTensors
 
 _NATIVE_OPS = frozenset({"rms_norm", "add_rms_norm", "gated_activation", "rotary"})
 _NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -21,10 +22,13 @@ class CpuOps(ReferenceOps):
 
     def __init__(self) -> None:
         self._has_native = kernels_cpu.HAVE_NATIVE
+        self._cpu = read_cpu()
 
     def provider(self, op: str) -> str:
-        if op == "linear" and linear.can_prepack(torch.float32):
-            return "onednn"
+        if op == "linear":
+            return self._linear_provider()
+        if op == "pack_quantized_linear" and self._has_native:
+            return f"native:{kernels_cpu.isa()}"
         if op in _NATIVE_OPS and self._has_native:
             return f"native:{kernels_cpu.isa()}"
         return "cpu" if op in _SHORTCUTS else super().provider(op)
@@ -32,12 +36,36 @@ class CpuOps(ReferenceOps):
     # --- layers ---------------------------------------------------------------------------------
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        if native_linear.takes_dense(weight.dtype, self._cpu):
+            return native_linear.pack_dense(weight, bias)
         return linear.pack(weight, bias) or super().pack_linear(weight, bias)
 
+    def pack_quantized_linear(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: str
+    ) -> PackedLinear:
+        if native_linear.takes_quantized(weight):
+            return native_linear.pack_quantized(weight, bias, dtype)
+        return super().pack_quantized_linear(weight, bias, dtype)
+
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        if isinstance(packed.payload, linear.OneDnnWeights):
-            return linear.multiply(x, packed.payload)
+        payload = packed.payload
+        if isinstance(payload, kernels_cpu.PackedWeights):
+            return native_linear.multiply(x, payload)
+        if isinstance(payload, linear.OneDnnWeights):
+            return linear.multiply(x, payload)
         return super().linear(x, packed)
+
+    def _linear_provider(self) -> str:
+        """Who multiplies, dtype by dtype where they differ."""
+        wide = "onednn" if linear.can_prepack(torch.float32) else "reference"
+        native = [
+            name
+            for name in ("bfloat16", "float16")
+            if native_linear.takes_dense(getattr(torch, name), self._cpu)
+        ]
+        if not native:
+            return wide
+        return f"native:{kernels_cpu.isa()} ({', '.join(native)}), {wide} (others)"
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not self._is_served(x, weight):

@@ -260,7 +260,21 @@ def test_linear_without_onednn_is_the_reference(monkeypatch):
     packed = CpuOps().pack_linear(torch.eye(3), None)
     assert packed.format == "dense"
     assert CpuOps().linear(torch.eye(3), packed).tolist() == torch.eye(3).tolist()
-    assert CpuOps().provider("linear") == "reference"
+    assert "onednn" not in CpuOps().provider("linear")
+
+
+@pytest.mark.parametrize("options", [{"cpu.isa": "amx-2040"}, {"cpu.num_threads": "0"}])
+def test_options_that_the_machine_cannot_serve_are_refused_with_the_remedy(options):
+    """A forced level or a number of threads is refused before weights load."""
+    device = CpuBackend().open(0)
+    (name,) = options
+    config = WorkerConfig(
+        model="", dtype="float32", cache_dtype="float32", block_size=16, max_model_len=16, max_num_seqs=1,
+        max_num_batched_tokens=16, device_memory_fraction=0.5, options=options,
+    )  # fmt: skip
+    (reason,) = device.reasons_against(config)
+    assert reason.code == f"options.{name}"
+    assert name in reason.remedy
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,78 @@
+"""Linear layers by the compiled kernels: which layers they take, and how they are packed.
+
+`benchmarks/cpu_linear.py` measures what decides here:
+
+- int8, int4: the kernels. No operator of torch rounds activations by the token.
+- bfloat16: the kernels, which are as fast as oneDNN with many rows and faster with few, and without
+  instructions for bfloat16 several times as fast; but oneDNN where the CPU has AMX.
+- float16: the kernels. oneDNN widens it to twice the memory, but where the CPU multiplies it.
+- float32: oneDNN, which is faster with many rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quire import kernels_cpu
+from quire.backends.cpu.host import CpuFacts
+from quire.core.interface import PackedLinear, QuantizedWeight
+from quire.kernels_cpu import PackedWeights
+
+_GROUP_STEP = 16
+
+
+def takes_dense(dtype: torch.dtype, cpu: CpuFacts) -> bool:
+    """Whether the kernels, not oneDNN, multiply by unquantized weights of a dtype here."""
+    if not kernels_cpu.HAVE_NATIVE:
+        return False
+    if dtype == torch.bfloat16:
+        return "amx_bf16" not in cpu.flags
+    return dtype == torch.float16 and "avx512_fp16" not in cpu.flags
+
+
+def takes_quantized(weight: QuantizedWeight) -> bool:
+    """Whether the kernels take the groups of a quantized layer."""
+    return kernels_cpu.HAVE_NATIVE and weight.group_size % _GROUP_STEP == 0
+
+
+def pack_dense(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    """Weights [N, K], kept in their dtype."""
+    dtype = str(weight.dtype).removeprefix("torch.")
+    packed = kernels_cpu.pack_dense(weight, bias)
+    return _described(packed, dtype, f"native-{dtype}")
+
+
+def pack_quantized(weight: QuantizedWeight, bias: Tensor | None, dtype: str) -> PackedLinear:
+    """Codes, scales and zeros in the order of the kernels."""
+    packed = kernels_cpu.pack_codes(
+        weight.codes,
+        weight.scales,
+        weight.zeros,
+        bias,
+        bits=weight.bits,
+        num_inputs=weight.num_inputs,
+        group_size=weight.group_size,
+        activations=weight.activations,
+    )
+    groups = f"-g{weight.group_size}" if weight.group_size else ""
+    rounded = "" if weight.activations == "none" else f"-int8-by-{weight.activations}"
+    return _described(packed, dtype, f"native-int{weight.bits}{groups}{rounded}")
+
+
+def multiply(x: Tensor, packed: PackedWeights) -> Tensor:
+    """x @ weight.T + bias, for x [T, K]."""
+    out = x.new_empty((x.shape[0], packed.num_outputs))
+    packed.multiply(x, out)
+    return out
+
+
+def _described(packed: PackedWeights, dtype: str, name: str) -> PackedLinear:
+    return PackedLinear(
+        num_inputs=packed.num_inputs,
+        num_outputs=packed.num_outputs,
+        dtype=dtype,
+        format=name,
+        size_bytes=packed.size_bytes,
+        payload=packed,
+    )

@@ -1,0 +1,217 @@
+"""Quantizes the weights of linear layers at load, on any torch device.
+
+`int8`: one scale for each output, symmetric, and activations rounded by the token. `int4`: groups
+of inputs with scale and zero, whose range is cut where that makes the squared error of the weights
+smaller, and activations rounded by the group. A layer whose inputs groups do not divide, and the
+head, whose errors go straight into the logits, are kept in 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+
+import torch
+from torch import Tensor
+
+from quire.core.errors import Reason, UnsupportedError
+from quire.core.interface.quantization import QuantizedWeight
+from quire.core.models.weight_layout import LinearTensors
+
+SCHEMES = ("int8", "int4")
+GROUP_SIZE_OPTION = "quantization.group_size"
+_GROUP_SIZES = (128, 64, 32, 16)
+_DEFAULT_GROUP_SIZES = (64, 32, 16)
+_MOST_INT4 = 15
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+"""Parts of a group's range that are tried."""
+_CHUNK_ELEMENTS = 1 << 18
+"""Weights that are quantized at a time: what the steps between hold stays in a cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationSpec:
+    """What `--quantization` asked for."""
+
+    scheme: str
+    """`int8` or `int4`."""
+    group_size: int | None = None
+    """Of `int4`; None: the largest of 64, 32 and 16 that divides a layer's inputs."""
+
+    def group_size_of(self, num_inputs: int) -> int:
+        """Of a layer in 4 bits; 0: it must be kept in 8."""
+        if self.group_size is not None:
+            return self.group_size
+        return next((size for size in _DEFAULT_GROUP_SIZES if num_inputs % size == 0), 0)
+
+
+def parse_quantization(scheme: str | None, options: Mapping[str, str]) -> QuantizationSpec | None:
+    """The settings of an engine as a spec; None: weights stay as they are.
+
+    Raises: UnsupportedError with every reason.
+    """
+    reasons = list(_setting_reasons(scheme, options))
+    if reasons:
+        raise UnsupportedError(reasons, what=f"quantization {scheme}")
+    if scheme is None:
+        return None
+    text = options.get(GROUP_SIZE_OPTION)
+    return QuantizationSpec(scheme=scheme, group_size=None if text is None else int(text))
+
+
+def _setting_reasons(scheme: str | None, options: Mapping[str, str]) -> Iterator[Reason]:
+    text = options.get(GROUP_SIZE_OPTION)
+    if scheme is not None and scheme not in SCHEMES:
+        yield Reason(
+            code="config.quantization",
+            need=f"quantization {scheme}",
+            have=", ".join(SCHEMES),
+            remedy="choose one of these, or leave quantization out",
+        )
+    if text is not None and (not text.isdecimal() or int(text) not in _GROUP_SIZES):
+        yield Reason(
+            code=f"options.{GROUP_SIZE_OPTION}",
+            need=f"groups of {text}",
+            have=", ".join(map(str, _GROUP_SIZES)),
+            remedy=f"give {GROUP_SIZE_OPTION} one of these, or leave it out",
+        )
+    if text is not None and scheme != "int4":
+        yield Reason(
+            code=f"options.{GROUP_SIZE_OPTION}",
+            need=f"groups with quantization {scheme}",
+            have="groups with int4",
+            remedy=f"ask for quantization int4, or leave {GROUP_SIZE_OPTION} out",
+        )
+
+
+def linear_inputs(tensors: object) -> Iterator[tuple[str, int]]:
+    """Name and number of inputs of the linear layers among the tensors of a model or a part of it.
+
+    Without the head, which has no groups.
+    """
+    if isinstance(tensors, LinearTensors):
+        yield tensors.weights[0].name, tensors.weights[0].shape[1]
+    elif isinstance(tensors, tuple | list):
+        for part in tensors:
+            yield from linear_inputs(part)
+    elif is_dataclass(tensors):
+        for field in fields(tensors):
+            if field.name != "lm_head":
+                yield from linear_inputs(getattr(tensors, field.name))
+
+
+def check_group_size(spec: QuantizationSpec, layers: Iterable[tuple[str, int]]) -> None:
+    """Refuses a group size that does not divide the inputs of some layer (name, inputs).
+
+    Raises: UnsupportedError that names every such number of inputs once.
+    """
+    size = spec.group_size
+    if size is None:
+        return
+    names: dict[int, str] = {}
+    for name, num_inputs in layers:
+        if num_inputs % size:
+            names.setdefault(num_inputs, name)
+    reasons = [
+        Reason(
+            code=f"options.{GROUP_SIZE_OPTION}",
+            need=f"groups of {size}",
+            have=f"{num_inputs} inputs of {name}, which they do not divide",
+            remedy="choose a smaller group size, or leave it out",
+        )
+        for num_inputs, name in names.items()
+    ]
+    if reasons:
+        raise UnsupportedError(reasons, what=f"quantization {spec.scheme}")
+
+
+def quantize(weight: Tensor, spec: QuantizationSpec, *, is_head: bool = False) -> QuantizedWeight:
+    """The weight [N, K], in any floating dtype and on its own device, as `spec` asks."""
+    group_size = 0 if is_head or spec.scheme == "int8" else spec.group_size_of(weight.shape[1])
+    return quantize_int4(weight, group_size) if group_size else quantize_int8(weight)
+
+
+def quantize_int8(weight: Tensor) -> QuantizedWeight:
+    """One scale for each output: max |w| / 127. Source: Dettmers et al. 2022, section 2."""
+    num_outputs, num_inputs = weight.shape
+    codes = torch.empty((num_outputs, num_inputs), dtype=torch.uint8, device=weight.device)
+    scales = torch.empty((num_outputs, 1), dtype=torch.float32, device=weight.device)
+    for rows in _chunks(weight):
+        wide = weight[rows].float()
+        scale = wide.abs().amax(1, keepdim=True) / 127
+        scales[rows] = scale
+        # A new tensor: `wide` may be the weight itself.
+        ratio = wide / scale.masked_fill(scale == 0, 1.0)
+        codes[rows] = ratio.round_().add_(128).to(torch.uint8)
+    return QuantizedWeight(
+        bits=8,
+        group_size=0,
+        num_inputs=num_inputs,
+        codes=codes,
+        scales=scales,
+        activations="token",
+        scheme="int8",
+    )
+
+
+def quantize_int4(weight: Tensor, group_size: int) -> QuantizedWeight:
+    """A scale in bfloat16 and a zero for each output and group of inputs.
+
+    Of several parts of a group's range the one with the least squared error is kept, as rounding
+    most weights finer may be worth cutting the largest. `group_size` divides K and is even.
+    """
+    num_outputs, num_inputs = weight.shape
+    shape = (num_outputs, num_inputs // group_size)
+    device = weight.device
+    codes = torch.empty((num_outputs, num_inputs // 2), dtype=torch.uint8, device=device)
+    scales = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    zeros = torch.empty(shape, dtype=torch.uint8, device=device)
+    for rows in _chunks(weight):
+        grouped = weight[rows].float().unflatten(1, (-1, group_size))
+        scale, zero = _best_range(grouped)
+        code = _encode(grouped, scale, zero).flatten(1).to(torch.uint8)
+        codes[rows] = code[:, 0::2] | code[:, 1::2] << 4
+        scales[rows] = scale.squeeze(-1).bfloat16()
+        zeros[rows] = zero.squeeze(-1).to(torch.uint8)
+    return QuantizedWeight(
+        bits=4,
+        group_size=group_size,
+        num_inputs=num_inputs,
+        codes=codes,
+        scales=scales,
+        zeros=zeros,
+        activations="group",
+        scheme="int4",
+    )
+
+
+def _chunks(weight: Tensor) -> Iterator[slice]:
+    step = max(1, _CHUNK_ELEMENTS // max(weight.shape[1], 1))
+    for row in range(0, weight.shape[0], step):
+        yield slice(row, row + step)
+
+
+def _best_range(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [N, G, 1] of the least squared error among the ranges that are tried."""
+    # A range without 0 would leave no code for it, nor a zero that fits into 4 bits.
+    low = grouped.amin(-1, keepdim=True).clamp_max_(0)
+    high = grouped.amax(-1, keepdim=True).clamp_min_(0)
+    best_scale = torch.zeros_like(low)
+    best_zero = torch.zeros_like(low)
+    best_error = torch.full_like(low, float("inf"))
+    for shrink in _SHRINKS:
+        scale = ((high - low) * (shrink / _MOST_INT4)).bfloat16().float()
+        divisor = scale.masked_fill(scale == 0, 1.0)
+        zero = (-low * shrink / divisor).round_().clamp_(0, _MOST_INT4)
+        decoded = (_encode(grouped, scale, zero) - zero).mul_(scale)
+        error = decoded.sub_(grouped).square_().sum(-1, keepdim=True)
+        is_better = error < best_error
+        best_error = torch.where(is_better, error, best_error)
+        best_scale = torch.where(is_better, scale, best_scale)
+        best_zero = torch.where(is_better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _encode(grouped: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    divisor = scale.masked_fill(scale == 0, 1.0)
+    return (grouped / divisor).round_().add_(zero).clamp_(0, _MOST_INT4)
