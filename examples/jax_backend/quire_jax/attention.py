@@ -10,6 +10,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
+from quire_jax.pool import Pool, read
+
 CHUNK_BLOCKS = 8
 """Blocks of keys that a tile reads at a time; block tables are padded to a multiple of it."""
 _NEVER = 1 << 30
@@ -18,8 +20,7 @@ _NEVER = 1 << 30
 
 def attend(
     q: Array,
-    keys: Array,
-    values: Array,
+    pool: Pool,
     table: Array,
     step: dict[str, Array],
     *,
@@ -27,15 +28,15 @@ def attend(
     scale: float,
     soft_cap: float | None,
 ) -> Array:
-    """Attention of queries [T, Hq, D] over the pool [N, B, Hk, D]; [T, Hq, D] in q's dtype.
+    """Attention of queries [T, Hq, D] over the pool; [T, Hq, D] in q's dtype.
 
     table [R, blocks] holds blocks of the pool. A query at position p sees p - window < k <= p.
     Tokens that stand in no tile get zeros. Nothing that a tile does not see can reach its result,
     whatever it holds.
     """
     num_tokens, num_heads, size = q.shape
-    num_kv_heads = keys.shape[2]
-    span = CHUNK_BLOCKS * keys.shape[1]
+    num_kv_heads = pool[0].shape[2]
+    span = CHUNK_BLOCKS * pool[0].shape[1]
     tiles = step["tiles"]
     positions = step["positions"].at[tiles].get(mode="fill", fill_value=-1)
     queries = q.at[tiles].get(mode="fill", fill_value=0).astype(jnp.float32) * scale
@@ -47,10 +48,7 @@ def attend(
         blocks = lax.dynamic_slice_in_dim(table, number * CHUNK_BLOCKS, CHUNK_BLOCKS, axis=1)
         at = number * span + jnp.arange(span)
         is_seen = (at <= positions[..., None]) & (at > positions[..., None] - window)
-        k, v = (
-            pool[blocks].reshape(-1, span, num_kv_heads, size).astype(jnp.float32)
-            for pool in (keys, values)
-        )
+        k, v = (read(half, blocks).reshape(-1, span, num_kv_heads, size) for half in pool)
         # Zero times what stands in an unused slot would be NaN where that is.
         v = jnp.where(is_seen.any(axis=1)[..., None, None], v, 0.0)
         scores = jnp.einsum("nqhgd,nshd->nhgqs", queries, k, precision=lax.Precision.HIGHEST)

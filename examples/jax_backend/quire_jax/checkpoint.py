@@ -186,9 +186,7 @@ def _stacked(decoder: Decoder, stack: Stack, read: Read) -> Numbers:
 def _facts(decoder: Decoder) -> dict[str, Numbers]:
     """What differs from layer to layer, as arrays, so that one compiled layer serves all."""
     group_of = {
-        layer: number
-        for number, layers in enumerate(decoder.groups.values())
-        for layer in layers
+        layer: number for number, layers in enumerate(decoder.groups.values()) for layer in layers
     }
     windows = [NO_WINDOW if window is None else window for window in decoder.windows]
     return {

@@ -23,6 +23,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+_ROPE_KINDS = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ class Rope:
     """One kind of rotary position embedding."""
 
     kind: str
-    """`default`, `linear` or `llama3`."""
+    """Of `_ROPE_KINDS`."""
     theta: float
     rotary_size: int
     """How many features of a head are rotated, from the first."""
@@ -116,15 +117,14 @@ def _architecture(config: Config, path: Path) -> str:
 
 
 def _refuse(config: Config, architecture: str) -> None:
-    reasons = []
-    for kind in {rope["rope_type"] for rope in _rope_parameters(config).values()}:
-        if kind not in ("default", "linear", "llama3"):
-            reasons.append(_reason("rope", f"RoPE scaling {kind!r}", "default, linear, llama3"))
+    kinds = {rope["rope_type"] for rope in _rope_parameters(config).values()}
+    reasons = [
+        _reason("rope", f"RoPE scaling {kind!r}", ", ".join(_ROPE_KINDS))
+        for kind in sorted(kinds - set(_ROPE_KINDS))
+    ]
     activation = _activation(config)
     if activation not in _ACTIVATIONS:
-        reasons.append(
-            _reason("activation", f"activation {activation!r}", ", ".join(_ACTIVATIONS))
-        )
+        reasons.append(_reason("activation", f"activation {activation!r}", ", ".join(_ACTIVATIONS)))
     if config.get("quantization_config"):
         reasons.append(_reason("quantization", "quantized weights", "float32, float16, bfloat16"))
     if config.get("use_bidirectional_attention"):

@@ -28,7 +28,7 @@ from quire_jax.decoder import read_decoder
 if TYPE_CHECKING:
     from quire.core.interface import AttentionBackend, AttentionSpec, Ops
 
-TOKEN_BUCKETS = (16, 64, 256, 1024, 4096)
+TOKEN_BUCKETS = (64, 512, 2048, 8192)
 REQUEST_BUCKETS = (8, 64, 256)
 _DTYPES = ("float32", "bfloat16")
 COMPILATION_CACHE = "jax.compilation_cache"

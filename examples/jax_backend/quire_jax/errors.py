@@ -16,10 +16,9 @@ _NUM_BYTES = re.compile(r"allocat\w* (\d+) bytes", re.IGNORECASE)
 
 @contextmanager
 def jax_errors(tag: str) -> Iterator[None]:
-    """Turns a refused allocation into DeviceOutOfMemory of `tag`, a runtime's failure into
-    DeviceLost.
+    """Turns a refused allocation into DeviceOutOfMemory, a runtime that fails into DeviceLost.
 
-    Everything else passes as it is.
+    `tag` says what memory is for. Everything else passes as it is.
     """
     try:
         yield
@@ -27,9 +26,7 @@ def jax_errors(tag: str) -> Iterator[None]:
         text = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, MemoryError) or _REFUSED.search(text):
             raise out_of_memory(tag, text) from error
-        raise DeviceLost(
-            f"XLA's runtime failed in a step: {text}; restart the worker"
-        ) from error
+        raise DeviceLost(f"XLA's runtime failed in a step: {text}; restart the worker") from error
 
 
 def out_of_memory(tag: str, why: str, requested_bytes: int | None = None) -> DeviceOutOfMemory:

@@ -16,12 +16,11 @@ from jax import Array, lax
 
 from quire_jax.attention import attend
 from quire_jax.decoder import Decoder, Rope
+from quire_jax.pool import Pool, write
 
 Weights = dict[str, Any]
 """`embedding` [V, H], `final_norm` [H], `cos` and `sin` [ropes, positions, F], `head` [V, H] unless
 tied, and `layers`: names to arrays whose first dimension is the layer."""
-Pool = tuple[Array, Array]
-"""Keys and values, each [blocks of all layers, block_size, Hk, D]."""
 NO_WINDOW = 1 << 30
 
 
@@ -56,11 +55,17 @@ def forward(
     return _norm(x, weights["final_norm"], decoder), pool
 
 
+@jax.jit
+def take_rows(hidden: Array, rows: Array) -> Array:
+    """The hidden states [R, H] after which logits are wanted, of those of a step [T, H]."""
+    return hidden[rows]
+
+
 @partial(jax.jit, static_argnames=("decoder",))
-def logits_of(decoder: Decoder, weights: Weights, hidden: Array, rows: Array) -> Array:
-    """Logits float32 [R, V] after `rows` [R] of hidden states [T, H]."""
+def logits_of(decoder: Decoder, weights: Weights, hidden: Array) -> Array:
+    """Logits float32 [R, V] of hidden states [R, H]."""
     table = weights["embedding"] if decoder.is_tied else weights["head"]
-    logits = _linear(hidden[rows], table).astype(jnp.float32)
+    logits = _linear(hidden, table).astype(jnp.float32)
     if decoder.logit_soft_cap is not None:
         logits = decoder.logit_soft_cap * jnp.tanh(logits / decoder.logit_soft_cap)
     return logits
@@ -105,12 +110,12 @@ def _attention(
         q, k = _norm(q, part["q_norm"], decoder), _norm(k, part["k_norm"], decoder)
     q, k = _rotate(q, *angles), _rotate(k, *angles)
     blocks = part["base"] + step["slot_blocks"][part["group"]]
-    keys = pool[0].at[blocks, step["slot_offsets"]].set(k.astype(pool[0].dtype))
-    values = pool[1].at[blocks, step["slot_offsets"]].set(v.astype(pool[1].dtype))
+    keys, values = (
+        write(half, blocks, step["slot_offsets"], x) for half, x in zip(pool, (k, v), strict=True)
+    )
     out = attend(
         q,
-        keys,
-        values,
+        (keys, values),
         part["base"] + step["block_tables"][part["group"]],
         step,
         window=part["window"],

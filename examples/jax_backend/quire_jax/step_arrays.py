@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.core.interface import NULL_BLOCK
+from quire.core.interface import NULL_BLOCK, QuireError, Reason, UnsupportedError
 from quire_jax.attention import CHUNK_BLOCKS
 from quire_jax.requests import ScheduledRequest
 
@@ -39,25 +39,25 @@ class Buckets:
     def __init__(
         self, tokens: Sequence[int], requests: Sequence[int], *, max_tokens: int, max_requests: int
     ) -> None:
-        """Raises ValueError if the largest bucket is smaller than the largest step."""
-        self._tokens = _up_to(tokens, max_tokens)
-        self._requests = _up_to(requests, max_requests)
+        """Raises: UnsupportedError if the largest bucket is smaller than the largest step."""
+        self._tokens = _up_to(tokens, max_tokens, "max_num_batched_tokens")
+        self._requests = _up_to(requests, max_requests, "max_num_seqs")
 
     def rows(self, count: int) -> int:
         """Rows of logits for `count` that are wanted."""
-        return self._requests[bisect_left(self._requests, count)]
+        return _bucket(self._requests, count)
 
     @property
-    def most_rows(self) -> int:
-        """The largest of them."""
-        return self._requests[-1]
+    def row_counts(self) -> tuple[int, ...]:
+        """All that `rows` may answer with."""
+        return tuple(self._requests)
 
     def shape_of(self, counts: Sequence[int]) -> StepShape:
         """The shape for requests with so many new tokens each."""
         if max(counts) == 1:
             size = self.rows(len(counts))
             return StepShape(num_tokens=size, num_requests=size, tile=1)
-        return self._mixed(self._tokens[bisect_left(self._tokens, sum(counts))])
+        return self._mixed(_bucket(self._tokens, sum(counts)))
 
     def all_shapes(self) -> list[StepShape]:
         """Every shape that `shape_of` may answer with."""
@@ -127,8 +127,24 @@ def empty_step_arrays(
     return {name: np.full(size, value, np.int32) for name, (size, value) in sizes.items()}
 
 
-def _up_to(buckets: Sequence[int], needed: int) -> list[int]:
+def _bucket(buckets: Sequence[int], needed: int) -> int:
+    index = bisect_left(buckets, needed)
+    if index == len(buckets):
+        raise QuireError(
+            f"a step of {needed} tokens or requests is more than the worker was built for "
+            f"({buckets[-1]}); schedule within max_num_batched_tokens and max_num_seqs"
+        )
+    return buckets[index]
+
+
+def _up_to(buckets: Sequence[int], needed: int, setting: str) -> list[int]:
     """The buckets of which a step of `needed` may need one."""
     if buckets[-1] < needed:
-        raise ValueError(f"{needed} is more than the largest bucket, {buckets[-1]}")
+        reason = Reason(
+            code=f"jax.{setting}",
+            need=f"{setting} {needed}",
+            have=f"buckets up to {buckets[-1]}",
+            remedy=f"set {setting} to at most {buckets[-1]}",
+        )
+        raise UnsupportedError([reason], what="compiling steps of this size")
     return list(buckets[: bisect_left(buckets, needed) + 1])

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from quire.core.interface import (
@@ -25,6 +23,7 @@ from quire.core.interface import (
     Worker,
     WorkerConfig,
 )
+from quire_jax import pool as pools
 from quire_jax.checkpoint import (
     CheckpointReader,
     make_dummy_reader,
@@ -33,7 +32,8 @@ from quire_jax.checkpoint import (
 )
 from quire_jax.decoder import Decoder, read_decoder
 from quire_jax.errors import jax_errors, out_of_memory
-from quire_jax.model import Pool, Weights, forward, logits_of
+from quire_jax.model import Weights, forward, logits_of, take_rows
+from quire_jax.pool import Pool
 from quire_jax.requests import RequestBook, ScheduledRequest, StagedStep
 from quire_jax.sampling import most_likely
 from quire_jax.sampling_step import BROKEN, Sampled, make_logprobs, run_sampling
@@ -111,9 +111,7 @@ class JaxWorker(Worker):
         """Allocates one pool for the blocks of all layers."""
         decoder = self._loaded()[0]
         layers = list(decoder.groups.values())
-        wanted = sum(
-            count * len(part) for count, part in zip(plan.num_blocks, layers, strict=True)
-        )
+        wanted = sum(count * len(part) for count, part in zip(plan.num_blocks, layers, strict=True))
         num_bytes = wanted * self._block_bytes(decoder)
         self._pool = None
         free = self._memory().free_bytes
@@ -128,15 +126,15 @@ class JaxWorker(Worker):
         self._bases = _bases(decoder, plan.num_blocks)
 
     def warm_up(self) -> None:
-        """Compiles every shape that a step may have."""
-        decoder, weights = self._loaded()
-        sizes: set[int] = set()
+        """Compiles every shape of a step.
+
+        What few requests ask for (filters, penalties, ...) is compiled when the first one does.
+        """
         with jax_errors("activations"):
             for shape in self._buckets.all_shapes():
                 hidden, self._pool = self._forward(self._empty_step(shape))
-                for count in {self._buckets.rows(n) for n in (1, self._buckets.most_rows)} | sizes:
-                    rows = self._put(np.zeros(count, np.int32))
-                    jax.block_until_ready(most_likely(logits_of(decoder, weights, hidden, rows)))
+                for count in self._buckets.row_counts:
+                    jax.block_until_ready(most_likely(self._logits(hidden, [0] * count)))
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -153,11 +151,11 @@ class JaxWorker(Worker):
         except DeviceOutOfMemory as error:
             self._check_pool(error)
             raise
+        result = _make_result(staged, sampled, prompts)
         self._book.commit(staged, sampled.tokens)
-        return _make_result(staged, sampled, prompts)
+        return result
 
     def _run(self, staged: StagedStep) -> tuple[Sampled, dict[str, list[PositionLogprobs]]]:
-        decoder, weights = self._loaded()
         if not staged.scheduled:
             return Sampled(tokens=[]), {}
         hidden, self._pool = self._forward(self._step_arrays(staged.scheduled))
@@ -165,9 +163,7 @@ class JaxWorker(Worker):
         samples = [index for index, part in enumerate(staged.scheduled) if part.samples]
         sampled = Sampled(tokens=[])
         if samples:
-            rows = np.zeros(self._buckets.rows(len(samples)), np.int32)
-            rows[: len(samples)] = ends[samples] - 1
-            logits = logits_of(decoder, weights, hidden, self._put(rows))
+            logits = self._logits(hidden, (ends[samples] - 1).tolist())
             states = [staged.scheduled[index].state for index in samples]
             sampled = run_sampling(logits, states, staged.batch.token_masks, self._put)
         starts = ends - [part.num_new for part in staged.scheduled]
@@ -183,18 +179,16 @@ class JaxWorker(Worker):
         self, hidden: jax.Array, part: ScheduledRequest, start: int
     ) -> list[PositionLogprobs]:
         """Of the prompt tokens after the positions that the step computes; `start`: its first."""
-        decoder, weights = self._loaded()
         # Position p tells of token p + 1, so the prompt's last position tells of the output.
         end = min(part.num_computed + part.num_new, part.state.num_prompt_tokens - 1)
-        count, size = end - part.num_computed, self._buckets.most_rows
+        count, size = end - part.num_computed, self._buckets.row_counts[-1]
         entries: list[PositionLogprobs] = []
         for done in range(0, count, size):
             here = min(size, count - done)
-            rows = np.zeros(size, np.int32)
-            rows[:here] = np.arange(start + done, start + done + here)
+            rows = list(range(start + done, start + done + here))
             first = part.num_computed + done + 1
             tokens = part.state.tokens[first : first + here]
-            logits = logits_of(decoder, weights, hidden, self._put(rows))
+            logits = self._logits(hidden, rows)
             num_tops = [part.state.sampling.num_prompt_logprobs] * here
             entries += make_logprobs(logits, tokens, num_tops, self._put)
         return entries
@@ -203,47 +197,39 @@ class JaxWorker(Worker):
 
     def copy_blocks(self, group: int, source: Sequence[int], target: Sequence[int]) -> None:
         """Copies blocks of one cache group, in all its layers."""
-        bases = self._bases_of(group)
-        sources, targets = (
-            np.concatenate([base + np.asarray(ids, np.int32) for base in bases])
-            for ids in (source, target)
-        )
         with jax_errors("cache"):
-            pool = tuple(part.at[targets].set(part[sources]) for part in self._cache())
+            pool = pools.copy_blocks(
+                self._cache(), self._places(group, source), self._places(group, target)
+            )
             jax.block_until_ready(pool)
-        self._pool = pool[0], pool[1]
+        self._pool = pool
 
     def export_blocks(self, group: int, block_ids: Sequence[int]) -> bytes:
         """Blocks in the canonical layout."""
         with jax_errors("workspace"):
-            parts = [
-                np.stack([part[base + np.asarray(block_ids)] for base in self._bases_of(group)])
-                for part in self._cache()
-            ]
-        return np.concatenate(parts, axis=-1).astype("<f4").tobytes()
+            found = pools.export_blocks(self._cache(), self._places(group, block_ids))
+        return found.astype("<f4").tobytes()
 
     def import_blocks(self, group: int, block_ids: Sequence[int], blocks: bytes) -> None:
         """Writes blocks in the canonical layout.
 
         Raises: QuireError if the number of bytes is not that of the blocks.
         """
-        keys, values = self._cache()
-        bases = self._bases_of(group)
-        shape = (len(bases), len(block_ids), *keys.shape[1:-1], 2 * keys.shape[-1])
+        keys, _ = self._cache()
+        places = self._places(group, block_ids)
+        num_layers = len(places) // max(len(block_ids), 1)
+        shape = (num_layers, len(block_ids), *keys.shape[1:-1], 2 * keys.shape[-1])
         numbers = np.frombuffer(blocks, "<f4")
         if numbers.size != np.prod(shape):
             raise QuireError(
                 f"import_blocks got {len(blocks)} bytes for {len(block_ids)} blocks of group "
                 f"{group}; the canonical layout float32 {shape} has {4 * int(np.prod(shape))}"
             )
-        targets = np.concatenate([base + np.asarray(block_ids, np.int32) for base in bases])
-        whole = numbers.reshape(len(targets), *shape[2:])
+        whole = numbers.reshape(len(places), *shape[2:]).astype(np.float32)
         with jax_errors("workspace"):
-            halves = np.split(whole, 2, axis=-1)
-            keys = keys.at[targets].set(halves[0].astype(keys.dtype))
-            values = values.at[targets].set(halves[1].astype(values.dtype))
-            jax.block_until_ready((keys, values))
-        self._pool = keys, values
+            pool = pools.import_blocks(self._cache(), places, whole)
+            jax.block_until_ready(pool)
+        self._pool = pool
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -311,14 +297,19 @@ class JaxWorker(Worker):
     def _empty_pool(self, num_blocks: int) -> Pool:
         decoder = self._loaded()[0]
         shape = (num_blocks, self._config.block_size, decoder.num_kv_heads, decoder.head_size)
-        kind = ml_dtypes.bfloat16 if self._config.cache_dtype == "bfloat16" else np.float32
-        keys, values = (jnp.zeros(shape, kind, device=self._xla_device) for _ in range(2))
-        return keys, values
+        return pools.make_pool(shape, self._config.cache_dtype, self._xla_device)
 
     def _forward(self, arrays: dict[str, Any]) -> tuple[jax.Array, Pool]:
         decoder, weights = self._loaded()
         arrays["bases"] = np.asarray(self._bases, np.int32)
         return forward(decoder, weights, self._cache(), self._put(arrays))
+
+    def _logits(self, hidden: jax.Array, rows: Sequence[int]) -> jax.Array:
+        """Logits float32 after `rows` of hidden states, padded to the next bucket."""
+        decoder, weights = self._loaded()
+        padded = np.zeros(self._buckets.rows(len(rows)), np.int32)
+        padded[: len(rows)] = rows
+        return logits_of(decoder, weights, take_rows(hidden, self._put(padded)))
 
     def _step_arrays(self, scheduled: Sequence[ScheduledRequest]) -> dict[str, Any]:
         shape = self._buckets.shape_of([part.num_new for part in scheduled])
@@ -343,13 +334,14 @@ class JaxWorker(Worker):
             pool = self._empty_pool(decoder.num_layers)
             compiled = forward.lower(decoder, weights, pool, self._put(arrays)).compile()
         planned = compiled.memory_analysis()
-        logits = self._buckets.most_rows * decoder.vocab_size * 4 * _SAMPLING_COPIES
+        logits = self._buckets.row_counts[-1] * decoder.vocab_size * 4 * _SAMPLING_COPIES
         hidden = shape.num_tokens * decoder.hidden_size * 4
         return logits + hidden + (int(planned.temp_size_in_bytes) if planned else 0)
 
-    def _bases_of(self, group: int) -> list[int]:
+    def _places(self, group: int, block_ids: Sequence[int]) -> list[int]:
+        """Where blocks of a group lie in the pool, layer by layer."""
         layers = list(self._loaded()[0].groups.values())[group]
-        return [self._bases[layer] for layer in layers]
+        return [self._bases[layer] + block for layer in layers for block in block_ids]
 
     def _check_pool(self, error: DeviceOutOfMemory) -> None:
         """After a refused allocation: the worker lives on if the cache does."""
@@ -383,14 +375,14 @@ def _make_result(
         if any(entry.logprob != entry.logprob for entry in entries):  # NaN
             errors.setdefault(name, BROKEN)
     is_fine = [part.state.request_id not in errors for part in parts]
-    tokens = [
-        [sampled.tokens[row_of[i]]] if i in row_of and is_fine[i] else [] for i in range(len(parts))
-    ]
+    # A request's row among those sampled; nothing comes of one that failed.
+    rows = [row_of.get(i) if is_fine[i] else None for i in range(len(parts))]
+    tokens = [[] if row is None else [sampled.tokens[row]] for row in rows]
     logprobs: list[list[PositionLogprobs] | None] = [
         None
         if part.state.sampling.num_logprobs is None
-        else [sampled.logprobs[row_of[i]]] * (i in row_of and is_fine[i])
-        for i, part in enumerate(parts)
+        else ([] if row is None else [sampled.logprobs[row]])
+        for row, part in zip(rows, parts, strict=True)
     ]
     return StepResult(
         step_id=staged.batch.step_id,
