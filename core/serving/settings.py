@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from quire.core.errors import ConfigError
 from quire.core.serving.operations.api_keys import ApiKey
+from quire.core.serving.tools.registry import unknown_formats
 
 ENGINE_DEATH_POLICIES = ("restart", "exit", "stay")
 
@@ -76,6 +77,7 @@ class ServerSettings:
         if self.on_engine_death not in ENGINE_DEATH_POLICIES:
             known = ", ".join(ENGINE_DEATH_POLICIES)
             problems.append(f"on_engine_death is {self.on_engine_death!r}; choose one of {known}")
+        problems += unknown_formats(self.tool_call_parser, self.reasoning_parser)
         if self.max_engine_restarts < 0:
             problems.append("max_engine_restarts is negative; 0 never restarts")
         if self.root_path and not self.root_path.startswith("/"):

@@ -354,7 +354,7 @@ def test_output_is_the_same_however_it_is_scheduled(tmp_path):
 
     plain, _ = texts(cache_memory_bytes=8 << 20)
     chunked, _ = texts(cache_memory_bytes=8 << 20, max_num_batched_tokens=16, max_num_seqs=4)
-    tight, num_preemptions = texts(cache_memory_bytes=200 << 10, block_size=16, max_model_len=400)
+    tight, num_preemptions = texts(cache_memory_bytes=240 << 10, block_size=16, max_model_len=400)
     ahead, _ = texts(cache_memory_bytes=8 << 20, build_core=build_sim_core)
     assert num_preemptions > 0
     assert plain == chunked == tight == ahead

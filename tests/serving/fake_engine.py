@@ -75,6 +75,8 @@ class FakeEngine:
     facts: EngineFacts = field(default_factory=facts)
     config: EngineConfig = field(default_factory=lambda: EngineConfig(model="fake"))
     submitted: list[Submitted] = field(default_factory=list)
+    rendered: list[dict] = field(default_factory=list)
+    """What was given to the chat template."""
     streams: dict[str, FakeStream] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
     dead_error: EngineDeadError | None = None
@@ -189,6 +191,7 @@ class FakeEngine:
         continue_final_message=False,
         template_variables: Mapping[str, object] | None = None,
     ):
+        self.rendered.append({"messages": list(messages), "tools": tools})
         if chat_template == "broken":
             raise RequestError("the chat template is broken", param="chat_template")
         ends = ["\n"] * (len(messages) - 1) + ["" if continue_final_message else "\n"]

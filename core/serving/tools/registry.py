@@ -170,6 +170,9 @@ def choose_formats(
 
     Raises: ConfigError for an unknown name, with those that are known.
     """
+    problems = unknown_formats(tool_parser, reasoning_parser)
+    if problems:
+        raise ConfigError("; ".join(problems))
     said: list[str] = []
     tools = _choose("tool_call_parser", tool_parser, TOOL_FORMATS, chat_template, said)
     reasoning = _choose(
@@ -187,16 +190,24 @@ def choose_formats(
     )
 
 
+def unknown_formats(tool_parser: str, reasoning_parser: str) -> list[str]:
+    """What is wrong with two names, in words."""
+    return [
+        f"{setting} is {name!r}; choose {AUTO}, {NONE}, {', '.join(sorted(known))}"
+        for setting, name, known in (
+            ("tool_call_parser", tool_parser, TOOL_FORMATS),
+            ("reasoning_parser", reasoning_parser, REASONING_FORMATS),
+        )
+        if name not in (AUTO, NONE, *known)
+    ]
+
+
 def _choose(
     setting: str, name: str, known: Mapping[str, Any], template: str, said: list[str]
 ) -> Any:
     if name == NONE:
         return None
     if name != AUTO:
-        if name not in known:
-            raise ConfigError(
-                f"{setting} is {name!r}; choose {AUTO}, {NONE}, {', '.join(sorted(known))}"
-            )
         return known[name]
     for one in known.values():
         if one.signs and all(sign in template for sign in one.signs):
