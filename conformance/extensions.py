@@ -108,7 +108,7 @@ def _claim_functions() -> dict[str, Callable[[Capabilities], str]]:
 
 def _plain_claims(claims: Capabilities) -> Iterator[tuple[str, str]]:
     """What stands in the claims beyond what levels try."""
-    if claims.step_mode != "eager":
+    if claims.step_mode == "capture":  # what is compiled, a bucket at a time, is not replayed
         yield "graphs", f"step_mode {claims.step_mode!r}"
     for dtype in claims.cache_dtypes:
         if dtype not in _FLOATS:

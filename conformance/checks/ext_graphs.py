@@ -26,8 +26,8 @@ _LENGTHS = (19, 3, 40, 16)
 
 
 def _needs(claims: Capabilities, arguments: Mapping[str, Any]) -> str:
-    if claims.step_mode == "eager":
-        return "step_mode is 'eager': no step is recorded"
+    if claims.step_mode != "capture":
+        return f"step_mode is {claims.step_mode!r}: no step is recorded"
     if arguments["dtype"] not in claims.cache_dtypes:
         return f"cache dtype {arguments['dtype']} is not claimed"
     return ""
