@@ -125,6 +125,43 @@ def compare(out: Array, ref: Array, base: Array, *, dtype: str, tolerance: str) 
     return max([whole, *_rows(errors, base_errors, sizes, dtype, tolerance)], key=_badness)
 
 
+def compare_two(
+    out: Array, other: Array, *, dtype: str, tolerance: str, conditioning: Array | float = 0.0
+) -> Measurement:
+    """Holds what one device gave against what another gave for the same inputs.
+
+    Neither is the truth. Each may be off by the bound of the rule, with one honest rounding for the
+    baseline's error, so that two may be twice that apart. `conditioning`, for each row or for all,
+    is by how much the formula multiplies what float32 rounds on the way.
+    """
+    if out.shape != other.shape:
+        where = f"shape {out.shape} instead of {other.shape}"
+        return Measurement(error=UNBOUNDED, bound=0.0, where=where)
+    if out.size == 0:
+        return Measurement(error=0.0, bound=0.0, where="nothing")
+    width = other.shape[-1] if other.ndim > 1 else other.size
+    out, other = out.reshape(-1, width), other.reshape(-1, width)
+    errors = _distance(out, other).max(axis=-1)
+    both_nan = np.isnan(out) & np.isnan(other)
+    if both_nan.any():
+        errors = np.where(both_nan, 0.0, _distance(out, other)).max(axis=-1)
+    sizes = np.where(np.isfinite(other), np.abs(other), 0.0).max(axis=-1)
+    rounding = UNIT_ROUNDOFF.get(dtype, UNIT_ROUNDOFF["float16"])
+    factor = TOLERANCES[tolerance].base_factor * UNIT_ROUNDOFF["float32"]
+    passed_on = factor * sizes * np.broadcast_to(conditioning, sizes.shape)
+    rows = [
+        Measurement(
+            error=float(error),
+            bound=2 * (_bound(rounding * size, size, sizes.max(), dtype, tolerance) + more),
+            where=f"row {row}",
+        )
+        for row, (error, size, more) in enumerate(
+            zip(errors, sizes.tolist(), passed_on.tolist(), strict=True)
+        )
+    ]
+    return max(rows, key=_badness)
+
+
 def _rows(
     errors: Array, base_errors: Array, sizes: Array, dtype: str, tolerance: str
 ) -> list[Measurement]:

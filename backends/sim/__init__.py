@@ -14,7 +14,12 @@ from quire.core.interface import Backend, DeviceError, DeviceInfo, Probe
 if TYPE_CHECKING:
     from quire.core.interface import Device
 
-INFO = DeviceInfo(index=0, name="simulated asynchronous device", architecture="sim")
+INFO = DeviceInfo(
+    index=0,
+    name="simulated asynchronous device",
+    architecture="sim",
+    details={"hardware": "simulated"},
+)
 
 
 class SimBackend(Backend):

@@ -11,6 +11,7 @@ import quire
 from quire.core.env import read_environment
 from quire.core.errors import QuireError
 from quire.core.serving.cli.backends import backends
+from quire.core.serving.cli.batch import batch
 from quire.core.serving.cli.bench import bench
 from quire.core.serving.cli.chat import chat
 from quire.core.serving.cli.conformance import conformance
@@ -19,8 +20,11 @@ from quire.core.serving.cli.demo import demo
 from quire.core.serving.cli.doctor import doctor
 from quire.core.serving.cli.errors import status_of
 from quire.core.serving.cli.generate import generate
+from quire.core.serving.cli.keys import key
 from quire.core.serving.cli.plan import plan
 from quire.core.serving.cli.serve import serve
+from quire.core.serving.cli.top import top
+from quire.core.serving.cli.trace import trace
 from quire.core.serving.operations.logging_setup import set_up_logging
 
 
@@ -78,10 +82,11 @@ def _make_application() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (generate, chat, serve, backends, plan, doctor, demo):
+    for command in (generate, chat, serve, batch, backends, plan, doctor, demo, top, key):
         app.command()(command)
     app.add_typer(bench, name="bench")
     app.add_typer(conformance, name="conformance")
+    app.add_typer(trace, name="trace")
     return app
 
 

@@ -102,6 +102,31 @@ def report(
     typer.echo(f"wrote {output}")
 
 
+@conformance.command()
+def matrix(
+    paths: Annotated[list[Path], typer.Argument(help="report.json files.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The page to write; default: stdout.")
+    ] = None,
+) -> None:
+    """Make the support matrix, a Markdown page, from reports alone."""
+    _require_extra()
+    from quire.conformance.matrix import render_matrix
+    from quire.conformance.records import checksum_of
+    from quire.conformance.reporting import read_report
+
+    reports = [read_report(path) for path in paths]
+    for path, result in zip(paths, reports, strict=True):
+        if result.checksum != checksum_of(result):
+            raise ConfigError(f"{path} was edited after its run: its checksum does not fit")
+    page = render_matrix(reports)
+    if output is None:
+        typer.echo(page, nl=False)
+        return
+    output.write_text(page, encoding="utf-8")
+    typer.echo(f"wrote {output} from {len(reports)} reports")
+
+
 @conformance.command(name="list")
 def list_tests(
     level: Annotated[int, typer.Option(help="The highest level to list.")] = 3,
