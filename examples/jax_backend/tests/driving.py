@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quire_jax import JaxBackend
+
 from quire.core.interface import (
     CachePlan,
     NewRequest,
@@ -16,7 +18,6 @@ from quire.core.interface import (
     Worker,
     WorkerConfig,
 )
-from quire_jax import JaxBackend
 
 GREEDY = SamplingSpec(temperature=0.0)
 VOCAB_SIZE = 96

@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quire.conformance.oracles import logits as oracle
-from quire.core.worker import random_numbers as engine_numbers
 from quire_jax import sampling
 from quire_jax.random_numbers import uniform
+
+from quire.conformance.oracles import logits as oracle
+from quire.core.worker import random_numbers as engine_numbers
 
 SLACK = 4e-6
 """What float32 probabilities and their sums may be off by."""

@@ -12,6 +12,8 @@ import pytest
 import quire_jax.worker
 from driving import GREEDY, NUM_BLOCKS, VOCAB_SIZE, decode, make_batch, make_worker
 from jax.errors import JaxRuntimeError
+from quire_jax import JaxBackend
+
 from quire.core.interface import (
     CachePlan,
     CheckpointError,
@@ -23,7 +25,6 @@ from quire.core.interface import (
     Worker,
     WorkerConfig,
 )
-from quire_jax import JaxBackend
 
 PROMPT = [(7 * i) % 90 for i in range(31)]  # longer than the window; two fit into a step
 
@@ -129,7 +130,7 @@ def test_budget_leaves_room_for_weights_and_step(tmp_path):
 
 
 def test_constraints_bind_their_own_request(worker):
-    """Masks, allowed tokens, biases, bad words, min_tokens and penalties, each beside a free row."""
+    """Masks, allowed tokens, biases, bad words, min_tokens, penalties: each beside a free row."""
     (free,) = worker.execute(make_batch(1, {"free": PROMPT})).sampled_token_ids[0]
     cases = {
         "allowed": SamplingSpec(temperature=0.0, allowed_token_ids=(free + 1, free + 2)),
