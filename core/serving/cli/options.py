@@ -58,6 +58,30 @@ def with_engine_options_for(model: str) -> Callable[[Command], Command]:
     return decorate
 
 
+def with_optional_engine_options(command: Command) -> Command:
+    """Gives `command(..., config=...)` an option for each engine setting, and `--model`.
+
+    The configuration is None where no model is given. Raises: ConfigError for settings without one.
+    """
+    model = inspect.Parameter(
+        "model",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            str | None, typer.Option(help="A local directory, a hub id, or `demo`.")
+        ],
+    )
+
+    def make(given: dict[str, Any]) -> EngineConfig | None:
+        if given.get("model") is not None:
+            return make_config(given)
+        if useless := sorted(_given(given)):
+            raise ConfigError(f"--{useless[0].replace('_', '-')} is of no use without --model")
+        return None
+
+    return _extended(command, [model, *_options(EngineConfig, "Engine")], "config", make)
+
+
 def with_sampling_options(command: Command) -> Command:
     """Gives `command(..., sampling=...)`, a dict of what was given, the options of sampling."""
     options = _options(SamplingParams, "Sampling", only=_SAMPLING_FIELDS)
