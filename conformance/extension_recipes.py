@@ -15,6 +15,34 @@ from quire.core.interface import ExpertWeights, Ops, QuantizedWeight, RoutingSpe
 
 Tensors = Mapping[str, Tensor]
 
+# --- latent attention -----------------------------------------------------------------------------
+
+_HEADS: dict[str, Options] = {
+    "up": {"shape": (5, 4, 16, 32)},
+    "down": {"shape": (1, 3, 33, 7)},
+    "strided": {"shape": (7, 2, 24, 64), "is_strided": True},
+}
+
+
+def _heads(rng: np.random.Generator, dtype: str, scale: float, options: Options) -> Inputs:
+    tokens, heads, num_inputs, num_outputs = options["shape"]
+    width = num_inputs + 8 if options.get("is_strided") else num_inputs
+    return {
+        "x": make_normal(rng, (tokens, heads, width), dtype, scale),
+        "weight": make_normal(rng, (heads, num_outputs, num_inputs), dtype, num_inputs**-0.5),
+    }
+
+
+def _call_heads(ops: Ops, tensors: Tensors, options: Options) -> dict[str, Tensor]:
+    x = tensors["x"][..., : options["shape"][2]]
+    return {"out": ops.head_linear(x, tensors["weight"])}
+
+
+def _expect_heads(arrays: Mapping[str, Array], options: Options) -> dict[str, Array]:
+    x = arrays["x"][..., : options["shape"][2]]
+    return {"out": layers.head_linear(x, arrays["weight"])}
+
+
 # --- experts --------------------------------------------------------------------------------------
 
 _ROUTES: dict[str, Options] = {
@@ -351,6 +379,13 @@ def _expect_quantized(arrays: Mapping[str, Array], options: Options) -> dict[str
 
 
 EXTENSION_RECIPES: Mapping[str, Recipe] = {
+    "head_linear": Recipe(
+        variants=_HEADS,
+        make=_heads,
+        call=_call_heads,
+        expect=_expect_heads,
+        hint="Head m has weight[m] of its own; x may be a strided view; it accumulates in float32.",
+    ),
     "pack_quantized_linear": Recipe(
         variants=_QUANTIZED,
         make=_quantized,

@@ -217,8 +217,24 @@ def _model_reasons(
         if group.is_own:
             continue
         yield from _attention_reasons(group.spec, device.capabilities)
+    yield from _extension_reasons(description, device.capabilities)
     yield from device.reasons_against(worker_config)
     yield from _memory_reasons(memory, device)
+
+
+def _extension_reasons(
+    description: ModelDescription, capabilities: Capabilities
+) -> Iterator[Reason]:
+    """Extensions of the contract whose operators the model needs."""
+    served = {"", *capabilities.features, *capabilities.attention_kinds}
+    needed = {spec.extension for spec in OP_SPECS if spec.name in description.ops}
+    for extension in sorted(needed - served):
+        yield Reason(
+            code=f"feature.{extension}",
+            need=extension,
+            have=", ".join(sorted(capabilities.features)) or "no feature",
+            remedy="use a device that claims it",
+        )
 
 
 def _attention_reasons(spec: AttentionSpec, capabilities: Capabilities) -> Iterator[Reason]:

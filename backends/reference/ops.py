@@ -104,6 +104,11 @@ class ReferenceOps(Ops):
     def soft_cap(self, x: Tensor, cap: float) -> None:
         x.copy_((_widened(x) / cap).tanh_().mul_(cap))
 
+    # --- latent attention -----------------------------------------------------------------------
+
+    def head_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(x.transpose(0, 1), weight.mT).transpose(0, 1).contiguous()
+
     # --- experts --------------------------------------------------------------------------------
 
     def route_experts(

@@ -41,7 +41,7 @@ def pack(weight: QuantizedWeight, bias: Tensor | None, dtype: str) -> PackedLine
 def widen(weight: QuantizedWeight) -> Tensor:
     """(code - zero) * scale: float32 [N, K]."""
     codes = unpack_codes(weight.codes, weight.bits, weight.num_inputs).float()
-    grouped = codes.unflatten(1, (weight.num_groups, -1))
+    grouped = codes.reshape(weight.num_outputs, weight.num_groups, -1)
     if weight.zeros is None:
         grouped = grouped - float(1 << (weight.bits - 1))
     else:
@@ -70,7 +70,7 @@ def round_activations(x: Tensor, activations: str, group_size: int) -> Tensor:
     if activations not in ("token", "group"):
         raise ValueError(f"activations {activations!r}; there are none, token, group")
     size = group_size if activations == "group" and group_size else x.shape[1]
-    grouped = x.unflatten(1, (-1, size))
+    grouped = x.reshape(x.shape[0], -1, size)
     scale = grouped.abs().amax(-1, keepdim=True) / _MOST
     q = torch.round(grouped / scale.masked_fill(scale == 0, 1.0))
     return (q * scale).flatten(1)

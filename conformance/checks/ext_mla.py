@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from quire.conformance.cases import check, dtypes, product
+from quire.conformance.checks import l1_ops
 from quire.conformance.paged import Paged, PagedRun, Ranges, make_paged
 from quire.conformance.trial import Trial
 from quire.core.interface import AttentionSpec
@@ -87,3 +88,15 @@ def keeps_the_latent_alone(trial: Trial, *, shape: tuple[int, int, int], dtype: 
         torch.equal(kept, paged.k[0][: len(kept)]),
         "export_blocks does not give the keys that were written, in the order of their tokens",
     )
+
+
+@check(level=1, op="", over=l1_ops.numeric_cases("mla"))
+def numerics(trial: Trial, *, op: str, variant: str, dtype: str, scale: str) -> None:
+    """Projections of single heads are the formula's, as near as honest rounding allows."""
+    l1_ops.numerics(trial, op=op, variant=variant, dtype=dtype, scale=scale)
+
+
+@check(level=1, op="", over=l1_ops.op_cases("mla"))
+def purity(trial: Trial, *, op: str, dtype: str) -> None:
+    """Nothing but the result is written."""
+    l1_ops.purity(trial, op=op, dtype=dtype)

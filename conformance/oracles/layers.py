@@ -66,6 +66,11 @@ def _rounded_activations(x: Array) -> Array:
     return np.asarray(q.astype(x.dtype) * scale.astype(x.dtype))
 
 
+def head_linear(x: Array, weight: Array) -> Array:
+    """out[t, m, n] = sum_k weight[m, n, k] x[t, m, k]: [T, M, N]."""
+    return np.stack([x[:, m] @ weight[m].T for m in range(x.shape[1])], axis=1)
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """X / sqrt(mean(x^2) + eps) * weight over the last dimension.
 

@@ -136,6 +136,15 @@ OP_SPECS: tuple[OpSpec, ...] = (
         reads=("logits", "token_ids"),
     ),
     OpSpec(
+        name="head_linear",
+        summary="Multiplies each head by weights of its own.",
+        tolerance="reduction",
+        oracle="layers.head_linear",
+        reads=("x", "weight"),
+        extension="mla",
+        since="1.1",
+    ),
+    OpSpec(
         name="route_experts",
         summary="Chooses the experts of each token, and their weights.",
         dtypes=("float32",),

@@ -169,6 +169,16 @@ class Ops(ABC):
     def soft_cap(self, x: Tensor, cap: float) -> None:
         """X = cap * tanh(x / cap), in place. Source: Gemma 2 report, section 2."""
 
+    # --- latent attention (extension `mla`) -----------------------------------------------------
+
+    def head_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A projection of its own for each head: out[t, m] = weight[m] @ x[t, m].
+
+        x [T, M, K], a view with a dense last dimension; weight [M, N, K]; returns [T, M, N],
+        contiguous, of x's dtype. Accumulates in float32. Source: DeepSeek-V2 report, appendix C.
+        """
+        raise NotImplementedError
+
     # --- experts (extension `moe`) --------------------------------------------------------------
 
     def route_experts(

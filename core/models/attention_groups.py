@@ -57,7 +57,8 @@ class AttentionGroup:
             kept = [page.in_blocks(spec) for page in self.pages]
             sizes = [prod(t.block_shape) * size_of_dtype(t.dtype) for t in kept]
             return sum(sizes) * len(self.layers) // spec.block_size
-        width = spec.num_kv_heads * (spec.head_size + spec.v_head_size)
+        value_size = 0 if spec.kind == "mla" else spec.v_head_size
+        width = spec.num_kv_heads * (spec.head_size + value_size)
         return width * size_of_dtype(spec.cache_dtype) * len(self.layers)
 
 
@@ -71,20 +72,29 @@ def attention_groups_of(
     return tuple(
         AttentionGroup(
             name="full" if window is None else f"sliding_{window}",
-            spec=AttentionSpec(
-                num_heads=decoder.num_heads,
-                num_kv_heads=decoder.num_kv_heads,
-                head_size=decoder.head_size,
-                v_head_size=decoder.head_size,
-                scale=decoder.attention_scale,
-                dtype=dtype,
-                cache_dtype=cache_dtype,
-                block_size=block_size,
-                kind="causal" if window is None else "sliding_window",
-                window=window,
-                soft_cap=decoder.attention_soft_cap,
-            ),
+            spec=_spec_of(decoder, window, dtype, cache_dtype, block_size),
             layers=tuple(layers),
         )
         for window, layers in layers_of.items()
+    )
+
+
+def _spec_of(
+    decoder: DecoderSpec, window: int | None, dtype: str, cache_dtype: str, block_size: int
+) -> AttentionSpec:
+    latent = decoder.latent
+    kind = "causal" if window is None else "sliding_window"
+    return AttentionSpec(
+        num_heads=decoder.num_heads,
+        num_kv_heads=1 if latent else decoder.num_kv_heads,
+        head_size=latent.cached_size if latent else decoder.head_size,
+        v_head_size=latent.kv_rank if latent else decoder.head_size,
+        scale=decoder.attention_scale,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        block_size=block_size,
+        kind="mla" if latent else kind,
+        window=window,
+        soft_cap=decoder.attention_soft_cap,
+        has_sinks=decoder.has_sinks,
     )

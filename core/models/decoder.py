@@ -49,6 +49,7 @@ class CausalLM:
         max_model_len: int,
     ) -> None:
         decoder = description.decoder
+        assert decoder is not None, f"{description.architecture} has no native decoder"
         self.description = description
         self.attention_groups = description.attention_groups
         self.attention_backends = tuple(attention_backends)
@@ -68,6 +69,9 @@ class CausalLM:
         ]
         self.weight_bytes = weights.size_bytes + sum(rope.size_bytes for rope in self._ropes)
         self._layers = self._make_layers(weights)
+        latent = decoder.latent
+        value_size = latent.kv_rank if latent else decoder.head_size
+        self._attended_shape = (decoder.num_heads, value_size)
 
     def forward(self, step: StepContext) -> Tensor:
         """Runs the T tokens of a step. Returns hidden states [T, H], final norm applied.
@@ -80,7 +84,7 @@ class CausalLM:
             residual *= self._embedding_scale
         angles = [rope.gather(step.positions) for rope in self._ropes]
         # One buffer for all layers: each consumes it before the next one starts.
-        out = residual.new_empty((residual.shape[0], decoder.num_heads, decoder.head_size))
+        out = residual.new_empty((residual.shape[0], *self._attended_shape))
         x = self._ops.rms_norm(residual, self._first_norm, decoder.norm_eps)
         plans = step.plans
         for layer, cache in zip(self._layers, step.caches, strict=True):

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from quire.core.interface.experts import RoutingSpec
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
@@ -28,6 +30,48 @@ class RopeSpec:
     def rotary_size(self) -> int:
         """How many features of a head are rotated, from the first."""
         return int(self.head_size * self.parameters.get("partial_rotary_factor", 1.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureSpec:
+    """The layers whose MLP is a mixture of experts."""
+
+    layers: frozenset[int]
+    routing: RoutingSpec
+    intermediate_size: int
+    """Of one expert."""
+    activation: str = "silu"
+    """As in `ExpertWeights`."""
+    alpha: float = 1.702
+    limit: float = 7.0
+    shared_size: int = 0
+    """The intermediate size of the expert that every token goes through; 0: there is none."""
+    has_shared_gate: bool = False
+    """The shared expert is weighed by a sigmoid of its own."""
+    has_router_bias: bool = False
+    has_correction_bias: bool = False
+    has_expert_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """Attention whose cache holds one latent for all heads. Source: DeepSeek-V2 report, 2.1."""
+
+    kv_rank: int
+    """R: features of the latent, from which keys and values of every head are made."""
+    q_rank: int | None
+    """Features that queries are squeezed into; None: they are not."""
+    plain_size: int
+    """Features of a head's key that come from the latent, without rotation."""
+    rotary_size: int
+    """P: features of the key that are rotated and shared by all heads."""
+    value_size: int
+    """Of a head."""
+
+    @property
+    def cached_size(self) -> int:
+        """R + P: numbers that the cache holds of a token."""
+        return self.kv_rank + self.rotary_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +104,15 @@ class DecoderSpec:
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     has_qk_norm: bool = False
-    """Queries and keys are normalised a head, before they are rotated."""
+    """Queries and keys are normalised, before they are rotated."""
+    is_qk_norm_joint: bool = False
+    """Over all heads together, instead of each by itself."""
+    has_sinks: bool = False
+    """As in `AttentionSpec`."""
+    is_rope_interleaved: bool = False
+    """As in `Ops.rotary`."""
+    mixture: MixtureSpec | None = None
+    latent: LatentSpec | None = None
     has_sandwich_norms: bool = False
     """Attention and MLP are also normalised on their way out, before the residual takes them."""
     has_qkv_bias: bool = False
@@ -73,6 +125,22 @@ class DecoderSpec:
     def num_layers(self) -> int:
         """L."""
         return len(self.layer_windows)
+
+    @property
+    def attention_size(self) -> int:
+        """Features that come out of attention, all heads together."""
+        value_size = self.latent.value_size if self.latent else self.head_size
+        return self.num_heads * value_size
+
+    @property
+    def qk_norm_sizes(self) -> tuple[int, int]:
+        """Lengths of the weights of the norms of queries and keys."""
+        q_size, k_size, _ = self.qkv_sizes
+        return (q_size, k_size) if self.is_qk_norm_joint else (self.head_size, self.head_size)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the MLP of a layer is a mixture of experts."""
+        return self.mixture is not None and layer in self.mixture.layers
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:

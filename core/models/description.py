@@ -110,10 +110,24 @@ def size_of_dtype(dtype: str) -> int:
 
 def _row_elements(decoder: DecoderSpec) -> int:
     """A layer's input, residual and output, q, k and v twice (split and not), the MLP's halves."""
-    return 4 * decoder.hidden_size + 2 * sum(decoder.qkv_sizes) + 4 * decoder.intermediate_size
+    inner = decoder.intermediate_size
+    if decoder.mixture is not None:
+        chosen = decoder.mixture.routing.num_chosen * decoder.mixture.intermediate_size
+        inner = max(inner, chosen + decoder.mixture.shared_size)
+    heads = 2 * sum(decoder.qkv_sizes)
+    if decoder.latent is not None:
+        heads += 2 * decoder.num_heads * decoder.latent.cached_size
+    return 4 * decoder.hidden_size + heads + 4 * inner
 
 
 def _ops_of(decoder: DecoderSpec) -> tuple[str, ...]:
-    """Every operator but the soft cap of the logits, which few models have."""
+    """The operators of every model, and those of the extensions that this one needs."""
+    extensions = {
+        "",
+        "moe" if decoder.mixture is not None else "",
+        "mla" if decoder.latent is not None else "",
+    }
     unused = set() if decoder.logit_soft_cap is not None else {"soft_cap"}
-    return tuple(spec.name for spec in OP_SPECS if spec.name not in unused)
+    return tuple(
+        spec.name for spec in OP_SPECS if spec.extension in extensions and spec.name not in unused
+    )

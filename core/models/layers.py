@@ -9,24 +9,27 @@ from torch import Tensor
 from quire.core.interface.attention import AttentionBackend, AttentionPlan, LayerCache
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import DecoderSpec
+from quire.core.models.mlp import DenseMlp, DenseWeights, MixtureMlp, MixtureWeights, Mlp
+from quire.core.models.self_attention import (
+    HeadAttention,
+    HeadWeights,
+    LatentAttention,
+    LatentWeights,
+    SelfAttention,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerWeights:
-    """The weights of one layer, on the device. Norms are [H], or [D] for q and k."""
+    """The weights of one layer, on the device. Norms are [H]."""
 
     input_norm: Tensor
-    qkv: PackedLinear
-    """Query, key and value, stacked."""
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    attention: HeadWeights | LatentWeights
     output: PackedLinear
     attention_output_norm: Tensor | None
     """With sandwich norms."""
     mlp_norm: Tensor
-    gate_up: PackedLinear
-    """Gate and up, stacked."""
-    down: PackedLinear
+    mlp: DenseWeights | MixtureWeights
     mlp_output_norm: Tensor | None
     """With sandwich norms."""
 
@@ -39,10 +42,8 @@ class DecoderLayer:
     """
 
     __slots__ = (
-        "_activation", "_add_rms_norm", "_attend", "_attention_output_norm", "_down", "_eps",
-        "_following_norm", "_gate_up", "_gated_activation", "_head_counts", "_head_size", "_k_norm",
-        "_linear", "_mlp_norm", "_mlp_output_norm", "_output", "_q_norm", "_qkv", "_rms_norm",
-        "_rotary", "group", "rope",
+        "_add_rms_norm", "_attention", "_attention_output_norm", "_eps", "_following_norm",
+        "_linear", "_mlp", "_mlp_norm", "_mlp_output_norm", "_output", "_rms_norm", "group", "rope",
     )  # fmt: skip
 
     def __init__(
@@ -58,27 +59,18 @@ class DecoderLayer:
     ) -> None:
         self.group = group
         self.rope = rope
-        self._activation = decoder.activation
         self._eps = decoder.norm_eps
-        self._head_size = decoder.head_size
-        self._head_counts = (decoder.num_heads, decoder.num_kv_heads, decoder.num_kv_heads)
-        self._qkv = weights.qkv
-        self._q_norm = weights.q_norm
-        self._k_norm = weights.k_norm
+        self._attention = _make_attention(decoder, weights.attention, ops, attention)
+        self._mlp = _make_mlp(decoder, weights.mlp, ops)
         self._output = weights.output
         self._attention_output_norm = weights.attention_output_norm
         self._mlp_norm = weights.mlp_norm
-        self._gate_up = weights.gate_up
-        self._down = weights.down
         self._mlp_output_norm = weights.mlp_output_norm
         self._following_norm = following_norm
         # Bound once: a decode step of a small model is mostly Python.
         self._linear = ops.linear
         self._rms_norm = ops.rms_norm
         self._add_rms_norm = ops.add_rms_norm
-        self._rotary = ops.rotary
-        self._gated_activation = ops.gated_activation
-        self._attend = attention.forward
 
     def forward(
         self,
@@ -92,32 +84,30 @@ class DecoderLayer:
         """x [T, H], normalised, to the normalised input [T, H] of what follows.
 
         angles: (cos, sin), float32 [T, F]. Adds to `residual` [T, H], writes to `cache`, and uses
-        `out` [T, Hq, D] as scratch.
+        `out` [T, Hq, Dv] of the attention as scratch.
         """
-        x = self._attention(x, angles, cache, plan, out)
+        x = self._linear(self._attention(x, angles, cache, plan, out), self._output)
         if self._attention_output_norm is not None:
             x = self._rms_norm(x, self._attention_output_norm, self._eps)
-        x = self._add_rms_norm(x, residual, self._mlp_norm, self._eps)
-        x = self._gated_activation(self._linear(x, self._gate_up), self._activation)
-        x = self._linear(x, self._down)
+        x = self._mlp(self._add_rms_norm(x, residual, self._mlp_norm, self._eps))
         if self._mlp_output_norm is not None:
             x = self._rms_norm(x, self._mlp_output_norm, self._eps)
         return self._add_rms_norm(x, residual, self._following_norm, self._eps)
 
-    def _attention(
-        self,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor],
-        cache: LayerCache,
-        plan: AttentionPlan,
-        out: Tensor,
-    ) -> Tensor:
-        num_tokens = x.shape[0]
-        heads = self._linear(x, self._qkv).view(num_tokens, -1, self._head_size)
-        q, k, v = heads.split_with_sizes(self._head_counts, 1)
-        if self._q_norm is not None and self._k_norm is not None:
-            q = self._rms_norm(q, self._q_norm, self._eps)
-            k = self._rms_norm(k, self._k_norm, self._eps)
-        self._rotary(q, k, angles[0], angles[1], is_interleaved=False)
-        out = self._attend(q, k, v, cache, plan, out)
-        return self._linear(out.view(num_tokens, -1), self._output)
+
+def _make_attention(
+    decoder: DecoderSpec,
+    weights: HeadWeights | LatentWeights,
+    ops: Ops,
+    attention: AttentionBackend,
+) -> SelfAttention:
+    if isinstance(weights, LatentWeights):
+        return LatentAttention(decoder, weights, ops, attention)
+    return HeadAttention(decoder, weights, ops, attention)
+
+
+def _make_mlp(decoder: DecoderSpec, weights: DenseWeights | MixtureWeights, ops: Ops) -> Mlp:
+    if isinstance(weights, DenseWeights):
+        return DenseMlp(decoder.activation, weights, ops)
+    assert decoder.mixture is not None
+    return MixtureMlp(decoder.mixture, decoder.activation, weights, ops)

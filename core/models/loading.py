@@ -19,13 +19,27 @@ from quire.core.models.checkpoint_files import CheckpointFiles
 from quire.core.models.decoder import CausalLM, DecoderWeights, make_attention_backends
 from quire.core.models.description import ModelDescription, describe_config
 from quire.core.models.dummy_weights import DummyWeights
+from quire.core.models.expert_loading import read_experts, size_of_experts
 from quire.core.models.families import Family
 from quire.core.models.layers import LayerWeights
+from quire.core.models.mlp import DenseWeights, MixtureWeights
 from quire.core.models.model_config import ModelConfig, read_model_config
+from quire.core.models.quantization import (
+    QuantizationSpec,
+    check_group_size,
+    linear_inputs,
+    parse_quantization,
+    quantize,
+)
+from quire.core.models.self_attention import HeadWeights, LatentWeights
 from quire.core.models.weight_layout import (
     DecoderTensors,
+    DenseTensors,
+    HeadTensors,
+    LatentTensors,
     LayerTensors,
     LinearTensors,
+    MixtureTensors,
     TensorShape,
     lay_out,
 )
@@ -47,7 +61,7 @@ def load_model(config: WorkerConfig, device: Device, family: Family | None = Non
     The peak of memory is the packed weights and one layer more.
     Raises: CheckpointError, UnsupportedError, DeviceOutOfMemory.
     """
-    refuse_quantization(config)
+    quantization = parse_quantization(config.quantization, config.options)
     directory = Path(config.model)
     model_config = read_model_config(directory, family)
     description = describe_config(
@@ -56,11 +70,14 @@ def load_model(config: WorkerConfig, device: Device, family: Family | None = Non
         cache_dtype=config.cache_dtype,
         block_size=config.block_size,
     )
+    assert description.decoder is not None, f"{config.model} has no native decoder"
     backends = make_attention_backends(description, device)
     tensors = lay_out(description.decoder, model_config.family.names)
+    if quantization is not None:
+        check_group_size(quantization, linear_inputs(tensors))
     source = _open_source(config, model_config, tensors)
     with _memory_errors(description):
-        weights = _WeightBuilder(source, description, device).build(tensors)
+        weights = _WeightBuilder(source, description, device, quantization).build(tensors)
         return CausalLM(description, weights, device, backends, max_model_len=config.max_model_len)
 
 
@@ -81,12 +98,21 @@ def _open_source(
 class _WeightBuilder:
     """Turns tensors of a source into what the layers multiply with."""
 
-    def __init__(self, source: WeightSource, description: ModelDescription, device: Device) -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        description: ModelDescription,
+        device: Device,
+        quantization: QuantizationSpec | None = None,
+    ) -> None:
         self._source = source
+        self._quantization = quantization
         self._description = description
         self._ops = device.ops()
         self._device = device.torch_device
         self._dtype: torch.dtype = getattr(torch, description.dtype)
+        assert description.decoder is not None
+        self._decoder = description.decoder
         self._size_bytes = 0
         self._embedding: Tensor | None = None
 
@@ -100,9 +126,9 @@ class _WeightBuilder:
                 layers.append(self._layer(layer))
                 advance()
             lm_head = (
-                self._pack(embedding, None)
+                self._pack(embedding, None, is_head=True)
                 if tensors.lm_head is None
-                else self._linear(tensors.lm_head)
+                else self._linear(tensors.lm_head, is_head=True)
             )
             final_norm = self._norm(tensors.final_norm)
         return DecoderWeights(
@@ -116,33 +142,92 @@ class _WeightBuilder:
     def _layer(self, layer: LayerTensors) -> LayerWeights:
         return LayerWeights(
             input_norm=self._norm(layer.input_norm),
-            qkv=self._linear(layer.qkv),
-            q_norm=self._optional_norm(layer.q_norm),
-            k_norm=self._optional_norm(layer.k_norm),
+            attention=self._heads(layer.attention)
+            if isinstance(layer.attention, HeadTensors)
+            else self._latent(layer.attention),
             output=self._linear(layer.output),
             attention_output_norm=self._optional_norm(layer.attention_output_norm),
             mlp_norm=self._norm(layer.mlp_norm),
-            gate_up=self._linear(layer.gate_up),
-            down=self._linear(layer.down),
+            mlp=self._dense(layer.mlp)
+            if isinstance(layer.mlp, DenseTensors)
+            else self._mixture(layer.mlp),
             mlp_output_norm=self._optional_norm(layer.mlp_output_norm),
         )
+
+    def _heads(self, tensors: HeadTensors) -> HeadWeights:
+        return HeadWeights(
+            qkv=self._linear(tensors.qkv),
+            q_norm=self._optional_norm(tensors.q_norm),
+            k_norm=self._optional_norm(tensors.k_norm),
+            sinks=None if tensors.sinks is None else self._float32(tensors.sinks),
+        )
+
+    def _latent(self, tensors: LatentTensors) -> LatentWeights:
+        latent = self._decoder.latent
+        assert latent is not None
+        kv_up = self._stack((tensors.kv_up,)).view(self._decoder.num_heads, -1, latent.kv_rank)
+        value_size = latent.value_size
+        key_up, value_up = kv_up[:, :-value_size], kv_up[:, -value_size:]
+        self._size_bytes += kv_up.nbytes
+        return LatentWeights(
+            q_down=None if tensors.q_down is None else self._linear(tensors.q_down),
+            q_norm=self._optional_norm(tensors.q_norm),
+            q_up=self._linear(tensors.q_up),
+            kv_down=self._linear(tensors.kv_down),
+            kv_norm=self._norm(tensors.kv_norm),
+            key_up=key_up.transpose(1, 2).contiguous(),
+            value_up=value_up.contiguous(),
+        )
+
+    def _dense(self, tensors: DenseTensors) -> DenseWeights:
+        return DenseWeights(gate_up=self._linear(tensors.gate_up), down=self._linear(tensors.down))
+
+    def _mixture(self, tensors: MixtureTensors) -> MixtureWeights:
+        """The router in float32, the experts packed together."""
+        mixture = self._decoder.mixture
+        assert mixture is not None
+        router = [self._float32(tensor) for tensor in tensors.router]
+        experts = read_experts(
+            tensors, mixture, self._source, dtype=self._dtype, device=str(self._device)
+        )
+        packed = self._ops.pack_experts(experts)
+        self._size_bytes += packed.size_bytes or size_of_experts(experts)
+        correction = tensors.correction_bias
+        gate = tensors.shared_gate
+        return MixtureWeights(
+            router=self._ops.pack_linear(router[0], router[1] if len(router) > 1 else None),
+            correction_bias=None if correction is None else self._float32(correction),
+            experts=packed,
+            shared=None if tensors.shared is None else self._dense(tensors.shared),
+            shared_gate=None if gate is None else self._linear(gate),
+        )
+
+    def _float32(self, tensor: TensorShape) -> Tensor:
+        """What is kept in full precision whatever the model's dtype."""
+        weight = self._source.read(tensor).to(self._device, torch.float32)
+        self._size_bytes += weight.nbytes
+        return weight
 
     def _optional_norm(self, tensor: TensorShape | None) -> Tensor | None:
         return None if tensor is None else self._norm(tensor)
 
     def _norm(self, tensor: TensorShape) -> Tensor:
         """The weight with the family's offset folded in; the sum is rounded once."""
-        weight = self._source.read(tensor).float() + self._description.decoder.norm_offset
+        weight = self._source.read(tensor).float() + self._decoder.norm_offset
         weight = weight.to(self._device, self._dtype)
         self._size_bytes += weight.nbytes
         return weight
 
-    def _linear(self, linear: LinearTensors) -> PackedLinear:
+    def _linear(self, linear: LinearTensors, *, is_head: bool = False) -> PackedLinear:
         bias = self._stack(linear.biases) if linear.biases else None
-        return self._pack(self._stack(linear.weights), bias)
+        return self._pack(self._stack(linear.weights), bias, is_head=is_head)
 
-    def _pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        packed = self._ops.pack_linear(weight, bias)
+    def _pack(self, weight: Tensor, bias: Tensor | None, *, is_head: bool = False) -> PackedLinear:
+        if self._quantization is None:
+            packed = self._ops.pack_linear(weight, bias)
+        else:
+            quantized = quantize(weight, self._quantization, is_head=is_head)
+            packed = self._ops.pack_quantized_linear(quantized, bias, self._description.dtype)
         # 0: it keeps what it was given, which counts here unless it is the embedding.
         given = 0 if weight is self._embedding else weight.nbytes
         given += 0 if bias is None else bias.nbytes

@@ -6,7 +6,7 @@ Torch-free: `describe_model` counts parameters from it, the loader reads and che
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from quire.core.models.decoder_spec import DecoderSpec
@@ -20,6 +20,37 @@ def standard_name(name: str) -> str | None:
     if name.endswith(("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")):
         return None
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentNames:
+    """How a family calls the projections of latent attention, in a layer."""
+
+    q: str = "self_attn.q_proj"
+    q_down: str = "self_attn.q_a_proj"
+    q_norm: str = "self_attn.q_a_layernorm"
+    q_up: str = "self_attn.q_b_proj"
+    kv_down: str = "self_attn.kv_a_proj_with_mqa"
+    kv_norm: str = "self_attn.kv_a_layernorm"
+    kv_up: str = "self_attn.kv_b_proj"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertNames:
+    """How a family calls the tensors of a mixture, in a layer."""
+
+    router: str = "mlp.gate"
+    correction_bias: str = "mlp.gate.e_score_correction_bias"
+    gate: str = "mlp.experts.{expert}.gate_proj"
+    up: str = "mlp.experts.{expert}.up_proj"
+    down: str = "mlp.experts.{expert}.down_proj"
+    merged: tuple[str, str] | None = None
+    """gate_up [E, H, 2I] and down [E, I, H] of all experts, where they are merged so."""
+    is_interleaved: bool = False
+    """The merged gate_up has gate and up in turn, not one after the other."""
+    shared: str = "mlp.shared_experts"
+    """Before `.gate_proj`, `.up_proj` and `.down_proj`."""
+    shared_gate: str = "mlp.shared_expert_gate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +77,9 @@ class WeightNames:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Gate, up; or one name where the checkpoint has them merged."""
     down: str = "mlp.down_proj"
+    sinks: str = "self_attn.sinks"
+    latent: LatentNames = field(default_factory=LatentNames)
+    experts: ExpertNames = field(default_factory=ExpertNames)
     rename: Callable[[str], str | None] = standard_name
     """A name as files have it to the name as above; None: not ours, ignore it."""
 
@@ -78,27 +112,99 @@ class LinearTensors:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTensors:
+    """Attention with keys and values of its own heads."""
+
+    qkv: LinearTensors
+    q_norm: TensorShape | None
+    k_norm: TensorShape | None
+    sinks: TensorShape | None
+
+    def __iter__(self) -> Iterator[TensorShape]:
+        yield from self.qkv
+        yield from _present(self.q_norm, self.k_norm, self.sinks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentTensors:
+    """Attention over a latent."""
+
+    q_down: LinearTensors | None
+    q_norm: TensorShape | None
+    q_up: LinearTensors
+    """From the hidden states, where there is no `q_down`."""
+    kv_down: LinearTensors
+    kv_norm: TensorShape
+    kv_up: TensorShape
+    """[Hq * (plain + value), R]."""
+
+    def __iter__(self) -> Iterator[TensorShape]:
+        for linear in (self.q_down, self.q_up, self.kv_down):
+            yield from linear or ()
+        yield from _present(self.q_norm, self.kv_norm, self.kv_up)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseTensors:
+    """An MLP for every token."""
+
+    gate_up: LinearTensors
+    down: LinearTensors
+
+    def __iter__(self) -> Iterator[TensorShape]:
+        yield from self.gate_up
+        yield from self.down
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureTensors:
+    """A mixture of experts."""
+
+    router: LinearTensors
+    correction_bias: TensorShape | None
+    gate_up: tuple[TensorShape, ...]
+    """Gate and up of each expert in turn, [I, H] each; or one tensor [E, H, 2I]."""
+    down: tuple[TensorShape, ...]
+    """Of each expert [H, I]; or one tensor [E, I, H]."""
+    gate_up_bias: TensorShape | None
+    down_bias: TensorShape | None
+    is_merged: bool
+    is_interleaved: bool
+    shared: DenseTensors | None
+    shared_gate: LinearTensors | None
+
+    def __iter__(self) -> Iterator[TensorShape]:
+        yield from self.router
+        yield from self.gate_up
+        yield from self.down
+        yield from self.shared or ()
+        yield from self.shared_gate or ()
+        yield from _present(self.correction_bias, self.gate_up_bias, self.down_bias)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTensors:
     """The tensors of one layer."""
 
     input_norm: TensorShape
-    qkv: LinearTensors
-    q_norm: TensorShape | None
-    k_norm: TensorShape | None
+    attention: HeadTensors | LatentTensors
     output: LinearTensors
     attention_output_norm: TensorShape | None
     mlp_norm: TensorShape
-    gate_up: LinearTensors
-    down: LinearTensors
+    mlp: DenseTensors | MixtureTensors
     mlp_output_norm: TensorShape | None
 
     def __iter__(self) -> Iterator[TensorShape]:
-        for linear in (self.qkv, self.output, self.gate_up, self.down):
-            yield from linear
-        norms = (self.input_norm, self.q_norm, self.k_norm, self.attention_output_norm)
-        for norm in (*norms, self.mlp_norm, self.mlp_output_norm):
-            if norm is not None:
-                yield norm
+        yield from self.attention
+        yield from self.output
+        yield from self.mlp
+        yield from _present(
+            self.input_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm
+        )
+
+
+def _present(*tensors: TensorShape | None) -> Iterator[TensorShape]:
+    return (tensor for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,29 +245,136 @@ def lay_out(decoder: DecoderSpec, names: WeightNames) -> DecoderTensors:
 
 def _lay_out_layer(decoder: DecoderSpec, names: WeightNames, layer: int) -> LayerTensors:
     prefix = names.layer.format(layer=layer)
-    hidden, inner = decoder.hidden_size, decoder.intermediate_size
-    attention_size = decoder.qkv_sizes[0]
+    hidden = decoder.hidden_size
 
-    def norm(name: str, size: int, *, is_there: bool) -> TensorShape | None:
-        return _weight(prefix + name, size) if is_there else None
+    def norm(name: str) -> TensorShape | None:
+        return _weight(prefix + name, hidden) if decoder.has_sandwich_norms else None
 
-    def linear(
-        parts: tuple[str, ...], sizes: tuple[int, ...], num_inputs: int, *, has_bias: bool
-    ) -> LinearTensors:
-        return _linear(prefix, parts, sizes, num_inputs, has_bias=has_bias)
-
-    has_mlp_bias, has_sandwich = decoder.has_mlp_bias, decoder.has_sandwich_norms
     return LayerTensors(
         input_norm=_weight(prefix + names.input_norm, hidden),
-        qkv=linear(names.qkv, decoder.qkv_sizes, hidden, has_bias=decoder.has_qkv_bias),
-        q_norm=norm(names.q_norm, decoder.head_size, is_there=decoder.has_qk_norm),
-        k_norm=norm(names.k_norm, decoder.head_size, is_there=decoder.has_qk_norm),
-        output=linear((names.output,), (hidden,), attention_size, has_bias=decoder.has_output_bias),
-        attention_output_norm=norm(names.attention_output_norm, hidden, is_there=has_sandwich),
+        attention=_lay_out_latent(decoder, names.latent, prefix)
+        if decoder.latent
+        else _lay_out_heads(decoder, names, prefix),
+        output=_linear(
+            prefix,
+            (names.output,),
+            (hidden,),
+            decoder.attention_size,
+            has_bias=decoder.has_output_bias,
+        ),
+        attention_output_norm=norm(names.attention_output_norm),
         mlp_norm=_weight(prefix + names.mlp_norm, hidden),
-        gate_up=linear(names.gate_up, (inner, inner), hidden, has_bias=has_mlp_bias),
-        down=linear((names.down,), (hidden,), inner, has_bias=has_mlp_bias),
-        mlp_output_norm=norm(names.mlp_output_norm, hidden, is_there=has_sandwich),
+        mlp=_lay_out_mixture(decoder, names.experts, prefix)
+        if decoder.is_sparse(layer)
+        else _lay_out_dense(decoder, names, prefix),
+        mlp_output_norm=norm(names.mlp_output_norm),
+    )
+
+
+def _lay_out_heads(decoder: DecoderSpec, names: WeightNames, prefix: str) -> HeadTensors:
+    q_size, k_size = decoder.qk_norm_sizes
+    has_norm, has_sinks = decoder.has_qk_norm, decoder.has_sinks
+    sinks = TensorShape(name=prefix + names.sinks, shape=(decoder.num_heads,))
+    return HeadTensors(
+        qkv=_linear(
+            prefix,
+            names.qkv,
+            decoder.qkv_sizes,
+            decoder.hidden_size,
+            has_bias=decoder.has_qkv_bias,
+        ),
+        q_norm=_weight(prefix + names.q_norm, q_size) if has_norm else None,
+        k_norm=_weight(prefix + names.k_norm, k_size) if has_norm else None,
+        sinks=sinks if has_sinks else None,
+    )
+
+
+def _lay_out_latent(decoder: DecoderSpec, names: LatentNames, prefix: str) -> LatentTensors:
+    latent = decoder.latent
+    assert latent is not None
+    hidden, heads, has_bias = decoder.hidden_size, decoder.num_heads, decoder.has_qkv_bias
+
+    def linear(name: str, size: int, num_inputs: int, *, has_bias: bool = False) -> LinearTensors:
+        return _linear(prefix, (name,), (size,), num_inputs, has_bias=has_bias)
+
+    q_size = heads * (latent.plain_size + latent.rotary_size)
+    kv_size = heads * (latent.plain_size + latent.value_size)
+    rank = latent.q_rank
+    return LatentTensors(
+        q_down=linear(names.q_down, rank, hidden, has_bias=has_bias) if rank else None,
+        q_norm=_weight(prefix + names.q_norm, rank) if rank else None,
+        q_up=linear(names.q_up, q_size, rank) if rank else linear(names.q, q_size, hidden),
+        kv_down=linear(names.kv_down, latent.cached_size, hidden, has_bias=has_bias),
+        kv_norm=_weight(prefix + names.kv_norm, latent.kv_rank),
+        kv_up=_weight(prefix + names.kv_up, kv_size, latent.kv_rank),
+    )
+
+
+def _lay_out_dense(decoder: DecoderSpec, names: WeightNames, prefix: str) -> DenseTensors:
+    hidden, inner, has_bias = decoder.hidden_size, decoder.intermediate_size, decoder.has_mlp_bias
+    return DenseTensors(
+        gate_up=_linear(prefix, names.gate_up, (inner, inner), hidden, has_bias=has_bias),
+        down=_linear(prefix, (names.down,), (hidden,), inner, has_bias=has_bias),
+    )
+
+
+def _lay_out_mixture(decoder: DecoderSpec, names: ExpertNames, prefix: str) -> MixtureTensors:
+    mixture = decoder.mixture
+    assert mixture is not None
+    hidden, inner, count = (
+        decoder.hidden_size, mixture.intermediate_size, mixture.routing.num_experts
+    )  # fmt: skip
+    gate_up, down = _lay_out_experts(names, prefix, count, hidden, inner)
+
+    def bias(merged: int, *shape: int) -> TensorShape | None:
+        if not mixture.has_expert_bias or names.merged is None:
+            return None
+        return TensorShape(name=f"{prefix}{names.merged[merged]}_bias", shape=shape)
+
+    router = _linear(prefix, (names.router,), (count,), hidden, has_bias=mixture.has_router_bias)
+    correction = TensorShape(name=prefix + names.correction_bias, shape=(count,))
+    gate = _linear(prefix, (names.shared_gate,), (1,), hidden, has_bias=False)
+    return MixtureTensors(
+        router=router,
+        correction_bias=correction if mixture.has_correction_bias else None,
+        gate_up=gate_up,
+        down=down,
+        gate_up_bias=bias(0, count, 2 * inner),
+        down_bias=bias(1, count, hidden),
+        is_merged=names.merged is not None,
+        is_interleaved=names.is_interleaved,
+        shared=_lay_out_shared(names, prefix, hidden, mixture.shared_size),
+        shared_gate=gate if mixture.has_shared_gate else None,
+    )
+
+
+def _lay_out_experts(
+    names: ExpertNames, prefix: str, count: int, hidden: int, inner: int
+) -> tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]:
+    if names.merged is not None:
+        gate_up = TensorShape(name=prefix + names.merged[0], shape=(count, hidden, 2 * inner))
+        down = TensorShape(name=prefix + names.merged[1], shape=(count, inner, hidden))
+        return (gate_up,), (down,)
+    experts = range(count)
+    return (
+        tuple(
+            _weight(prefix + name.format(expert=expert), inner, hidden)
+            for expert in experts
+            for name in (names.gate, names.up)
+        ),
+        tuple(_weight(prefix + names.down.format(expert=e), hidden, inner) for e in experts),
+    )
+
+
+def _lay_out_shared(
+    names: ExpertNames, prefix: str, hidden: int, inner: int
+) -> DenseTensors | None:
+    if not inner:
+        return None
+    parts = (f"{names.shared}.gate_proj", f"{names.shared}.up_proj")
+    return DenseTensors(
+        gate_up=_linear(prefix, parts, (inner, inner), hidden, has_bias=False),
+        down=_linear(prefix, (f"{names.shared}.down_proj",), (hidden,), inner, has_bias=False),
     )
 
 

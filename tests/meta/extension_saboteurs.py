@@ -16,6 +16,11 @@ CLAIMS = {
 }
 
 
+class SharesTheFirstHead(ReferenceOps):
+    def head_linear(self, x, weight):
+        return super().head_linear(x, weight[:1].expand_as(weight))
+
+
 class TiesToTheHighestExpert(ReferenceOps):
     def route_experts(self, logits, spec, correction_bias):
         bias = None if correction_bias is None else correction_bias.flip(-1)
@@ -137,6 +142,7 @@ EXTENSION_SABOTEURS: tuple[Saboteur, ...] = (
     _ops(SwapsNibbles, f"{_QUANTIZED}-int4-float32-normal]", "low half of byte j"),
     _ops(KeepsActivations, f"{_QUANTIZED}-int8-float32-normal]", "rounded as the weight says"),
     _ops(ForgetsZeros, f"{_QUANTIZED}-int4-zeros-bfloat16-large]", "Codes are unsigned"),
+    _ops(SharesTheFirstHead, "mla_numerics[head_linear-up-float32-normal]", "weight[m] of its own"),
     _ops(TiesToTheHighestExpert, f"{_ROUTE}-softmax-float32-normal]", "ties go to the lowest id"),
     _ops(WeighsWithTheBias, f"{_ROUTE}-corrected-float32-normal]", "does not weigh"),
     _ops(IgnoresGroups, f"{_ROUTE}-grouped-float32-normal]", "the scale comes last"),

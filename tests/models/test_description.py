@@ -12,8 +12,9 @@ pytest.importorskip("transformers")
 
 from tiny_models import TINY_VARIANTS, make_tiny_model, make_torch_model
 
+from quire.backends.reference import ReferenceAttention
 from quire.core.errors import CheckpointError, UnsupportedError
-from quire.core.models.description import describe_model
+from quire.core.models.description import describe_model, size_of_dtype
 from quire.core.models.families import known_architectures, register_family
 from quire.core.models.families.llama import describe as describe_llama
 
@@ -28,7 +29,11 @@ def edit_config(directory, **changes) -> None:
 def test_parameters_are_counted_as_transformers_counts_them(variant, tmp_path):
     """Every tensor of every variant is known by shape before a file is opened."""
     directory = make_tiny_model(variant, tmp_path, with_tokenizer=False)
-    expected = sum(p.numel() for p in make_torch_model(variant).parameters())
+    model = make_torch_model(variant)
+    expected = sum(p.numel() for p in model.parameters())
+    # What corrects a router is a buffer to transformers, and a weight to whoever loads it.
+    buffers = dict(model.named_buffers())
+    expected += sum(b.numel() for n, b in buffers.items() if n.endswith("correction_bias"))
     (directory / "model.safetensors").unlink()
     description = describe_model(directory)
     assert description.num_parameters == expected
@@ -283,3 +288,13 @@ def test_config_of_phi3_with_code_of_its_own_runs_ours(tmp_path):
     (rope,) = description.decoder.ropes
     assert rope.rope_type == "longrope"
     assert rope.parameters["original_max_position_embeddings"] == 4096
+
+
+def test_latent_cache_holds_the_latent_and_nothing_else(tmp_path):
+    """What it is for: a token costs rank + rotated numbers a layer, whatever the heads."""
+    directory = make_tiny_model("deepseek-v3", tmp_path, with_tokenizer=False)
+    (group,) = describe_model(directory, dtype="float32").attention_groups
+    assert group.spec.kind == "mla"
+    assert group.bytes_per_token(size_of_dtype) == 3 * (32 + 8) * 4
+    layout = ReferenceAttention(group.spec).cache_layout()
+    assert layout.bytes_per_block == group.spec.block_size * (32 + 8) * 4

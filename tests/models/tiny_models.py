@@ -71,6 +71,27 @@ _GEMMA: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_GROUPED: dict[str, Any] = {
+    **_EXPERTS,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+}
+_LATENT: dict[str, Any] = {
+    **_GROUPED,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "routed_scaling_factor": 1.5,
+}
+
 TINY_VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
@@ -141,6 +162,51 @@ TINY_VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 128},
     ),
     "phi3-tied": ("phi3", {"tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "mixtral-swa": ("mixtral", {"num_local_experts": 4, "sliding_window": 32}),
+    "qwen2-moe": (
+        "qwen2_moe",
+        {
+            **_EXPERTS,
+            "num_experts": 6,
+            "shared_expert_intermediate_size": 80,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {**_EXPERTS, "num_experts": 8, "head_dim": 24, "norm_topk_prob": True},
+    ),
+    "qwen3-moe-sparse2": (
+        "qwen3_moe",
+        {**_EXPERTS, "num_experts": 8, "head_dim": 16, "decoder_sparse_step": 2},
+    ),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3}),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "sliding_window": 32,
+            "rope_parameters": _YARN,
+        },
+    ),
+    "deepseek-v2": (
+        "deepseek_v2",
+        {**_LATENT, "topk_method": "group_limited_greedy", "attention_bias": True},
+    ),
+    "deepseek-v2-lite": ("deepseek_v2", {**_LATENT, "topk_method": "greedy", "q_lora_rank": None}),
+    "deepseek-v3": ("deepseek_v3", {**_LATENT}),
+    "deepseek-v3-yarn": (
+        "deepseek_v3",
+        {**_LATENT, "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "deepseek-v3-half": ("deepseek_v3", {**_LATENT, "rope_interleave": False}),
+    "glm4-moe": (
+        "glm4_moe",
+        {**_GROUPED, "head_dim": 16, "use_qk_norm": True, "attention_bias": True},
+    ),
 }
 """Name of a variant to its `model_type` and what differs from the base configuration."""
 
@@ -197,6 +263,9 @@ def make_torch_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_random_weight(name, parameter, seed, has_offset_norms))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(_random_weight(name, buffer, seed, has_offset_norms))
     return model.to(getattr(torch, dtype))
 
 

@@ -5,7 +5,17 @@ register_family("MyForCausalLM", describe=describe, names=WeightNames(...), mode
 
 from __future__ import annotations
 
-from quire.core.models.families import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3
+from quire.core.models.families import (
+    deepseek,
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    mixtures,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from quire.core.models.families.registry import (
     Family,
     family_of,
@@ -15,5 +25,5 @@ from quire.core.models.families.registry import (
 
 __all__ = ["Family", "family_of", "known_architectures", "register_family"]
 
-for _module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3):
+for _module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, mixtures, deepseek):
     _module.register()

@@ -57,7 +57,7 @@ def read_rope(config: Any, parameters: dict[str, Any]) -> RopeSpec:
     """
     rope_type = parameters.get("rope_type", "default")
     if rope_type not in _ROPE_TYPES:
-        raise _unsupported("rope", f"RoPE scaling {rope_type!r}", ", ".join(_ROPE_TYPES))
+        raise unsupported("rope", f"RoPE scaling {rope_type!r}", ", ".join(_ROPE_TYPES))
     return RopeSpec(
         rope_type=rope_type,
         parameters=dict(parameters),
@@ -72,7 +72,7 @@ def read_activation(name: str) -> str:
     Raises: UnsupportedError for one that it lacks.
     """
     if name not in _ACTIVATIONS:
-        raise _unsupported("activation", f"activation {name!r}", ", ".join(_ACTIVATIONS))
+        raise unsupported("activation", f"activation {name!r}", ", ".join(_ACTIVATIONS))
     return _ACTIVATIONS[name]
 
 
@@ -106,10 +106,11 @@ def _scaled_length(rope: RopeSpec) -> int:
 def refuse_bidirectional(config: Any) -> None:
     """Raises UnsupportedError if the config wants tokens to see what comes after them."""
     if getattr(config, "use_bidirectional_attention", None):
-        raise _unsupported("attention", "bidirectional attention", "causal and sliding_window")
+        raise unsupported("attention", "bidirectional attention", "causal and sliding_window")
 
 
-def _unsupported(code: str, need: str, have: str) -> UnsupportedError:
+def unsupported(code: str, need: str, have: str) -> UnsupportedError:
+    """The refusal of a config's feature that a family lacks."""
     remedy = "use a model without it"
     reason = Reason(code=f"model.{code}", need=need, have=have, remedy=remedy)
     return UnsupportedError([reason], what="this model")

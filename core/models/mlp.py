@@ -1,0 +1,86 @@
+"""What follows attention in a layer: one MLP for all tokens, or a mixture of experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quire.core.interface.experts import PackedExperts
+from quire.core.interface.ops import Ops, PackedLinear
+from quire.core.models.decoder_spec import MixtureSpec
+
+
+class Mlp(Protocol):
+    """From x [T, H] to [T, H]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The result; x is left as it is."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DenseWeights:
+    """The weights of one MLP."""
+
+    gate_up: PackedLinear
+    """Gate and up, stacked."""
+    down: PackedLinear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MixtureWeights:
+    """The weights of a mixture of experts."""
+
+    router: PackedLinear
+    """float32: which expert is chosen must not hang on rounding."""
+    correction_bias: Tensor | None
+    """float32 [E]."""
+    experts: PackedExperts
+    shared: DenseWeights | None
+    shared_gate: PackedLinear | None
+
+
+class DenseMlp:
+    """down(act(gate(x)) * up(x))."""
+
+    __slots__ = ("_activation", "_down", "_gate_up", "_gated_activation", "_linear")
+
+    def __init__(self, activation: str, weights: DenseWeights, ops: Ops) -> None:
+        self._activation = activation
+        self._gate_up = weights.gate_up
+        self._down = weights.down
+        self._linear = ops.linear
+        self._gated_activation = ops.gated_activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, H]."""
+        inner = self._gated_activation(self._linear(x, self._gate_up), self._activation)
+        return self._linear(inner, self._down)
+
+
+class MixtureMlp:
+    """The experts that each token chooses, and the one that all share."""
+
+    def __init__(
+        self, mixture: MixtureSpec, activation: str, weights: MixtureWeights, ops: Ops
+    ) -> None:
+        self._routing = mixture.routing
+        self._weights = weights
+        self._ops = ops
+        self._shared = DenseMlp(activation, weights.shared, ops) if weights.shared else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, H]."""
+        ops, weights = self._ops, self._weights
+        logits = ops.linear(x.float(), weights.router)
+        shares, expert_ids = ops.route_experts(logits, self._routing, weights.correction_bias)
+        out = ops.experts(x, weights.experts, shares, expert_ids)
+        if self._shared is None:
+            return out
+        shared = self._shared(x)
+        if weights.shared_gate is not None:
+            shared = shared * torch.sigmoid(ops.linear(x, weights.shared_gate))
+        return out.add_(shared)
