@@ -167,7 +167,7 @@ def quantize_int4(weight: Tensor, group_size: int) -> QuantizedWeight:
     scales = torch.empty(shape, dtype=torch.bfloat16, device=device)
     zeros = torch.empty(shape, dtype=torch.uint8, device=device)
     for rows in _chunks(weight):
-        grouped = weight[rows].float().unflatten(1, (-1, group_size))
+        grouped = weight[rows].float().reshape(-1, shape[1], group_size)
         scale, zero = _best_range(grouped)
         code = _encode(grouped, scale, zero).flatten(1).to(torch.uint8)
         codes[rows] = code[:, 0::2] | code[:, 1::2] << 4
