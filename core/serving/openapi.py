@@ -118,6 +118,11 @@ def make_document(app: FastAPI) -> dict[str, Any]:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             _fill(operation, method, path, schemas)
+    told = document["components"]["schemas"]
+    for path, form in _FORMS.items():
+        content = {"multipart/form-data": {"schema": _with_file(told[form.__name__])}}
+        body = {"required": True, "content": content}
+        document["paths"][path]["post"]["requestBody"] = body
     return document
 
 
@@ -126,9 +131,6 @@ def _fill(
 ) -> None:
     if method == "post" and path in _ASKED:
         content = {"application/json": {"schema": _one_of(_ASKED[path], schemas)}}
-        operation["requestBody"] = {"required": True, "content": content}
-    if method == "post" and path in _FORMS:
-        content = {"multipart/form-data": {"schema": _form(schemas[_FORMS[path]])}}
         operation["requestBody"] = {"required": True, "content": content}
     answers = operation["responses"]
     answers.pop("422", None)
@@ -165,11 +167,10 @@ def _one_of(given: Models, schemas: Mapping[type[BaseModel], Any]) -> Any:
     return {"anyOf": [schemas[model] for model in given]}
 
 
-def _form(fields: Any) -> dict[str, Any]:
+def _with_file(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A form's fields and its file, which no model names."""
     file = {"type": "string", "format": "binary", "description": "WAV, FLAC, OGG or MP3"}
-    needed = {"type": "object", "properties": {"file": file}, "required": ["file"]}
-    return {"allOf": [fields | {}, needed]}
+    return {**fields, "properties": {**fields["properties"], "file": file}, "required": ["file"]}
 
 
 def _all_models() -> set[type[BaseModel]]:

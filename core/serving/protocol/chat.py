@@ -147,6 +147,8 @@ class ChatRequest(SamplingFields, TemplateFields):
         "prediction": (),
         "verbosity": (),
         "web_search_options": (),
+        "moderation": (),
+        "prompt_cache_options": (),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "use_beam_search": (False,),
