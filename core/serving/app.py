@@ -37,7 +37,6 @@ def make_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         title="Quire",
         version=quire.__version__,
         redirect_slashes=False,
-        root_path=settings.root_path.rstrip("/"),
     )
     state = ServerState(
         engine=engine,
@@ -78,7 +77,7 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
     install_tracing(app, settings.otlp_traces_endpoint)
     if settings.log_requests or settings.log_prompts:
         app.add_middleware(RequestLogMiddleware, logs_prompts=settings.log_prompts)
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RequestIdMiddleware, root_path=settings.root_path.rstrip("/"))
 
 
 def _schema(app: FastAPI) -> dict[str, Any]:

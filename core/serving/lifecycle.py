@@ -142,7 +142,9 @@ async def _drain(state: ServerState, hurry: asyncio.Event) -> bool:
     """
     state.gate.close()
     logger.info("shutting down; %d requests are in flight", state.gate.num_inside)
-    waiting = asyncio.ensure_future(state.gate.wait_empty(state.settings.shutdown_timeout_s))
+    # A dead engine finishes nothing: what waits for it ends at once, with the error.
+    bound_s = 0.0 if state.engine.errored else state.settings.shutdown_timeout_s
+    waiting = asyncio.ensure_future(state.gate.wait_empty(bound_s))
     hurrying = asyncio.ensure_future(hurry.wait())
     await asyncio.wait({waiting, hurrying}, return_when=asyncio.FIRST_COMPLETED)
     for task in (waiting, hurrying):

@@ -229,6 +229,7 @@ class FakeEngine:
             num_cached_prompt_tokens=40,
             num_output_tokens=self.num_output_tokens,
             num_preemptions=3,
+            memory_bytes={"weights": 4},
         )
 
     async def shutdown(self, drain_timeout_s=0.0):
@@ -243,7 +244,8 @@ class FakeStream:
     def __init__(self, engine, prompt, prompt_ids, params, request_id, kind) -> None:
         self.engine, self.request_id = engine, request_id
         self._prompt, self._prompt_ids, self._params, self._kind = prompt, prompt_ids, params, kind
-        self._metrics = RequestMetrics(arrival_time_s=time.monotonic())
+        now_s = time.monotonic()
+        self._metrics = RequestMetrics(arrival_time_s=now_s, first_scheduled_time_s=now_s)
         self._waiting: deque[RequestOutput] = deque()
         self._children = [_Child(self, index) for index in range(params.n)]
         self._num_steps = 0

@@ -26,7 +26,7 @@ def serve(
     ctx: typer.Context,
     config: EngineConfig,
     settings: dict[str, Any],
-    config_file: Annotated[
+    config_file: Annotated[  # noqa: ARG001 - its callback acts
         Path | None,
         typer.Option(
             "--config",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -111,11 +112,11 @@ class EngineCollector(Collector):
 def core_use(pid: int) -> CoreUse | None:
     """CPU time and memory of a process; None where the system does not tell, or it is gone."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            # The name in brackets may hold anything: what counts begins after it.
-            fields: Sequence[str] = file.read().rpartition(")")[2].split()
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
+    # The name in brackets may hold anything: what counts begins after it.
+    fields = text.rpartition(")")[2].split()
     ticks = int(fields[11]) + int(fields[12])
     return CoreUse(
         cpu_s=ticks / os.sysconf("SC_CLK_TCK"),

@@ -1,7 +1,7 @@
 """How much a key may use: requests and tokens a minute, and requests at once.
 
-The library `limits` refuses what exceeds a window and then forgets it; what an answer costs is known
-only at its end, so that a budget must be able to fall into debt. Hence a bucket of our own.
+The library `limits` refuses what exceeds a window and then forgets it; what an answer costs is
+known only at its end, so that a budget must be able to fall into debt. Hence a bucket of our own.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Supervisor:
         try:
             engine = await self._start_engine()
         except QuireError as error:
-            logger.error("the engine did not start again: %s", error)
+            logger.warning("the engine did not start again: %s", error)
             return False
         self._state.replace_engine(engine)
         logger.warning("the engine is back after restart %d", self._state.num_restarts)
