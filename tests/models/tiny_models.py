@@ -210,7 +210,10 @@ TINY_VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """Name of a variant to its `model_type` and what differs from the base configuration."""
 
-FAMILIES = ("llama", "mistral-swa", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+FAMILIES = (
+    "llama", "mistral-swa", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "qwen3-moe", "gpt-oss",
+    "deepseek-v3",
+)  # fmt: skip
 """One variant a family, where all of them would be too many."""
 
 # Enough different words that a vocabulary of 512 fills up.
