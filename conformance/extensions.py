@@ -46,14 +46,15 @@ def known_extensions() -> list[str]:
     return [extension_of(module) for module in EXTENSIONS]
 
 
-def chosen_extensions(text: str) -> list[str]:
-    """The extensions that `all`, `none` or `NAME,...` names.
+def chosen_extensions(text: str, level: int) -> list[str]:
+    """The extensions that `all`, `none` or `NAME,...` names in a run up to `level`.
 
+    `all` leaves out those that need the means of a higher level: an extension is tried whole.
     Raises: ConfigError for a name that this suite has no checks for.
     """
     known = known_extensions()
     if text == "all":
-        return known
+        return [name for name in known if _level_of(name) <= level]
     names = [name.strip() for name in text.split(",") if name.strip() and text != "none"]
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(
@@ -61,6 +62,11 @@ def chosen_extensions(text: str) -> list[str]:
             f"{', '.join(known) or 'none'} (or: all, none)"
         )
     return names
+
+
+def _level_of(name: str) -> int:
+    """The level whose means an extension's checks use."""
+    return max((case.level for case in extension_cases([name])), default=0)
 
 
 def judge_extensions(

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from quire.conformance.extensions import GRANTED, NOT_CLAIMED
-from quire.conformance.records import Report, Row
+from quire.conformance.records import ExtensionVerdict, Report, Row
 
 _LEVELS = {0: "boots", 1: "kernels", 2: "runner", 3: "engine", 4: "scale"}
 _DTYPES = ("float32", "bfloat16", "float16")
 _REAL = "real"
 _INTRODUCTION = """# Support matrix
 
-Which device does what, by the reports in [reports/](reports/) and by nothing else: this page is written by
+Which device does what, by the reports in [reports/](reports/) and by nothing else. This page is
+written by
 
 ```sh
 quire conformance matrix docs/reports/*.json -o docs/support.md
 ```
 
-and a test holds it to them. Anybody can make such a report: [conformance.md](conformance.md).
+and a test holds it to them. Anybody can make such a report: see [conformance.md](conformance.md).
 """
 
 
@@ -107,16 +108,16 @@ def _extensions(reports: Sequence[Report]) -> str:
     rows = []
     for name in names:
         said = [next((v for v in report.extensions if v.name == name), None) for report in reports]
-        cells = [_extension(None if v is None else v.outcome, v and v.text) for v in said]
+        cells = ["" if v is None else _extension(v) for v in said]
         rows.append([f"`{name}`", *cells])
     text = "## Extensions\n\nNever needed for a level, and granted by none.\n\n"
     return text + (_table(head, rows) if names else "No device claims one.\n")
 
 
-def _extension(outcome: str | None, text: str | None) -> str:
-    if outcome is None or outcome == NOT_CLAIMED:
+def _extension(verdict: ExtensionVerdict) -> str:
+    if verdict.outcome == NOT_CLAIMED:
         return ""
-    return "yes" if outcome == GRANTED else (text or outcome)
+    return "yes" if verdict.outcome == GRANTED else verdict.text
 
 
 def _origins(reports: Sequence[Report]) -> str:

@@ -62,7 +62,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Drops the levels above the one asked for, and extensions that were not."""
     highest = config.getoption("--level")
-    tried = chosen_extensions(config.getoption("--extensions"))
+    tried = chosen_extensions(config.getoption("--extensions"), highest)
     dropped = [
         item
         for item in items
@@ -103,11 +103,12 @@ class _Rows:
         """Writes the rows, sorted by id: the same in any order of running."""
         if not self._is_controller:
             return
+        level = self._config.getoption("--level")
         raw = RawRun(
             seed=self.seed,
-            level=self._config.getoption("--level"),
+            level=level,
             rows=sorted(self._rows, key=lambda row: row.id),
-            extensions=chosen_extensions(self._config.getoption("--extensions")),
+            extensions=chosen_extensions(self._config.getoption("--extensions"), level),
         )
         if path := self._config.getoption("--conformance-rows"):
             Path(path).write_bytes(msgspec.json.encode(raw))

@@ -57,7 +57,7 @@ def run_suite(
         raise ConfigError(
             f"level {level} was asked for; this suite has levels 0 to {HIGHEST_LEVEL}"
         )
-    tried = chosen_extensions(extensions)
+    tried = chosen_extensions(extensions, level)
     excuses = read_expectations(expectations) if expectations else []
     probe = load_backend(backend).probe()
     if not probe.is_usable:

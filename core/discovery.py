@@ -9,12 +9,17 @@ and has forgotten which distribution an entry point came from.
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
+import msgspec
 from stevedore.driver import DriverManager
 
 from quire.core.errors import ConfigError, PluginError
@@ -22,6 +27,8 @@ from quire.core.interface.backend import Backend, DeviceInfo, Probe
 from quire.core.interface.version import check_interface_version
 
 NAMESPACE = "quire.backends"
+_INSPECTION_S = 120
+"""Longer than any driver needs to say what devices there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +108,15 @@ def load_backend(name: str) -> Backend:
 def inspect_backends() -> list[BackendReport]:
     """Loads and probes every installed backend; one that is broken is reported, never raised."""
     return [_inspect(entry) for entry in list_backends()]
+
+
+def inspect_backends_apart() -> list[BackendReport]:
+    """As `inspect_backends`, each backend in a process of its own: none is loaded into this one.
+
+    A plug-in that ends or crashes its process, or hangs, is a row like any other. `backend` is None
+    in every report.
+    """
+    return [_inspect_apart(entry) for entry in list_backends()]
 
 
 def choose_device(asked: str = "auto") -> ChosenDevice:
@@ -187,6 +203,65 @@ def _inspect(entry: BackendEntry) -> BackendReport:
     return BackendReport(
         entry=entry, backend=backend, interface_version=backend.interface_version, probe=probe
     )
+
+
+class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process that inspected one backend writes down."""
+
+    interface_version: str
+    probe: Probe | None
+    error: str
+    details: str
+
+
+_INSPECTION = """
+import sys
+from quire.core.discovery import answer_inspection
+answer_inspection(sys.argv[1], sys.argv[2])
+"""
+
+
+def answer_inspection(name: str, path: str) -> None:
+    """Inspects one backend and writes what came of it to a file: the other half, in the child."""
+    report = next(_inspect(entry) for entry in list_backends() if entry.name == name)
+    answer = _Answer(
+        interface_version=report.interface_version,
+        probe=report.probe,
+        error=report.error,
+        details=report.details,
+    )
+    Path(path).write_bytes(msgspec.json.encode(answer))
+
+
+def _inspect_apart(entry: BackendEntry) -> BackendReport:
+    with tempfile.TemporaryDirectory(prefix="quire-inspect-") as folder:
+        path = Path(folder) / "answer.json"
+        command = [sys.executable, "-c", _INSPECTION, entry.name, str(path)]
+        try:
+            done = subprocess.run(  # noqa: S603 - our own interpreter and names of entry points
+                command, capture_output=True, text=True, timeout=_INSPECTION_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return _died(entry, f"did not answer within {_INSPECTION_S} s", "")
+        if done.returncode != 0 or not path.exists():
+            what = f"ended its process with status {done.returncode} when it was loaded"
+            return _died(entry, what, done.stderr[-4000:])
+        answer = msgspec.json.decode(path.read_bytes(), type=_Answer)
+    return BackendReport(
+        entry=entry,
+        interface_version=answer.interface_version,
+        probe=answer.probe,
+        error=answer.error,
+        details=answer.details,
+    )
+
+
+def _died(entry: BackendEntry, what: str, said: str) -> BackendReport:
+    error = (
+        f"backend {entry.name!r} of {entry.distribution} {entry.version} ({entry.target}) {what}. "
+        f"Repair or uninstall {entry.distribution}"
+    )
+    return BackendReport(entry=entry, error=error, details=f"{said}\n{error}".strip())
 
 
 def _choose_best() -> ChosenDevice:

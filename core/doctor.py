@@ -1,6 +1,6 @@
 """What is installed, what does not fit together, and what to do about it.
 
-Reads metadata and asks the backends; imports torch in another process alone and opens no device.
+Reads metadata. Backends are asked and torch is imported in other processes; opens no device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from quire.core.discovery import BackendReport, inspect_backends
+from quire.core.discovery import BackendReport, inspect_backends_apart
 from quire.core.env import read_environment
 from quire.core.interface.version import INTERFACE_VERSION
 
@@ -64,12 +64,12 @@ class Installed:
 
 
 def diagnose() -> list[Finding]:
-    """Everything there is to say about this environment. Loads backends as `quire backends` does.
+    """Everything there is to say about this environment. Loads each backend in another process.
 
     Never raises for what is broken: that is what it reports.
     """
     installed = read_installed()
-    reports = inspect_backends()
+    reports = inspect_backends_apart()
     return [
         *check_versions(installed),
         *check_extras(installed),

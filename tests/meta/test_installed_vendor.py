@@ -75,6 +75,40 @@ def test_vendor_of_fourteen_lines_is_granted_its_level(tmp_path):
     assert "Acme One" in (tmp_path / "acme" / "report.html").read_text()
 
 
+def broken_package(site: Path, distribution: str, source: str) -> None:
+    """A distribution whose backend is called acme."""
+    module = distribution.replace("-", "_")
+    (site / f"{module}.py").write_text(textwrap.dedent(source))
+    info = site / f"{module}-1.2.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2.3\n")
+    (info / "entry_points.txt").write_text(f"[quire.backends]\nacme = {module}:Plugin\n")
+
+
+GOOD = VENDOR.format(name="acme", memory="return super().memory()")
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        (["import sys; sys.exit(0)"], ["cannot be imported", "SystemExit", "quire-acme0 1.2.3"]),
+        ([GOOD.replace('"1.0"', '"2.0"')], ["written for interface 2.0"]),
+        ([GOOD.replace('"1.0"', '"one"')], ["'one'"]),
+        ([GOOD, GOOD], ["is claimed by", "quire-acme0", "quire-acme1", "uninstall all but one"]),
+    ],
+    ids=["exits-at-import", "newer-interface", "no-version", "two-packages"],
+)
+def test_run_of_a_package_that_cannot_be_loaded_says_why_and_fails(tmp_path, sources, words):
+    """Nothing runs, the exit status is not 0, and the message names the package."""
+    for number, source in enumerate(sources):
+        broken_package(tmp_path, f"quire-acme{number}", source)
+    done = certify(tmp_path, "acme", "--level", "0")
+    assert done.returncode != 0
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "acme").exists()
+
+
 @pytest.mark.slow
 def test_vendor_whose_driver_kills_the_process_fails_those_tests_alone(tmp_path):
     """A crash is a row with a reason, and the other tests still say something."""

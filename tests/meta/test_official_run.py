@@ -153,7 +153,7 @@ def test_verify_command_edited_report_ends_with_one(report, folder, tmp_path):
 
 def test_read_report_another_schema_or_no_report_says_what_it_reads(report, tmp_path):
     """A report of another time is refused, not misread."""
-    with pytest.raises(ConfigError, match=r"schema 0\.9; this quire reads 1\.0"):
+    with pytest.raises(ConfigError, match=r"schema 0\.9; this quire reads 1\.1"):
         read_report(rewrite(report, tmp_path, schema_version="0.9"))
     (tmp_path / "none.json").write_text("{}")
     with pytest.raises(ConfigError, match="no conformance report"):

@@ -220,7 +220,7 @@ def ask(
         env={**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
 
@@ -240,6 +240,8 @@ def plant(site: Path, distribution: str, source: str) -> None:
     [
         (["import sys; sys.exit(3)"], "SystemExit: 3"),
         (["raise RuntimeError('driver too old')"], "RuntimeError: driver too old"),
+        (["import os; os._exit(7)"], "status 7"),
+        (["print('{}'); import os; os.write(1, b'junk'); raise ValueError('odd')"], "ValueError"),
         ([PLUGIN.format(version="2.0")], "written for interface 2.0"),
         ([PLUGIN.format(version="1.0")] * 2, "claimed by"),
     ],
@@ -282,6 +284,25 @@ def test_doctor_table_shows_fault_and_remedy(tmp_path):
     assert done.returncode == 1
     assert "set QUIRE_CACHE to a directory" in done.stdout
     assert "Something is wrong" in done.stdout
+
+
+def test_doctor_loads_no_backend_into_its_own_process(tmp_path):
+    """What a plug-in changes where it is loaded, it changes elsewhere."""
+    plant(tmp_path, "quire-acme", PLUGIN.format(version="1.0"))
+    program = (
+        "import sys; from quire.core.doctor import diagnose; findings = diagnose();"
+        "print([f.status for f in findings if f.subject == 'backend acme'],"
+        "[name for name in sys.modules if 'acme' in name or 'quire.backends' in name])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+    assert done.stdout == "['ok'] []\n", done.stderr
 
 
 def test_doctor_imports_no_torch():

@@ -139,7 +139,7 @@ def list_tests(
     from quire.conformance.extensions import chosen_extensions
     from quire.conformance.verdicts import manifest_with
 
-    for name in manifest_with(level, chosen_extensions(extensions)):
+    for name in manifest_with(level, chosen_extensions(extensions, level)):
         typer.echo(name)
 
 
