@@ -1,4 +1,4 @@
-"""JSON schemas made for the tests of structured output: by name, each with what is hard about it.
+"""JSON schemas made for measuring and testing structured output: by name, what is hard about each.
 
 All are bounded, so that a model which knows nothing still comes to an end.
 """

@@ -15,10 +15,10 @@ from engine_fakes import make_fake_core
 from engine_fakes import spec as request
 from model_fakes import build_sim_core
 from msgspec.structs import replace
-from structured_schemas import REFUSED, SCHEMAS
 from tiny_models import make_tiny_model
 
 import quire
+from quire.benchmarks.structured_schemas import REFUSED, SCHEMAS
 from quire.core.engine.llm import LLM
 from quire.core.errors import RequestError
 from quire.core.sampling_params import SamplingParams, StructuredOutputsParams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,11 +11,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import httpx
+import jsonschema
 import openai
 import psutil
 import pytest
+from pydantic import BaseModel, ConfigDict
 from tiny_models import make_tiny_model
 
 from quire.core.engine.llm import LLM
@@ -204,3 +208,90 @@ def test_serve_of_a_model_that_is_not_there_is_one_message(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("quire: error:"), done.stderr
+
+
+MOVES = [
+    {
+        "type": "function",
+        "function": {
+            "name": "move",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "to": {"$ref": "#/$defs/square"},
+                    "steps": {"type": "integer", "minimum": 0, "maximum": 9},
+                },
+                "required": ["to", "steps"],
+                "additionalProperties": False,
+                "$defs": {"square": {"type": "string", "pattern": "^[a-h][1-8]$"}},
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "wait"}},
+]
+
+
+class Position(BaseModel):
+    """A form of answer, from which the library makes a schema."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    is_check: bool
+    side: Literal["white", "black"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "move"}}])
+def test_served_obliged_calls_fit_their_tools(client, choice, temperature, stream):
+    """A model of random weights calls only tools that there are, with arguments that fit."""
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Go on."}],
+        tools=MOVES,
+        tool_choice=choice,
+        parallel_tool_calls=False,
+        temperature=temperature,
+        seed=5,
+        max_tokens=200,
+        stream=stream,
+    )
+    if stream:
+        chunks = [choice for chunk in answer for choice in chunk.choices]
+        calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        name = "".join(call.function.name or "" for call in calls)
+        arguments = "".join(call.function.arguments or "" for call in calls)
+        assert chunks[-1].finish_reason == "tool_calls"
+    else:
+        [call] = answer.choices[0].message.tool_calls
+        name, arguments = call.function.name, call.function.arguments
+        assert answer.choices[0].finish_reason == "tool_calls"
+    assert name in (("move", "wait") if choice == "required" else ("move",))
+    schema = next(
+        t["function"].get("parameters", {}) for t in MOVES if t["function"]["name"] == name
+    )
+    jsonschema.validate(json.loads(arguments), schema)
+
+
+def test_served_answer_of_a_form_is_parsed_by_the_library(client):
+    """`chat.completions.parse` gets an object of its class from a model of random weights."""
+    answer = client.chat.completions.parse(
+        model="tiny",
+        messages=[{"role": "user", "content": "How does it stand?"}],
+        response_format=Position,
+        max_tokens=200,
+        n=3,
+    )
+    for choice in answer.choices:
+        assert choice.message.parsed.side in ("white", "black")
+
+
+def test_served_grammar_that_cannot_be_compiled_is_refused_with_the_reason(client):
+    """The client reads why, and nothing reaches the engine."""
+    for schema, reason in (({"uniqueItems": True}, "uniqueItems"), ({"type": "strin"}, "strin")):
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        with pytest.raises(openai.BadRequestError, match=reason) as caught:
+            client.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": "x"}], response_format=form
+            )
+        assert caught.value.param == "structured_outputs.json"

@@ -101,7 +101,7 @@ def plan_answer(body: ChatRequest, server: ServerState) -> AnswerPlan:
         return AnswerPlan(formats=formats, mode="required", tools=tools, is_parallel=is_parallel)
     if formats.tools is None:
         raise RequestError(
-            "tool_choice is auto, and the chat template does not tell how this model writes tool "
+            "there are tools and the chat template does not tell how this model writes tool "
             "calls; set tool_choice to required, none or one tool, or start the server with "
             "--tool-call-parser",
             param="tool_choice",
