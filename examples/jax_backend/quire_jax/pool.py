@@ -50,7 +50,7 @@ def copy_blocks(pool: Pool, source: Sequence[int], target: Sequence[int]) -> Poo
 
 def export_blocks(pool: Pool, blocks: Sequence[int]) -> npt.NDArray[np.float32]:
     """Blocks on the host: float32 [n, block_size, Hk, 2D], keys before values."""
-    at = np.asarray(blocks, np.int32)
+    at = jnp.asarray(blocks, jnp.int32)
     halves = [np.asarray(read(part, at)) for part in pool]
     return np.concatenate(halves, axis=-1)
 
