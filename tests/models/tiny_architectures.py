@@ -166,7 +166,7 @@ def _shrunk(default: Any, model_type: str) -> dict[str, Any]:
         if isinstance(value, (list, tuple)) and len(value) > layers and name in default.to_dict():
             settings[name] = list(value[: layers - 1]) + [value[-1]]
     if "kv_lora_rank" in settings and "num_key_value_heads" in settings:
-        settings["num_key_value_heads"] = HEADS
+        settings |= {"num_key_value_heads": HEADS, "head_dim": settings["qk_rope_head_dim"]}
     if "num_kv_shared_layers" in names:
         settings["num_kv_shared_layers"] = 0
     settings.update(SPECIAL.get(model_type.removesuffix("_text"), {}))

@@ -16,6 +16,8 @@ class AdaptedModel:
     """A `LanguageModel` around a `TextModel`; subclasses bring `forward`."""
 
     can_be_recorded = False
+    way = ""
+    """`paged`, `cached` or `recomputed`, as `providers` shows it."""
 
     def __init__(
         self,
@@ -43,7 +45,7 @@ class AdaptedModel:
             group.name: backend.provider()
             for group, backend in zip(self.attention_groups, self.attention_backends, strict=True)
         }
-        served = {"forward": "transformers"}
+        served = {"forward": f"transformers ({self.way})"}
         if len(set(by_group.values())) == 1:
             return {**served, "paged_attention": next(iter(by_group.values()))}
         return {**served, **{f"paged_attention[{name}]": who for name, who in by_group.items()}}

@@ -1,8 +1,8 @@
 """The cached way: request by request, with a transformers Cache filled from pages and read back.
 
-Right wherever transformers' own cached generation is, whatever the model does with its cache: ALiBi,
-positions taken from the cache's length, convolutions and recurrent states. Slower than the paged way,
-since requests do not share a run.
+Right wherever transformers' own cached generation is, whatever the model does with its cache:
+ALiBi, positions taken from the cache's length, convolutions and recurrent states. Slower than the
+paged way, since requests do not share a run.
 
 Two runs of different length on an empty cache tell which of its tensors grow with the tokens (keys,
 values, index keys), and which keep their size (states). The former are kept a token a slot, the
@@ -245,6 +245,7 @@ class CachedModel(AdaptedModel):
         super().__init__(text_model, description, backends, max_model_len=max_model_len)
         self._form = form
         self._runs_later_chunks = runs_later_chunks
+        self.way = "cached" if runs_later_chunks else "cached, a token at a time"
         self._group_of = layers_in_order(self.attention_groups)
 
     def forward(self, step: StepContext) -> Tensor:
@@ -277,7 +278,7 @@ class CachedModel(AdaptedModel):
             begin = end
 
     def _piece_ends(self, request: RequestSlice) -> list[int]:
-        """Where runs end: at block boundaries for states, after each token where chunks go wrong."""
+        """Where runs end: at block boundaries for states, or after each token."""
         begin, end = request.num_past, request.num_past + request.num_new
         ends = {end}
         if self._form.state_parts:
@@ -362,12 +363,11 @@ class _TokenStore(_Store):
             assert part.token_dim is not None, part
             if tensor.shape[part.token_dim] != end:
                 raise QuireError(
-                    f"the model's cache holds {tensor.shape[part.token_dim]} tokens where {end} were "
-                    "computed; report this architecture"
+                    f"the model's cache holds {tensor.shape[part.token_dim]} tokens where {end} "
+                    "were computed; report this architecture"
                 )
-            new = tensor.narrow(part.token_dim, begin, end - begin)[0].movedim(
-                part.token_dim - 1, 0
-            )
+            new = tensor.narrow(part.token_dim, begin, end - begin)[0]
+            new = new.movedim(part.token_dim - 1, 0)
             page = self._tensors[f"part{index}"]
             write_slots(page, slots, new.reshape(end - begin, *page.shape[2:]))
 

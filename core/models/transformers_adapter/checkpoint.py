@@ -25,8 +25,8 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
     raw = read_json(directory / "config.json")
     if "auto_map" in raw and not trust_remote_code and not _is_known(raw):
         raise CheckpointError(
-            f"{directory} holds a model whose code comes with it ({raw['auto_map']}); nothing of it "
-            "was run. Read that code, and pass --trust-remote-code if you trust it"
+            f"{directory} holds a model whose code comes with it ({raw['auto_map']}); nothing of "
+            "it was run. Read that code, and pass --trust-remote-code if you trust it"
         )
     if not raw.get("model_type") and not raw.get("architectures"):
         raise CheckpointError(
@@ -55,7 +55,7 @@ def model_class_of(config: Any, directory: Path, *, trust_remote_code: bool) -> 
         named = getattr(transformers, name, None)
         if named is not None and hasattr(named, "generate") and _has_a_head(name):
             return _refuse_encoder_decoder(named, config, directory)
-    mapped = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    mapped = AutoModelForCausalLM._model_mapping.get(type(config), None)  # noqa: SLF001 - no public way
     if mapped is not None:
         return mapped
     if trust_remote_code and getattr(config, "auto_map", None):
@@ -100,8 +100,8 @@ def load_weights(
     found = [p for pattern in _WEIGHT_PATTERNS for p in sorted(directory.glob(pattern))]
     if not found:
         raise CheckpointError(
-            f"{directory} has no *.safetensors, *.bin or *.gguf file; download the weights, or pass "
-            "--load-format dummy"
+            f"{directory} has no *.safetensors, *.bin or *.gguf file; download the weights, or "
+            "pass --load-format dummy"
         )
     settings: dict[str, Any] = {
         "config": config,
@@ -141,11 +141,10 @@ def _check(report: dict[str, Any], directory: Path, model: Any) -> None:
     unexpected = sorted(report.get("unexpected_keys") or ())
     lines = [_missing_line(name, unexpected) for name in missing[:_MAX_LISTED]]
     more = len(missing) - len(lines)
-    shown = "".join(f"\n    {line}" for line in lines) + (
-        f"\n    and {more} more" if more > 0 else ""
-    )
+    shown = "".join(f"\n    {line}" for line in lines)
+    shown += f"\n    and {more} more" if more > 0 else ""
     raise CheckpointError(
-        f"the weights in {directory} lack {len(missing)} tensors of {type(model).__name__}:{shown}\n"
+        f"the weights in {directory} lack {len(missing)} tensors of {_name(type(model))}:{shown}\n"
         "Download the model again, or give the config.json that belongs to these weights."
     )
 

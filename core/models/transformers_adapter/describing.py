@@ -138,9 +138,9 @@ class without_expert_loops:  # noqa: N801 - used as a context
         """Sets it."""
         self._before = [getattr(c, "_experts_implementation_internal", None) for c in self._configs]
         for config in self._configs:
-            config._experts_implementation_internal = "batched_mm"
+            config._experts_implementation_internal = "batched_mm"  # noqa: SLF001 - no setter
 
     def __exit__(self, *unused: object) -> None:
         """Sets it back."""
         for config, before in zip(self._configs, self._before, strict=True):
-            config._experts_implementation_internal = before
+            config._experts_implementation_internal = before  # noqa: SLF001 - no setter

@@ -1,8 +1,8 @@
 """Which tokens a mask lets a token see: recognized by asking transformers' own mask function.
 
-While probing, the mask that a model gets is a tensor that remembers what it stands for. If the model
-changes it on the way to its attention (adds a bias, drops rows), the memory is lost, and attention
-that would ignore the change is refused.
+While probing, the mask that a model gets is a tensor that remembers what it stands for. If the
+model changes it on the way to its attention (adds a bias, drops rows), the memory is lost, and
+attention that would ignore the change is refused.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def make_marked_mask(visibility: Visibility, length: int, device: torch.device) 
 
 
 def recognize(mask_function: Callable[..., Any]) -> Visibility:
-    """The visibility of a function (batch, head, query, key) -> bool; `OTHER` if it is no plain one.
+    """The visibility of a function (batch, head, query, key) -> bool; `OTHER` if not a plain one.
 
     Rows at many positions are held against what the kind would let them see.
     """

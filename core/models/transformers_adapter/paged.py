@@ -1,7 +1,7 @@
 """The paged way: all requests in one flat row, attention served by the device.
 
-A layer of the cache is a call of the attention interface in a forward, in their order: a module that
-runs several times a step has as many layers.
+A layer of the cache is a call of the attention interface in a forward, in their order: a module
+that runs several times a step has as many layers.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _BINDING = "_quire_attention"
 
 class PagedModel(AdaptedModel):
     """One flat token batch through transformers' modules and the device's attention."""
+
+    way = "paged"
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None,  # noqa: ARG001 - the interface passes it
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls; the module knows its model's step."""

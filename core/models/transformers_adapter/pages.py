@@ -76,7 +76,7 @@ class OwnPages(AttentionBackend):
         return "model"
 
     @classmethod
-    def reasons_against(cls, spec: AttentionSpec) -> list[Reason]:
+    def reasons_against(cls, spec: AttentionSpec) -> list[Reason]:  # noqa: ARG003 - the contract
         """None: torch keeps anything."""
         return []
 

@@ -47,7 +47,7 @@ class Probe:
 
     calls: tuple[AttentionCall, ...]
     objections: tuple[str, ...]
-    """Why the paged way cannot be right; empty: it may be, and is held against the model at load."""
+    """Why the paged way cannot be right; empty: it may be, and is tried at load."""
     logits_size: int | None
 
 
@@ -93,10 +93,7 @@ class _Recorder:
         """A mask that knows what it stands for."""
         length = arguments.get("q_length", _NUM_TOKENS)
         function = arguments.get("mask_function")
-        if function is None:
-            visibility = Visibility("causal")
-        else:
-            visibility = recognize(function)
+        visibility = Visibility("causal") if function is None else recognize(function)
         device = arguments.get("device") or torch.device("cpu")
         return make_marked_mask(visibility, int(length), torch.device(device))
 
@@ -147,5 +144,5 @@ def _recording(recorder: _Recorder) -> Iterator[None]:
     try:
         yield
     finally:
-        AttentionInterface._global_mapping.pop(PROBE, None)
-        AttentionMaskInterface._global_mapping.pop(PROBE, None)
+        AttentionInterface._global_mapping.pop(PROBE, None)  # noqa: SLF001 - no way out
+        AttentionMaskInterface._global_mapping.pop(PROBE, None)  # noqa: SLF001 - no way out

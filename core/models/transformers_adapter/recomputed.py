@@ -21,6 +21,8 @@ _TOKENS = "token_ids"
 class RecomputedModel(AdaptedModel):
     """Runs each request's whole text and gives back the rows of its new tokens."""
 
+    way = "recomputed"
+
     def forward(self, step: StepContext) -> Tensor:
         """Runs the requests of a step one after the other; rows [T, H]."""
         plan = step.plans[0]

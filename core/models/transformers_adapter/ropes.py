@@ -1,7 +1,8 @@
 """Rotary frequencies that depend on the length of a text, fixed once for all texts.
 
-transformers chooses them by the longest text of the moment, so that a token would depend on who else
-is in the batch. Here the choice is made at load by `max_model_len`, as the native families make it.
+transformers chooses them by the longest text of the moment, so that a token would depend on who
+else is in the batch. Here the choice is made at load by `max_model_len`, as the native families
+make it.
 """
 
 from __future__ import annotations

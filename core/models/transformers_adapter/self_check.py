@@ -1,8 +1,8 @@
 """A model's way of running, held against the model's own run before the first request.
 
 Two texts of random tokens go through in chunks, single tokens and mixed steps, on the weights just
-loaded. What comes out must be what transformers' own generation computes: a first part with a cache,
-then a token at a time.
+loaded. What comes out must be what transformers' own generation computes: a first part with a
+cache, then a token at a time.
 """
 
 from __future__ import annotations
@@ -57,31 +57,57 @@ def run_own(text_model: TextModel, vocab_size: int) -> OwnRun:
 
 
 def _own_logits(text_model: TextModel, text: Tensor) -> Tensor:
+    """Logits after each token, as generation computes them.
+
+    Raises: Undecided if a text that is cut elsewhere gives other logits.
+    """
     positions = torch.arange(len(text), device=text.device)
     if text_model.cache_name is not None:
         try:
-            return _generated(text_model, text, positions)
+            logits = _generated(text_model, text, positions, _NUM_FIRST)
+            at_once = _generated(text_model, text, positions, len(text))
         # Some models offer a cache that their own code cannot use.
         except Exception:  # noqa: S110
             pass
+        else:
+            _hold(logits, at_once, str(next(text_model.model.parameters()).dtype))
+            return logits
     return text_model.whole_logits(text, positions).float()
 
 
-def _generated(text_model: TextModel, text: Tensor, positions: Tensor) -> Tensor:
+class Undecided(Exception):  # noqa: N818 - an answer, not an error
+    """transformers' own runs of one text disagree; its text says how far."""
+
+
+def _hold(logits: Tensor, at_once: Tensor, dtype: str) -> None:
+    off = relative_difference(logits, at_once)
+    if off > tolerance(dtype.removeprefix("torch.")):
+        raise Undecided(
+            f"its logits depend on how a text is cut, by {off:.2g} of their spread, with a cache "
+            "of its own too"
+        )
+
+
+def _generated(text_model: TextModel, text: Tensor, positions: Tensor, num_first: int) -> Tensor:
+    """A first part of `num_first` tokens, then a token at a time."""
     rows = []
     cache: Any = None
-    ends = [_NUM_FIRST, *range(_NUM_FIRST + 1, len(text) + 1)]
     begin = 0
-    for end in ends:
+    for end in range(num_first, len(text) + 1):
         part = slice(begin, end)
-        output = text_model.run(
-            text[part], positions[part], cache=cache, keeps_cache=True
-        )
+        output = text_model.run(text[part], positions[part], cache=cache, keeps_cache=True)
         cache, begin = output.cache, end
         if cache is None:
             raise LookupError("no cache came back")
         rows.append(text_model.logits(output.hidden))
     return torch.cat(rows)
+
+
+def relative_difference(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over that of the logits around their mean; inf if not finite."""
+    spread = (want - want.mean(-1, keepdim=True)).norm()
+    off = (got - want).norm() / spread.clamp_min(1e-9)
+    return float(off) if torch.isfinite(off) else math.inf
 
 
 def deviation(model: LanguageModel, own: OwnRun) -> float:
@@ -92,9 +118,7 @@ def deviation(model: LanguageModel, own: OwnRun) -> float:
             run.step(step)
     worst = 0.0
     for got, want in zip(run.logits, own.logits, strict=True):
-        spread = (want - want.mean(-1, keepdim=True)).norm()
-        difference = (torch.cat(got) - want).norm() / spread.clamp_min(1e-9)
-        worst = max(worst, float(difference) if torch.isfinite(difference) else math.inf)
+        worst = max(worst, relative_difference(torch.cat(got), want))
     return worst
 
 

@@ -26,8 +26,8 @@ class RunOutput:
 class TextModel:
     """Runs one text of n tokens a call, with or without a cache of transformers' own.
 
-    Where the model's head can be parted from its body, only the body runs here and `logits` computes
-    the head for the rows that are asked for; else rows are logits already.
+    Where the model's head can be parted from its body, only the body runs here and `logits`
+    computes the head for the rows that are asked for; else rows are logits already.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -80,8 +80,8 @@ class TextModel:
     ) -> Tensor:
         """Logits [n, V] of an uncached run of body and head as one.
 
-        `mask_length`: pass a mask of so many ones, which keeps models from looking for the borders of
-        several texts.
+        `mask_length`: pass a mask of so many ones, which keeps models from looking for the borders
+        of several texts.
         """
         was_parted, self.is_parted = self.is_parted, False
         try:
@@ -120,7 +120,7 @@ class TextModel:
         kept = self._body_output
         stand_in = type(kept)(last_hidden_state=hidden.unsqueeze(0))
         original = self.body.forward
-        self.body.forward = lambda *args, **kwargs: stand_in
+        self.body.forward = lambda *_, **__: stand_in
         try:
             token_ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
             arguments = {"input_ids": token_ids}
@@ -153,12 +153,12 @@ def set_attention(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         for key, config in configs.items():
-            config._attn_implementation = before[key]
+            config._attn_implementation = before[key]  # noqa: SLF001 - no public way
 
 
 def attention_of(model: Any) -> str:
     """The attention that a model's config names."""
-    return str(model.config._attn_implementation)
+    return str(model.config._attn_implementation)  # noqa: SLF001 - no public way
 
 
 def use_attention(model: Any, name: str) -> None:
@@ -166,4 +166,5 @@ def use_attention(model: Any, name: str) -> None:
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
-            config._attn_implementation = name
+            # The public setter refuses models whose authors have not tried it.
+            config._attn_implementation = name  # noqa: SLF001

@@ -1,0 +1,293 @@
+#!/usr/bin/env python3
+"""Try every causal-LM architecture of transformers on the real engine, and write down the result.
+
+    python scripts/model_matrix.py --json build/models.json --markdown docs/models.md [NAME ...]
+
+Of each architecture a tiny random model is made, run with concurrent requests of many lengths
+(chunked, prefix-shared, in a cache too small for all) in float32, and compared token by token with
+`generate`. A process for each, with a limit of time and of memory. What is in the JSON file already
+is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "models"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+LENGTHS = (15, 31, 47, 63)
+NUM_TOKENS = 6
+MARGIN = 1e-3
+"""A reference whose best two logits are nearer than this decides nothing."""
+MEMORY_BYTES = 10 << 30
+LABELS = {
+    "exact": "exact",
+    "exact_uncached": "exact (as `generate` without a cache; with one it gives other tokens)",
+    "refused": "refused at load",
+    "no_reference": "no verdict: transformers itself does not run the tiny model",
+    "wrong": "WRONG TOKENS",
+    "failed": "fails with an error",
+}
+
+
+def main() -> int:
+    """Runs the matrix; 1 if an architecture gave a wrong token."""
+    arguments = _parse()
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    from tiny_architectures import causal_architectures
+
+    _import_everything()
+
+    path = Path(arguments.json)
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    asked = arguments.architectures or [
+        name for name in causal_architectures() if name not in results
+    ]
+    for name in asked[arguments.part :: arguments.parts]:
+        results[name] = _in_a_process(name, arguments.limit_s)
+        print(f"{name:32} {results[name]['status']:14} {results[name].get('way', '')}", flush=True)
+        _write(path, results)
+    if arguments.markdown:
+        Path(arguments.markdown).write_text(render(results, transformers.__version__))
+    return int(any(row["status"] == "wrong" for row in results.values()))
+
+
+def _import_everything() -> None:
+    """What every child needs, so that it imports its own architecture alone."""
+    import importlib
+
+    from tiny_architectures import make_tiny_architecture
+
+    reference(make_tiny_architecture("llama"), use_cache=True)
+    for name in ("backends.cpu", "core.engine.llm", "core.worker.worker", "core.models.loading"):
+        importlib.import_module(f"quire.{name}")
+    importlib.import_module("quire.core.models.transformers_adapter")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("architectures", nargs="*", help="model types; none: all that are missing")
+    parser.add_argument("--json", default="build/models.json", help="results, read and written")
+    parser.add_argument("--markdown", help="a page to write the table to")
+    parser.add_argument("--limit-s", type=int, default=120, help="seconds for one architecture")
+    parser.add_argument("--part", type=int, default=0, help="which part of the list, from 0")
+    parser.add_argument("--parts", type=int, default=1, help="of how many parts")
+    return parser.parse_args()
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    """Keeps what another process of the same matrix has written in the meantime."""
+    import transformers
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"transformers": transformers.__version__, "results": dict(sorted(results.items()))}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _in_a_process(name: str, limit_s: int) -> dict[str, Any]:
+    """One architecture in a child of this process, which has imported everything already."""
+    begin = time.perf_counter()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _child(name, writer, limit_s)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if not text:
+        why = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "no answer"
+        return {"status": "failed", "detail": f"the process ended with {why}"}
+    result: dict[str, Any] = json.loads(text)
+    result["seconds"] = round(time.perf_counter() - begin, 1)
+    return result
+
+
+def _child(name: str, writer: int, limit_s: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.alarm(limit_s)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    os.dup2(devnull, 2)
+    try:
+        result = run_architecture(name)
+    except BaseException as error:  # reported as this architecture's result
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        result = {"status": "failed", "detail": f"{type(error).__name__}: {error} ({where})"[:600]}
+    with os.fdopen(writer, "w") as pipe:
+        pipe.write(json.dumps(result))
+    os._exit(0)
+
+
+def run_architecture(name: str) -> dict[str, Any]:
+    """What became of one architecture."""
+    from tiny_architectures import make_tiny_architecture
+    from tiny_models import make_tiny_tokenizer
+
+    from quire.core.errors import UnsupportedError
+
+    try:
+        model = make_tiny_architecture(name)
+        expected, margins = reference(model, use_cache=True)
+    except Exception as error:  # transformers' own code on a shrunk config
+        return {"status": "no_reference", "detail": f"{type(error).__name__}: {error}"[:400]}
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        make_tiny_tokenizer().save_pretrained(directory)
+        try:
+            answer = run_tightly(Path(directory))
+        except UnsupportedError as error:
+            detail = "; ".join(f"{r.have}" for r in error.reasons)
+            return {"status": "refused", "detail": detail[:600]}
+    verdict = compare(answer.pop("tokens"), expected, margins)
+    if verdict != "exact" and compare_uncached(model, answer["again"]) == "exact":
+        verdict = "exact_uncached"
+    answer["is_repeatable"] = answer.pop("again") is not None
+    return {"status": verdict, "class": type(model).__name__, **answer}
+
+
+def prompts() -> list[list[int]]:
+    """Token ids of several lengths; two share a prefix, two are the same."""
+    import numpy as np
+
+    rng = np.random.default_rng(7)
+    made = [rng.integers(4, 500, size=length).tolist() for length in LENGTHS]
+    return [*made, made[-1][:48] + made[0], made[2]]
+
+
+def reference(model: Any, *, use_cache: bool) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy tokens of `generate`, one request at a time, and the margin of each."""
+    import torch
+    from transformers import GenerationConfig
+
+    # Nothing but the model: some families' defaults force a last token.
+    model.generation_config = GenerationConfig(bos_token_id=0, pad_token_id=2)
+    rows, margins = [], []
+    for prompt in prompts():
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NUM_TOKENS,
+                do_sample=False,
+                use_cache=use_cache,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        rows.append(out.sequences[0, len(prompt) :].tolist())
+        best = [step[0].float().topk(2).values for step in out.logits]
+        margins.append([float(two[0] - two[1]) for two in best])
+    return rows, margins
+
+
+def run_tightly(directory: Path) -> dict[str, Any]:
+    """Tokens of the real engine in a cache too small for all requests, where that can be foretold."""
+    from quire.core.errors import ConfigError
+    from quire.core.models.description import size_of_dtype
+    from quire.core.models.registry import describe
+
+    per_token = sum(
+        group.bytes_per_token(size_of_dtype)
+        for group in describe(directory, model_impl="transformers").attention_groups
+    )
+    try:
+        return run_engine(directory, 192 * per_token)
+    except ConfigError:
+        # Loading has settled on another way than the dry run, with other pages.
+        return run_engine(directory, 64 << 20)
+
+
+def run_engine(directory: Path, cache_bytes: int) -> dict[str, Any]:
+    """Tokens of the real engine, twice: the second time every prefix is there."""
+    from quire import LLM, SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts()]
+    settings: dict[str, Any] = {
+        "device": "cpu", "dtype": "float32", "model_impl": "transformers", "max_num_seqs": 4,
+        "max_num_batched_tokens": 24, "max_model_len": 128, "block_size": 16, "num_threads": 1,
+    }  # fmt: skip
+    with LLM(model=str(directory), cache_memory_bytes=cache_bytes, **settings) as llm:
+        runs = []
+        for _ in range(2):
+            outputs = llm.generate(asked, params, use_tqdm=False)
+            runs.append([list(output.outputs[0].token_ids) for output in outputs])
+        forward = llm.facts.providers.get("forward", "")
+        return {
+            "tokens": runs,
+            "again": runs[0] if runs[0] == runs[1] else None,
+            "num_preemptions": llm.statistics().num_preemptions,
+            "way": forward.removeprefix("transformers (").removesuffix(")"),
+        }
+
+
+def compare(
+    runs: list[list[list[int]]], expected: list[list[int]], margins: list[list[float]]
+) -> str:
+    """`exact` if every run gives the reference's tokens, up to where it is itself undecided."""
+    for run in runs:
+        for got, want, margin in zip(run, expected, margins, strict=True):
+            for index, (a, b) in enumerate(zip(got, want, strict=False)):
+                if a != b and margin[index] >= MARGIN:
+                    return "wrong"
+                if a != b:
+                    break
+    return "exact"
+
+
+def compare_uncached(model: Any, run: list[list[int]] | None) -> str:
+    """The same against a reference that computes the whole text for each token."""
+    if run is None:
+        return "wrong"
+    return compare([run], *reference(model, use_cache=False))
+
+
+def render(results: dict[str, Any], version: str) -> str:
+    """The page."""
+    by_status: dict[str, list[str]] = {}
+    for name, row in sorted(results.items()):
+        by_status.setdefault(row["status"], []).append(name)
+    found = [status for status in LABELS if status in by_status]
+    counts = ", ".join(f"{len(by_status[s])} {s.replace('_', ' ')}" for s in found)
+    lines = [
+        "# Models that run through transformers' own code",
+        "",
+        f"Written by `scripts/model_matrix.py` with transformers {version}: {len(results)} causal",
+        "language models, tiny and random, in float32 on the `cpu` device, with",
+        f"{len(LENGTHS) + 2} concurrent requests (chunked, prefix-shared, in a cache too small for",
+        "all of them), compared token by token with `generate`.",
+        "",
+        f"{counts}.",
+        "",
+        "| architecture | result | way | remark |",
+        "|---|---|---|---|",
+    ]
+    for name, row in sorted(results.items()):
+        remark = row.get("detail", "").replace("|", "/").replace("\n", " ")
+        cells = (name, LABELS[row["status"]], row.get("way", ""), remark[:240])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
