@@ -95,6 +95,12 @@ _STREAMED = frozenset(
     }
 )
 """Paths that answer with events, always or where that is asked."""
+_EVENT = {
+    "type": "object",
+    "description": "One server-sent event; its data is JSON, or [DONE] at the end",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 _EMPTY = frozenset({"/health", "/live", "/ready"})
 _OWN_ERRORS: dict[str, type[BaseModel]] = {
     "/": tgi.TgiError,
@@ -157,7 +163,7 @@ def _content_given(
     for kind in _TEXTS.get((method, path), ()):
         content[kind] = {"schema": {"type": "string"}}
     if method == "post" and path in _STREAMED:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     return content
 
 
