@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -15,13 +14,24 @@ from typing import Any
 import httpx
 
 from quire.core.errors import ConfigError
-from quire.core.serving.cli.bench.prompts import random_prompts, read_prompts
+from quire.core.serving.cli.bench.arrivals import Arrivals
+from quire.core.serving.cli.bench.datasets import Question, make_questions, read_questions
+from quire.core.serving.cli.bench.prompts import random_prompts
 from quire.core.serving.cli.bench.report import distribution
 
 _SAMPLE = (
     "The quick brown fox jumps over the lazy dog, and 12 pumpkins follow it to Oslo: why? (x+y) = z"
 )
 """Tokens of this text are what random prompts are drawn from: every vocabulary has them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What makes an answer good; None: that does not matter."""
+
+    first_token_ms: float | None = None
+    inter_token_ms: float | None = None
+    """Of one answer, the mean between its tokens."""
 
 
 @dataclass(slots=True)
@@ -35,6 +45,18 @@ class RequestRecord:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     error: str = ""
+    status: int = 0
+    """Of the response; 0: none came."""
+
+    def meets(self, limits: Limits) -> bool:
+        """Whether this answer was good: whole, its first token in time, and the others too."""
+        if self.error or not self.chunk_times_s:
+            return False
+        first_ms = (self.chunk_times_s[0] - self.sent_s) * 1000.0
+        gaps = self.times_s("inter_token")
+        gap_ms = sum(gaps) / len(gaps) * 1000.0 if gaps else 0.0
+        is_begun = limits.first_token_ms is None or first_ms <= limits.first_token_ms
+        return is_begun and (limits.inter_token_ms is None or gap_ms <= limits.inter_token_ms)
 
     def times_s(self, name: str) -> list[float]:
         """The values of `time_to_first_token`, `inter_token` or `request`."""
@@ -60,7 +82,11 @@ class Load:
     url: str
     model: str | None
     output_len: int
-    request_rate: float | None
+    is_chat: bool = False
+    """Ask `/v1/chat/completions`; else `/v1/completions`."""
+    ignores_eos: bool = True
+    """Sends `ignore_eos`, which servers of the plain API may refuse."""
+    arrivals: Arrivals
     max_concurrency: int | None
     api_key: str | None
     timeout_s: float
@@ -86,44 +112,44 @@ class Target:
     model: str
 
     async def token_ids(self) -> list[int]:
-        """Ids for random prompts. Raises: ConfigError where the server has no /tokenize."""
+        """Ids for random prompts; none where the server has no /tokenize, as many do not."""
         body = {"model": self.model, "prompt": _SAMPLE, "add_special_tokens": False}
         response = await self.client.post("/tokenize", json=body)
         if response.status_code != httpx.codes.OK:
-            raise ConfigError(
-                f"{self.load.url}/tokenize answers {response.status_code}, so that random tokens "
-                "cannot be made; give --prompts-file"
-            )
+            return []
         return sorted(set(response.json()["tokens"]))
 
-    async def send_all(self, prompts: Sequence[Any]) -> list[RequestRecord]:
+    async def send_all(self, questions: Sequence[Question]) -> list[RequestRecord]:
         """All requests, at the asked rate and concurrency."""
-        rng = random.Random(self.load.seed)
-        limit = asyncio.Semaphore(self.load.max_concurrency or len(prompts))
+        limit = asyncio.Semaphore(self.load.max_concurrency or len(questions))
+        begun_s, due_s = time.monotonic(), 0.0
         tasks = []
-        for prompt in prompts:
-            tasks.append(asyncio.create_task(self._send_within(limit, prompt)))
-            if self.load.request_rate is not None:
-                await asyncio.sleep(rng.expovariate(self.load.request_rate))
+        for question, gap_s in zip(questions, self.load.arrivals.gaps_s(), strict=False):
+            tasks.append(asyncio.create_task(self._send_within(limit, question)))
+            due_s += gap_s
+            # Held to the plan, not to the last sleep: a late one does not delay all others.
+            await asyncio.sleep(max(0.0, begun_s + due_s - time.monotonic()))
         return list(await asyncio.gather(*tasks))
 
-    async def _send_within(self, limit: asyncio.Semaphore, prompt: Any) -> RequestRecord:
+    async def _send_within(self, limit: asyncio.Semaphore, question: Question) -> RequestRecord:
         async with limit:
-            return await self._send(prompt)
+            return await self._send(question)
 
-    async def _send(self, prompt: Any) -> RequestRecord:
+    async def _send(self, question: Question) -> RequestRecord:
         record = RequestRecord(sent_s=time.monotonic())
         body = {
             "model": self.model,
-            "prompt": prompt,
-            "max_tokens": self.load.output_len,
+            **question.body(is_chat=self.load.is_chat),
+            "max_tokens": question.output_len or self.load.output_len,
             "temperature": 0.0,
-            "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self.load.ignores_eos:
+            body["ignore_eos"] = True
+        path = "/v1/chat/completions" if self.load.is_chat else "/v1/completions"
         try:
-            async with self.client.stream("POST", "/v1/completions", json=body) as response:
+            async with self.client.stream("POST", path, json=body) as response:
                 await _read(response, record)
         except (httpx.HTTPError, ValueError, KeyError) as error:
             record.error = f"{type(error).__name__}: {error}"
@@ -140,6 +166,8 @@ class PromptShape:
     """Tokens of a random one."""
     file: Path | None
     """Given ones instead."""
+    dataset: str = "random"
+    """What is made where no file is given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,16 +190,33 @@ async def measure(load: Load, shape: PromptShape) -> Measurement:
     Raises: ConfigError if no server answers or no prompts can be made.
     """
     async with load.connected() as target:
-        prompts: Sequence[Any]
-        if shape.file is None:
-            ids = await target.token_ids()
-            prompts = random_prompts(shape.number, shape.length, ids, load.seed)
-        else:
-            prompts = read_prompts(shape.file, shape.number)
+        questions = await _questions(target, shape)
         begun_s = time.monotonic()
-        records = await target.send_all(prompts)
+        records = await target.send_all(questions)
         elapsed_s = time.monotonic() - begun_s
         return Measurement(model=target.model, records=records, elapsed_s=elapsed_s)
+
+
+async def _questions(target: Target, shape: PromptShape) -> list[Question]:
+    load = target.load
+    if shape.file is not None:
+        return read_questions(shape.file, shape.number)
+    if shape.dataset == "random" and not load.is_chat and (ids := await target.token_ids()):
+        prompts = random_prompts(shape.number, shape.length, ids, load.seed)
+        return [Question(prompt=prompt) for prompt in prompts]
+    return make_questions(shape.dataset, shape.number, shape.length, load.seed)
+
+
+def goodput_of(seen: Measurement, limits: Limits) -> dict[str, float | int]:
+    """Good answers, their part of all, and how many a second; nothing where nothing is limited."""
+    if limits == Limits():
+        return {}
+    good = sum(record.meets(limits) for record in seen.records)
+    return {
+        "good_requests": good,
+        "good_part": good / max(len(seen.records), 1),
+        "goodput_requests_per_s": good / seen.elapsed_s,
+    }
 
 
 def numbers_of(seen: Measurement) -> dict[str, float | int]:
@@ -191,6 +236,7 @@ def summarize(records: Sequence[RequestRecord], elapsed_s: float) -> dict[str, f
     return {
         "requests": len(records),
         "failed_requests": len(records) - len(good),
+        "refused_requests": sum(r.status == httpx.codes.TOO_MANY_REQUESTS for r in records),
         "elapsed_s": elapsed_s,
         "prompt_tokens": num_prompt,
         "output_tokens": num_output,
@@ -213,6 +259,7 @@ async def _first_model(client: httpx.AsyncClient) -> str:
 
 
 async def _read(response: httpx.Response, record: RequestRecord) -> None:
+    record.status = response.status_code
     if response.status_code != httpx.codes.OK:
         await response.aread()
         record.error = f"status {response.status_code}: {response.text[:200]}"
@@ -226,9 +273,15 @@ async def _read(response: httpx.Response, record: RequestRecord) -> None:
         if "error" in chunk:
             record.error = str(chunk["error"].get("message"))
             return
-        if chunk.get("choices"):
+        if any(map(_says_something, chunk.get("choices", ()))):
             record.chunk_times_s.append(now_s)
         usage = chunk.get("usage")
         if usage:
             record.num_prompt_tokens = usage["prompt_tokens"]
             record.num_output_tokens = usage["completion_tokens"]
+
+
+def _says_something(choice: dict[str, Any]) -> bool:
+    """A chat begins with a chunk that only names the role."""
+    delta = choice.get("delta")
+    return delta is None or "role" not in delta or bool(delta.get("content"))

@@ -16,7 +16,7 @@ from quire.core.serving.cli.console import err, out, table
 if TYPE_CHECKING:
     from quire.core.engine.facts import EngineFacts
 
-PERCENTILES = (50, 90, 99)
+PERCENTILES = (50, 90, 95, 99)
 _PACKAGES = ("quire", "torch", "triton", "transformers", "numpy")
 
 
