@@ -140,7 +140,8 @@ class JaxWorker(Worker):
 
     def execute(self, batch: StepBatch) -> StepResult:
         """Runs one step and waits for it. If it fails, no request has changed."""
-        self.health()
+        if self._lost is not None:
+            raise self._lost
         staged = self._book.stage(batch)
         try:
             with jax_errors("activations"):
@@ -345,12 +346,15 @@ class JaxWorker(Worker):
 
     def _check_pool(self, error: DeviceOutOfMemory) -> None:
         """After a refused allocation: the worker lives on if the cache does."""
-        if self._pool is None or any(part.is_deleted() for part in self._pool):
+        try:
+            # Raises for what was donated to a step that never ran, and for what a failed one left.
+            jax.block_until_ready(self._cache())
+        except RuntimeError as gone:
             self._lost = DeviceLost(
                 f"the step that ran out of memory took the cache with it ({error}); "
                 "restart the worker"
             )
-            raise self._lost from error
+            raise self._lost from gone
 
 
 def _bases(decoder: Decoder, num_blocks: Sequence[int]) -> list[int]:

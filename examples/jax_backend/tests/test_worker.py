@@ -103,6 +103,21 @@ def test_step_that_runs_out_of_memory_has_not_happened(worker, monkeypatch, wher
     assert worker.execute(twice).sampled_token_ids == [[second]]
 
 
+def test_step_that_loses_the_cache_loses_the_device(worker, monkeypatch):
+    """A donated cache that went with a failed step holds nobody's context any more."""
+
+    def take_along(*arguments: object) -> None:
+        for part in worker._pool:
+            part.delete()
+        refuse()
+
+    monkeypatch.setattr(quire_jax.worker, "run_sampling", take_along)
+    with pytest.raises(DeviceLost, match="took the cache with it"):
+        worker.execute(make_batch(1, {"a": PROMPT}))
+    with pytest.raises(DeviceLost):
+        worker.health()
+
+
 def test_device_that_fails_is_lost_from_then_on(worker, monkeypatch):
     """A broken runtime is not asked again; the engine restarts the worker."""
     monkeypatch.setattr(quire_jax.worker, "forward", fail)
