@@ -16,7 +16,7 @@ class Arrivals:
     """How requests arrive."""
 
     process: str = "poisson"
-    """`poisson`; `gamma`, in bursts below a shape of 1; `constant`; `closed`: when one has ended."""
+    """`poisson`; `gamma`, in bursts below a shape of 1; `constant`; `closed`: as others end."""
     rate: float | None = None
     """Requests a second; None: as fast as the limit of requests in flight lets them."""
     burstiness: float = 1.0
