@@ -13,7 +13,8 @@ from quire.core.serving.protocol.chat import ChatRequest
 from quire.core.serving.protocol.completions import CompletionRequest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-NAMES = set(re.findall(r"[A-Za-z_0-9:/{}.-]+", PAGE))
+ENDPOINTS = (Path(__file__).parents[2] / "docs" / "endpoints.md").read_text()
+NAMES = set(re.findall(r"[A-Za-z_0-9:/{}.-]+", PAGE + ENDPOINTS))
 
 
 @pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
