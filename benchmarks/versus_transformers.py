@@ -61,6 +61,9 @@ def main(
     shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "qwen2-0.5b",
     rounds: Annotated[int, typer.Option(help="interleaved rounds")] = 3,
     threads: Annotated[int, typer.Option(help="threads of torch, for both; 0: its own choice")] = 0,
+    quantization: Annotated[
+        str, typer.Option(help="int8 or int4: Quire quantizes at load, transformers does not")
+    ] = "",
     only: Annotated[str, typer.Option(help="run loads whose name contains this")] = "",
     folder: Annotated[Path | None, typer.Option(help="where the model is kept")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
@@ -74,15 +77,19 @@ def main(
     directory = make_model(shape, home, dtype=dtype)
     loads = [load for load in LOADS if only in load.name]
     record = Record(
-        name=f"versus_transformers_{shape}_{dtype}",
+        name=f"versus_transformers_{shape}_{quantization or dtype}",
         settings={
             "shape": shape,
             "dtype": dtype,
+            "quantization": quantization or None,
             "rounds": rounds,
             "threads": torch.get_num_threads(),
         },
     )
-    llm, peer = _start_quire(directory, dtype), _start_transformers(directory, dtype)
+    llm, peer = (
+        _start_quire(directory, dtype, quantization or None),
+        _start_transformers(directory, dtype),
+    )
     vocab_size = SHAPES[shape]["vocab_size"]
     warm_up = [Work(list(range(20, 40)), 4)]
     _run_quire(llm, warm_up)
@@ -125,12 +132,13 @@ def _rate(load: Load, works: list[Work], seconds: float) -> float:
     return count / seconds
 
 
-def _start_quire(directory: Path, dtype: str) -> LLM:
+def _start_quire(directory: Path, dtype: str, quantization: str | None) -> LLM:
     from quire import LLM
 
     return LLM(
         model=str(directory),
         dtype=dtype,
+        quantization=quantization,
         max_model_len=4096,
         max_num_seqs=32,
         max_num_batched_tokens=2048,
