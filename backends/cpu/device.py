@@ -12,6 +12,7 @@ from quire.backends.cpu.attention import CpuAttention
 from quire.backends.cpu.host import count_cores, read_cpu, read_memory
 from quire.backends.cpu.ops import CpuOps
 from quire.backends.reference import ReferenceAttention, TorchDevice
+from quire.backends.reference.cache_codec import NARROW
 from quire.core.interface import (
     AttentionSpec,
     Capabilities,
@@ -90,7 +91,7 @@ def _capabilities() -> Capabilities:
     dtypes = (half, wide, "float16") if read_cpu().has_bfloat16 else (wide, half, "float16")
     return Capabilities(
         dtypes=dtypes,
-        cache_dtypes=dtypes,
+        cache_dtypes=(*dtypes, *NARROW),
         block_sizes=_BLOCK_SIZES,
         attention_kinds=frozenset({"causal", "sliding_window", "chunked", "mla"}),
         features=frozenset({"moe", "recurrent"}),

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import prod
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from quire.backends.reference.attention_plan import QueryGroup, ReferencePlan, make_plan
+from quire.backends.reference.cache_codec import NARROW, CacheCodec, as_bits
 from quire.core.interface import (
     AttentionBackend,
     AttentionBatch,
     AttentionPlan,
     AttentionSpec,
     CacheLayout,
-    CacheTensor,
     DeviceOutOfMemory,
     LayerCache,
     Reason,
@@ -36,7 +37,7 @@ class ReferenceAttention(AttentionBackend):
     def __init__(self, spec: AttentionSpec, torch_device: str = "cpu") -> None:
         self.spec = spec
         self._torch_device = torch_device
-        self._cache_dtype = getattr(torch, spec.cache_dtype)
+        self._codec = CacheCodec(spec.cache_dtype)
         self._compute_dtype = torch.float64 if spec.dtype == "float64" else torch.float32
 
     def provider(self) -> str:
@@ -62,7 +63,7 @@ class ReferenceAttention(AttentionBackend):
             )
         reasons += [
             _reason("dtype", name, "torch's floating dtypes", "choose another dtype")
-            for name in {spec.dtype, spec.cache_dtype}
+            for name in {spec.dtype, spec.cache_dtype} - set(NARROW)
             if not _is_float(name)
         ]
         return reasons
@@ -72,21 +73,16 @@ class ReferenceAttention(AttentionBackend):
     def cache_layout(self) -> CacheLayout:
         spec = self.spec
         k = (spec.block_size, spec.num_kv_heads, spec.head_size)
-        if spec.kind == "mla":
-            return CacheLayout(
-                tensors=(CacheTensor(name="k", block_shape=k, dtype=spec.cache_dtype),),
-                bytes_per_block=spec.block_size * spec.head_size * self._cache_dtype.itemsize,
-                description=f"latent [blocks, {', '.join(map(str, k))}] {spec.cache_dtype}",
-            )
-        v = (spec.block_size, spec.num_kv_heads, spec.v_head_size)
-        num_elements = spec.block_size * spec.num_kv_heads * (spec.head_size + spec.v_head_size)
+        parts = [("k", k)]
+        if spec.kind != "mla":
+            parts.append(("v", (spec.block_size, spec.num_kv_heads, spec.v_head_size)))
+        tensors = tuple(tensor for part in parts for tensor in self._codec.layout(*part))
+        sizes = (prod(t.block_shape) * getattr(torch, t.dtype).itemsize for t in tensors)
+        names = ", ".join(tensor.name for tensor in tensors)
         return CacheLayout(
-            tensors=(
-                CacheTensor(name="k", block_shape=k, dtype=spec.cache_dtype),
-                CacheTensor(name="v", block_shape=v, dtype=spec.cache_dtype),
-            ),
-            bytes_per_block=num_elements * self._cache_dtype.itemsize,
-            description=f"k, v [blocks, {', '.join(map(str, k))}] {spec.cache_dtype}",
+            tensors=tensors,
+            bytes_per_block=sum(sizes),
+            description=f"{names} [blocks, {', '.join(map(str, k))}] {spec.cache_dtype}",
         )
 
     def allocate(self, num_blocks: int) -> LayerCache:
@@ -95,7 +91,7 @@ class ReferenceAttention(AttentionBackend):
             tensors = {
                 tensor.name: torch.empty(
                     (num_blocks, *tensor.block_shape),
-                    dtype=self._cache_dtype,
+                    dtype=getattr(torch, tensor.dtype),
                     device=self._torch_device,
                 )
                 for tensor in layout.tensors
@@ -113,20 +109,32 @@ class ReferenceAttention(AttentionBackend):
 
     def copy_blocks(self, cache: LayerCache, source: Sequence[int], target: Sequence[int]) -> None:
         from_ids, to_ids = self._index(source), self._index(target)
-        for tensor in cache.tensors.values():
+        for tensor in map(as_bits, cache.tensors.values()):
             tensor.index_copy_(0, to_ids, tensor.index_select(0, from_ids))
 
     def export_blocks(self, cache: LayerCache, block_ids: Sequence[int]) -> Tensor:
-        index = self._index(block_ids)
-        parts = [tensor.index_select(0, index).float() for tensor in cache.tensors.values()]
+        spec = self.spec
+        shape = (len(block_ids), spec.block_size, spec.num_kv_heads, -1)
+        rows = self._rows(block_ids, spec.block_size * spec.num_kv_heads)
+        parts = [
+            self._codec.read(cache.tensors, name, rows, torch.float32).view(shape)
+            for name in ("k", "v")
+            if name in cache.tensors
+        ]
         return torch.cat(parts, dim=-1).cpu()
 
     def import_blocks(self, cache: LayerCache, block_ids: Sequence[int], blocks: Tensor) -> None:
-        index = self._index(block_ids)
-        tensors = list(cache.tensors.values())
-        parts = torch.split(blocks, [tensor.shape[-1] for tensor in tensors], dim=-1)
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.index_copy_(0, index, part.to(device=tensor.device, dtype=tensor.dtype))
+        names = [name for name in ("k", "v") if name in cache.tensors]
+        slots = self._rows(block_ids, self.spec.block_size)
+        parts = torch.split(blocks, [cache.tensors[name].shape[-1] for name in names], dim=-1)
+        for name, part in zip(names, parts, strict=True):
+            new = part.to(self._torch_device).flatten(0, 1)
+            self._codec.write(cache.tensors, name, slots, new)
+
+    def _rows(self, block_ids: Sequence[int], per_block: int) -> Tensor:
+        """The rows of whole blocks, where a block has so many: int64 [n * per_block]."""
+        offsets = torch.arange(per_block, device=self._torch_device)
+        return (self._index(block_ids).unsqueeze(-1) * per_block + offsets).flatten()
 
     def _index(self, block_ids: Sequence[int]) -> Tensor:
         return torch.tensor(list(block_ids), dtype=torch.int64, device=self._torch_device)
@@ -149,16 +157,13 @@ class ReferenceAttention(AttentionBackend):
         alibi_slopes: Tensor | None = None,
     ) -> Tensor:
         assert isinstance(plan, ReferencePlan), plan
-        self._write(cache.tensors["k"], k, plan.slot_mapping)
-        if "v" in cache.tensors:
-            self._write(cache.tensors["v"], v, plan.slot_mapping)
+        for name, new in (("k", k), ("v", v)):
+            if name in cache.tensors:
+                self._codec.write(cache.tensors, name, plan.slot_mapping, new)
         for group in plan.groups:
             self._attend(q, cache, group, out, sinks, alibi_slopes)
         out[plan.num_tokens :] = 0
         return out
-
-    def _write(self, tensor: Tensor, new: Tensor, slot_mapping: Tensor) -> None:
-        tensor.flatten(0, 1).index_copy_(0, slot_mapping, new.to(tensor.dtype))
 
     def _attend(
         self,
@@ -176,11 +181,9 @@ class ReferenceAttention(AttentionBackend):
         # [n, Hk, G, Q, D] and [n, Hk, S, D]
         queries = q[group.rows].view(*heads, spec.head_size).permute(0, 2, 3, 1, 4)
         queries = queries.to(self._compute_dtype)
-        keys = self._gather(cache.tensors["k"], group)
+        keys = self._gather(cache, "k", group)
         has_values = "v" in cache.tensors
-        values = (
-            self._gather(cache.tensors["v"], group) if has_values else keys[..., : spec.v_head_size]
-        )
+        values = self._gather(cache, "v", group) if has_values else keys[..., : spec.v_head_size]
         is_plain = spec.soft_cap is None and sinks is None and alibi_slopes is None
         if is_plain and num_queries > 1:
             result = self._fused(queries, keys, values, group)
@@ -193,11 +196,10 @@ class ReferenceAttention(AttentionBackend):
         result = result.permute(0, 3, 1, 2, 4).reshape(n * num_queries, spec.num_heads, -1)
         out[group.rows] = result.to(out.dtype)
 
-    def _gather(self, tensor: Tensor, group: QueryGroup) -> Tensor:
+    def _gather(self, cache: LayerCache, name: str, group: QueryGroup) -> Tensor:
         """The context of a group from one cache tensor, in float32: [n, Hk, S, D]."""
-        rows = tensor.view(-1, tensor.shape[-1]).index_select(0, group.gather)
-        wide = rows.to(self._compute_dtype)
-        return wide.view(group.num_requests, self.spec.num_kv_heads, -1, tensor.shape[-1])
+        wide = self._codec.read(cache.tensors, name, group.gather, self._compute_dtype)
+        return wide.view(group.num_requests, self.spec.num_kv_heads, -1, wide.shape[-1])
 
     def _fused(self, queries: Tensor, keys: Tensor, values: Tensor, group: QueryGroup) -> Tensor:
         """The fused kernel for one request; a key head is a batch entry, so no key is repeated."""

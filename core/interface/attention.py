@@ -40,7 +40,11 @@ class AttentionSpec:
     dtype: str
     """Of q, k, v and out."""
     cache_dtype: str
-    """In which keys and values are stored."""
+    """In which keys and values are stored: a plain dtype; `float8_e4m3fn` or `float8_e5m2`, which
+    saturate; or `int8`, with one float32 scale for each token and head, the largest magnitude
+    over 127, by which it divides in float32 before it rounds. Attention sees what is stored,
+    this step's tokens included.
+    """
     block_size: int
     """Tokens in a block."""
     kind: str = "causal"

@@ -14,7 +14,10 @@ from quire.core.models.weight_layout import lay_out
 
 __all__ = ["AttentionGroup", "ModelDescription", "describe_model", "size_of_dtype"]
 
-_DTYPE_SIZES = {"float64": 8, "int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+_DTYPE_SIZES = {
+    "float64": 8, "int64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -356,7 +356,7 @@ def test_cache_layout_bytes_are_those_allocated():
 
 def test_reasons_against_names_everything_at_once():
     """Whoever asks for too much learns all of it."""
-    spec = replace(SPEC, kind="mla", num_heads=5, cache_dtype="int3")
+    spec = replace(SPEC, kind="cross", num_heads=5, cache_dtype="int3")
     codes = {reason.code for reason in ReferenceAttention.reasons_against(spec)}
     assert codes == {"attention.kind", "attention.heads", "attention.dtype"}
     assert ReferenceAttention.reasons_against(SPEC) == []

@@ -8,11 +8,13 @@ import torch
 from saboteurs import Saboteur, make_device
 
 from quire.backends.reference import ReferenceAttention, ReferenceOps
+from quire.backends.reference.cache_codec import CacheCodec
 
 CLAIMS = {
     "features": frozenset({"moe", "recurrent"}),
     "quantizations": frozenset({"int8", "int4"}),
     "attention_kinds": frozenset({"causal", "sliding_window", "chunked", "mla"}),
+    "cache_dtypes": ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8"),
 }
 
 
@@ -124,6 +126,28 @@ class ForgetsZeros(ReferenceOps):
         return super().pack_quantized_linear(replace(weight, zeros=None), bias, dtype)
 
 
+class WrapsAround(CacheCodec):
+    def write(self, tensors, name, slots, new):
+        limit = torch.finfo(self._dtype).max
+        super().write(tensors, name, slots, torch.where(new.abs() > limit, -new / 8, new))
+
+
+class OneScaleForAllHeads(CacheCodec):
+    def write(self, tensors, name, slots, new):
+        super().write(tensors, name, slots, new)
+        scales = tensors[f"{name}_scale"].flatten(0, 1)
+        scales[slots] = scales[slots].amax(-1, keepdim=True).expand(-1, scales.shape[-1])
+
+
+def _with_codec(codec: type[CacheCodec]) -> type[ReferenceAttention]:
+    class Attention(ReferenceAttention):
+        def __init__(self, spec, torch_device="cpu"):
+            super().__init__(spec, torch_device)
+            self._codec = codec(spec.cache_dtype)
+
+    return Attention
+
+
 _EXT = "test_extensions.py::test_"
 
 
@@ -178,6 +202,18 @@ EXTENSION_SABOTEURS: tuple[Saboteur, ...] = (
         device=lambda: make_device(attention=ScalesByTheLatent, **CLAIMS),
         test=f"{_EXT}mla_mixed_batch[r32-p16-float32]",
         words="all of it is multiplied by the query",
+    ),
+    Saboteur(
+        name="WrapsAround",
+        device=lambda: make_device(attention=_with_codec(WrapsAround), **CLAIMS),
+        test=f"{_EXT}fp8_cache_saturates[e4m3-float32]",
+        words="saturate",
+    ),
+    Saboteur(
+        name="OneScaleForAllHeads",
+        device=lambda: make_device(attention=_with_codec(OneScaleForAllHeads), **CLAIMS),
+        test=f"{_EXT}int8_cache_mixed_batch[float32]",
+        words="the token's own scale",
     ),
 )
 """Each is caught by its test, with its words."""
