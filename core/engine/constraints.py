@@ -7,6 +7,7 @@ tokens, not steps.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -50,6 +51,14 @@ class Constraints:
     def num_parked(self) -> int:
         """Requests whose grammar is not ready."""
         return len(self._parked)
+
+    def prepare(self) -> None:
+        """Makes ready what the first grammar would wait for, as far as it can be had.
+
+        Whoever asks for a grammar is told why, if it cannot.
+        """
+        with contextlib.suppress(QuireError):
+            self._compiler.prepare()
 
     def park(self, spec: RequestSpec, constraint: ConstraintSpec) -> None:
         """Lets a request wait for its grammar. Raises: RequestError for an id that waits here."""

@@ -119,6 +119,10 @@ class EngineCore:
             return
         self._num_prompt_tokens += len(spec.prompt_token_ids)
 
+    def prepare_grammars(self) -> None:
+        """Makes ready what the first request with a grammar would make others wait for."""
+        self._constraints.prepare()
+
     def abort(self, request_ids: Iterable[str]) -> list[RequestUpdate]:
         """Ends requests at once, also in the middle of a step. Unknown ids are ignored."""
         ids = list(request_ids)

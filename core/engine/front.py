@@ -9,12 +9,12 @@ from typing import Any
 from quire.core.config import EngineConfig
 from quire.core.engine.facts import EngineFacts
 from quire.core.engine.generation_defaults import read_generation_defaults
-from quire.core.engine.grammars import constraint_of, front_compiler
+from quire.core.engine.grammars import constraint_of, front_checker
 from quire.core.engine.input_processor import InputProcessor, ModelLimits
 from quire.core.engine.output_processor import OutputProcessor
 from quire.core.engine.tokenizer import TextCodec, load_codec
 from quire.core.sampling_params import SamplingParams
-from quire.core.structured.compiler import GrammarCompiler
+from quire.core.structured.compiler import GrammarChecker
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Front:
     codec: TextCodec | None
     inputs: InputProcessor
     outputs: OutputProcessor
-    grammars: GrammarCompiler
+    grammars: GrammarChecker
 
     def check_grammar(self, params: SamplingParams) -> None:
         """Compiles the grammar that is asked for, if one is; in the caller's time.
@@ -64,5 +64,5 @@ def make_front(
         codec=codec,
         inputs=inputs,
         outputs=OutputProcessor(),
-        grammars=front_compiler(codec, facts.model, facts.vocab_size),
+        grammars=front_checker(codec, facts.model, facts.vocab_size),
     )

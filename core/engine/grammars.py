@@ -10,7 +10,7 @@ from typing import Any
 from quire.core.engine.tokenizer import TextCodec, load_codec, no_tokenizer
 from quire.core.errors import CheckpointError, RequestError
 from quire.core.sampling_params import SamplingParams, StructuredOutputsParams
-from quire.core.structured.compiler import GrammarCompiler
+from quire.core.structured.compiler import GrammarChecker, GrammarCompiler
 from quire.core.structured.spec import ConstraintSpec, GrammarKind, GrammarSpec
 
 _KINDS: dict[str, GrammarKind] = {
@@ -41,15 +41,16 @@ def constraint_of(params: SamplingParams) -> ConstraintSpec | None:
     return ConstraintSpec(grammar=grammar, starts_after=asked.starts_after)
 
 
-def front_compiler(codec: TextCodec | None, model: str, vocab_size: int) -> GrammarCompiler:
-    """The compiler with which the front finds out whether a grammar is one."""
+def front_checker(codec: TextCodec | None, model: str, vocab_size: int) -> GrammarChecker:
+    """With what the front finds out whether a grammar is one."""
 
     def read() -> str:
         if codec is None:
             raise no_tokenizer(model)
-        return tokenizer_json(codec)
+        _require_fast(codec)
+        return ""
 
-    return GrammarCompiler(read, vocab_size=vocab_size)
+    return GrammarChecker(read, vocab_size=vocab_size)
 
 
 def core_compiler(directory: str, tokenizer: str | None, vocab_size: int) -> GrammarCompiler:
@@ -72,13 +73,17 @@ def tokenizer_json(codec: TextCodec) -> str:
 
     Raises: CheckpointError for one that has no such form.
     """
+    return str(_require_fast(codec).to_str())
+
+
+def _require_fast(codec: TextCodec) -> Any:
     backend = getattr(codec.tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise CheckpointError(
             "structured output needs a fast tokenizer (tokenizer.json), and this model has none; "
             "convert it, or name another with tokenizer=..."
         )
-    return str(backend.to_str())
+    return backend
 
 
 def _text_of(value: Any, form: str) -> str:

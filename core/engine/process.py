@@ -73,6 +73,7 @@ def _serve(
     core: EngineCore | None = None
     try:
         core = build_core(config)
+        core.prepare_grammars()
         mailbox.send(Ready(core.config, core.facts))
         CoreLoop(core, mailbox, deadline).run()
         return True

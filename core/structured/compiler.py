@@ -52,8 +52,8 @@ class CompiledGrammar:
 class GrammarCompiler:
     """Compiles in a few threads and remembers. May be used from several threads.
 
-    The tokenizer's table is made with the first grammar, in the thread that compiles it: an engine
-    that nobody asks for structured output pays nothing.
+    The tokenizer's table is made by `prepare`, or else with the first grammar: the library holds
+    the interpreter meanwhile, so a process that serves others does it before they come.
     """
 
     def __init__(
@@ -102,6 +102,14 @@ class GrammarCompiler:
             param=param_of(spec),
         )
 
+    def prepare(self) -> None:
+        """Makes the tokenizer's table now.
+
+        Raises: ConfigError without the library; RequestError, CheckpointError for a tokenizer of
+        which no table can be made.
+        """
+        self._table(_library())
+
     def close(self) -> None:
         """Ends the threads once they are done with what they have."""
         with self._lock:
@@ -120,21 +128,11 @@ class GrammarCompiler:
         tokenizer = self._table(llguidance)
         text = to_compiler_text(spec)
         limits = self._native_limits(llguidance)
-        is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
-            text, tokenizer, limits=limits
-        )
-        if not is_error:
-            matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
-            is_error, messages = matcher.is_error(), [matcher.get_error()]
-        if is_error:
-            raise RequestError(
-                f"the grammar cannot be compiled: {_first_lines(messages)}", param=param_of(spec)
-            )
-        if matcher.is_stopped() or not _allows_any(matcher.deep_copy(), tokenizer):
-            raise RequestError(
-                "the grammar allows no text but the empty one; give one that some text fits",
-                param=param_of(spec),
-            )
+        raise_if_invalid(llguidance, text, tokenizer, limits, spec)
+        matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise _not_compiled([matcher.get_error()], spec)
+        raise_if_empty(matcher, tokenizer, spec)
         return CompiledGrammar(matcher, tokenizer)
 
     def _table(self, llguidance: Any) -> Any:
@@ -163,6 +161,55 @@ class GrammarCompiler:
             max_grammar_size=limits.max_grammar_size,
             verbose_errors=False,
         )
+
+
+class GrammarChecker(GrammarCompiler):
+    """Finds out whether grammars compile, without the table of the model's own tokenizer.
+
+    A table of single bytes does, and costs nothing. Special tokens that a grammar names are left
+    to the engine core.
+    """
+
+    def _compile(self, spec: GrammarSpec) -> CompiledGrammar:
+        llguidance = _library()
+        self._read_tokenizer()
+        text = to_compiler_text(spec)
+        limits = self._native_limits(llguidance)
+        raise_if_invalid(llguidance, text, None, limits, spec)
+        tokenizer = self._table(llguidance)
+        matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
+        if not matcher.is_error():
+            raise_if_empty(matcher, tokenizer, spec)
+        return CompiledGrammar(matcher, tokenizer)
+
+    def _make_table(self, llguidance: Any) -> Any:
+        return llguidance.LLTokenizer("byte")
+
+
+def raise_if_invalid(
+    llguidance: Any, text: str, tokenizer: Any, limits: Any, spec: GrammarSpec
+) -> None:
+    """Raises: RequestError with the library's reason for a grammar that is none."""
+    is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
+        text, tokenizer, limits=limits
+    )
+    if is_error:
+        raise _not_compiled(messages, spec)
+
+
+def raise_if_empty(matcher: Any, tokenizer: Any, spec: GrammarSpec) -> None:
+    """Raises: RequestError for a grammar by which nothing can be said."""
+    if matcher.is_stopped() or not _allows_any(matcher.deep_copy(), tokenizer):
+        raise RequestError(
+            "the grammar allows no text but the empty one; give one that some text fits",
+            param=param_of(spec),
+        )
+
+
+def _not_compiled(messages: list[str], spec: GrammarSpec) -> RequestError:
+    return RequestError(
+        f"the grammar cannot be compiled: {_first_lines(messages)}", param=param_of(spec)
+    )
 
 
 def _library() -> Any:
