@@ -32,7 +32,7 @@ def overload(
     rounds: Annotated[int, typer.Option()] = 3,
     out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
 ) -> None:
-    """Good answers a second at capacity, and with many times as many clients; refused ones retry."""
+    """Good answers a second at capacity, and at many times that; who is refused comes back."""
     queue = str(running)
     options = (*OPTIONS, "--max-num-seqs", str(running), "--max-num-queued", queue)
     rates: dict[int, list[float]] = {1: [], factor: []}

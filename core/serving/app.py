@@ -75,8 +75,11 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
             allow_headers=["*"],
         )
     install_tracing(app, settings.otlp_traces_endpoint)
-    if settings.log_requests or settings.log_prompts:
-        app.add_middleware(RequestLogMiddleware, logs_prompts=settings.log_prompts)
+    app.add_middleware(
+        RequestLogMiddleware,
+        logs_requests=settings.log_requests or settings.log_prompts,
+        logs_prompts=settings.log_prompts,
+    )
     app.add_middleware(RequestIdMiddleware, root_path=settings.root_path.rstrip("/"))
 
 

@@ -275,6 +275,16 @@ async def test_log_tells_prompts_only_where_asked(lines):
     assert "these words" in line["body"]
 
 
+async def test_errors_in_the_log_carry_the_requests_id(caplog):
+    """Whoever looks for a request finds what it caused, also where requests are not logged."""
+    caplog.handler.addFilter(wanted := RequestIdFilter())
+    async with connected(FakeEngine(fail_at=2)) as client:
+        await client.post(COMPLETIONS, json=BODY, headers={"x-request-id": "lost"})
+    caplog.handler.removeFilter(wanted)
+    [line] = [r for r in caplog.records if "a request failed" in r.getMessage()]
+    assert json.loads(JsonFormatter().format(line))["request_id"] == "lost"
+
+
 async def test_log_tells_clients_that_left(lines):
     """A client that goes away leaves a line with what it had by then."""
     engine = FakeEngine(hold=asyncio.Event())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,8 +26,9 @@ _EXTRA = "fields"
 class RequestLogMiddleware:
     """Tells who asked what, with which end. A prompt is told only if the operator wants it."""
 
-    def __init__(self, app: ASGIApp, *, logs_prompts: bool) -> None:
+    def __init__(self, app: ASGIApp, *, logs_requests: bool, logs_prompts: bool) -> None:
         self._app = app
+        self._logs_requests = logs_requests
         self._logs_prompts = logs_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,6 +39,9 @@ class RequestLogMiddleware:
             return
         level = logging.DEBUG if path_of(scope) in _QUIET else logging.INFO
         token = _request_id.set(record.request_id)
+        if not self._logs_requests:
+            await self._pass_on(token, scope, receive, send)
+            return
         body = bytearray()
 
         async def receive_noted() -> Message:
@@ -51,6 +55,14 @@ class RequestLogMiddleware:
         finally:
             if access_logger.isEnabledFor(level):
                 self._tell(level, scope, record, bytes(body))
+            _request_id.reset(token)
+
+    async def _pass_on(
+        self, token: Token[str | None], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
             _request_id.reset(token)
 
     def _tell(self, level: int, scope: Scope, record: RequestRecord, body: bytes) -> None:
