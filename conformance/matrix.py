@@ -84,10 +84,11 @@ def _dtypes_of(report: Report) -> set[str]:
 
 
 def _cell(report: Report, op: str, dtype: str) -> str:
-    rows = [row for row in report.rows if (row.level, row.op, row.dtype) == (1, op, dtype)]
-    if not rows:
-        return ""
-    return _outcome(rows)
+    rows = [row for row in report.rows if (row.level, row.op) == (1, op)]
+    of_dtype = [row for row in rows if row.dtype == dtype]
+    has_none = all(not row.dtype for row in rows)
+    shown = rows if has_none else of_dtype
+    return _outcome(shown) if shown else ""
 
 
 def _outcome(rows: Sequence[Row]) -> str:

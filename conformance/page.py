@@ -89,9 +89,10 @@ def _levels(report: Report) -> str:
         if verdict is not None:
             kind = "good" if verdict.is_granted else "bad"
             said = verdict.text.removeprefix(f"level {level}").strip() or "granted"
-        passed = sum(row.outcome == "passed" for row in rows)
+        tried = [row for row in rows if row.outcome != "unsupported"]
+        passed = sum(row.outcome == "passed" for row in tried)
         seconds = sum(row.seconds for row in rows)
-        numbers = f"<br>{passed} of {len(rows)} passed, {seconds:.0f} s" if rows else ""
+        numbers = f"<br>{passed} of {len(tried)} passed, {seconds:.0f} s" if rows else ""
         cards.append(
             f'<div class="card {kind}"><b>{level} {name}</b><span>{escape(said)}{numbers}</span>'
             "</div>"

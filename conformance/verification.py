@@ -32,8 +32,10 @@ def _findings(report: Report) -> Iterator[str]:
     if report.suite_hash != suite_hash():
         yield (
             "another suite: the files of the suite that made it are not those installed here "
-            f"(report of quire {report.quire_version})"
+            f"(report of quire {report.quire_version}), so the rest cannot be told; verify it with "
+            "the quire that made it"
         )
+        return
     manifest = manifest_with(report.level, report.extensions_tried)
     missing = sorted(set(manifest) - {row.id for row in report.rows})
     if missing:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -29,6 +30,7 @@ from quire.core.interface.version import check_interface_version
 NAMESPACE = "quire.backends"
 _INSPECTION_S = 120
 """Longer than any driver needs to say what devices there are."""
+_NUM_INSPECTIONS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +118,8 @@ def inspect_backends_apart() -> list[BackendReport]:
     A plug-in that ends or crashes its process, or hangs, is a row like any other. `backend` is None
     in every report.
     """
-    return [_inspect_apart(entry) for entry in list_backends()]
+    with ThreadPoolExecutor(max_workers=_NUM_INSPECTIONS) as pool:
+        return list(pool.map(_inspect_apart, list_backends()))
 
 
 def choose_device(asked: str = "auto") -> ChosenDevice:
