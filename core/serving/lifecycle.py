@@ -36,6 +36,8 @@ class Announcement:
 
     url: str
     engine: AsyncEngine
+    said: tuple[str, ...] = ()
+    """What the server chose by itself, one sentence each."""
 
 
 def run_server(
@@ -98,8 +100,9 @@ async def _live(
         if engine is None:
             return 0
         try:
-            ready = Announcement(url_of(settings, listener), engine)
             app = make_app(engine, settings)
+            said = app.state.server.formats.said
+            ready = Announcement(url_of(settings, listener), engine, said)
         except BaseException:
             await engine.shutdown()
             raise

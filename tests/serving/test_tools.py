@@ -11,6 +11,7 @@ from asking import connected, error_of, served_in_thread
 from fake_engine import FakeEngine
 
 from quire.core.errors import ConfigError
+from quire.core.serving.app import make_app
 from quire.core.serving.settings import ServerSettings
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
@@ -275,3 +276,13 @@ def test_openai_stream_of_a_named_call_tells_arguments_as_they_come(client, repl
     pieces = [c for chunk in chunks for ch in chunk.choices for c in ch.delta.tool_calls or ()]
     assert len(pieces) > 3
     assert "".join(piece.function.arguments or "" for piece in pieces) == replying.text
+
+
+def test_app_knows_the_formats_of_its_model(replying):
+    """What the chat template shows for sure is taken, and can be said aloud."""
+    replying.engine.tokenizer = _TokenizerWith("[TOOL_CALLS]")
+    formats = make_app(replying.engine, ServerSettings()).state.server.formats
+    assert formats.tools.name == "mistral"
+    assert formats.said == ("tool_call_parser: mistral (the chat template writes [TOOL_CALLS])",)
+    silent = make_app(replying.engine, ServerSettings(tool_call_parser="none")).state.server.formats
+    assert silent.tools is None

@@ -68,5 +68,7 @@ def _announce(ready: Announcement) -> None:
     start_s = sum(ready.engine.facts.startup_s.values())
     console = err()
     console.print(describe(ready.engine, start_s), style="dim", markup=False, soft_wrap=True)
+    for sentence in ready.said:
+        console.print(sentence, style="dim", markup=False, soft_wrap=True)
     console.print(f"serving {ready.engine.facts.served_model_name} at {ready.url}/v1", markup=False)
     console.print(f"metrics at {ready.url}/metrics", style="dim", markup=False)

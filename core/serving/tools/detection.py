@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Protocol
 
 from quire.core.config import EngineConfig
 from quire.core.engine.chat import read_template
 from quire.core.serving.settings import ServerSettings
 from quire.core.serving.tools.registry import Formats, choose_formats
-
-logger = logging.getLogger(__name__)
 
 
 class TemplatedEngine(Protocol):
@@ -23,17 +20,14 @@ class TemplatedEngine(Protocol):
 def formats_of(engine: TemplatedEngine, settings: ServerSettings) -> Formats:
     """The formats that the settings name, or that the chat template speaks for sure.
 
-    Says what it found. Raises: ConfigError for an unknown name.
+    Raises: ConfigError for an unknown name.
     """
-    formats = choose_formats(
+    return choose_formats(
         settings.tool_call_parser,
         settings.reasoning_parser,
         _template(engine),
         _special_tokens(engine.tokenizer),
     )
-    for sentence in formats.said:
-        logger.info("%s", sentence)
-    return formats
 
 
 def _template(engine: TemplatedEngine) -> str:
