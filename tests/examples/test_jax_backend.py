@@ -15,7 +15,7 @@ pytest.importorskip("jaxlib")
 PACKAGE = Path(__file__).resolve().parents[2] / "examples" / "jax_backend"
 PROMPTS = [[5, 9, 7, 30], [(11 * i) % 500 for i in range(50)]]
 NUM_OUTPUT = 12
-PATIENCE = 300
+PATIENCE = 480
 """Seconds: XLA compiles, and the machine may be slow."""
 
 GENERATE = """
@@ -120,10 +120,11 @@ def test_jax_runs_every_family_that_it_names(jax_environment, tmp_path, variants
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(PATIENCE + 60)
+@pytest.mark.timeout(2 * PATIENCE + 60)
 def test_jax_serves_the_demo_model_as_the_cpu_does(jax_environment, tmp_path):
     """The model that ships with Quire, on both devices, in float32."""
     ask = 'quire generate demo "def main(" --max-tokens 12 --temperature 0 --dtype float32'
+    ask += " --max-num-seqs 8 --max-num-batched-tokens 64"  # two shapes to compile, not five
     jax, cpu = (
         jax_environment.check(f"{ask} --device {device}", cwd=tmp_path, timeout=PATIENCE)
         for device in ("jax", "cpu")
