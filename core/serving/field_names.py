@@ -24,6 +24,6 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         param = failure.param or ""
         raise RequestError(failure.message, param=names.get(param, param) or None) from error
     except RequestError as error:
-        if error.param not in names:
+        if error.param is None or error.param not in names:
             raise
         raise RequestError(str(error), param=names[error.param]) from error

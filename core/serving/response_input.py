@@ -11,7 +11,7 @@ Message = dict[str, Any]
 """As `/v1/chat/completions` takes it."""
 
 _MESSAGE_FIELDS = frozenset({"type", "role", "content", "id", "status", "phase"})
-_TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
+_TEXT_PARTS = ("input_text", "output_text", "text")
 
 
 def items_of(given: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -164,7 +164,7 @@ def _chat_messages(message: AnthropicMessage) -> list[dict[str, Any]]:
             calls.append(_chat_call(block))
         elif kind == "tool_result":
             results.append(_chat_result(block))
-        elif kind not in {"thinking", "redacted_thinking"}:
+        elif kind not in ("thinking", "redacted_thinking"):
             raise RequestError(
                 f"a content block of type {str(kind)[:40]!r} is not supported; this server takes "
                 "text, tool_use, tool_result and thinking",
@@ -187,9 +187,12 @@ def _chat_result(block: dict[str, Any]) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text}
 
 
-def _text_of(content: str | Sequence[Any], param: str) -> str:
+def _text_of(content: Any, param: str) -> str:
+    """A text, or one block of text after the other. A block of another kind is refused."""
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise RequestError(f"{param} holds content that is neither text nor blocks", param=param)
     texts = []
     for block in content:
         if not isinstance(block, dict) or block.get("type") != "text":
@@ -225,24 +228,24 @@ def _chat_tool_choice(choice: dict[str, Any]) -> dict[str, Any]:
     if kind == "tool":
         named = {"type": "function", "function": {"name": choice.get("name")}}
         return {**fields, "tool_choice": named}
-    if kind not in _TOOL_CHOICES:
+    if not isinstance(kind, str) or kind not in _TOOL_CHOICES:
         raise RequestError(
             f"tool_choice has the type {str(kind)[:40]!r}; it is auto, any, tool or none",
             param="tool_choice",
         )
-    return {**fields, "tool_choice": _TOOL_CHOICES[str(kind)]}
+    return {**fields, "tool_choice": _TOOL_CHOICES[kind]}
 
 
 def _is_thinking(thinking: dict[str, Any]) -> bool:
     kind = thinking.get("type")
-    if kind not in {"enabled", "adaptive", "disabled"}:
+    if kind not in ("enabled", "adaptive", "disabled"):
         raise RequestError(f"thinking has the type {str(kind)[:40]!r}", param="thinking")
     if thinking.get("budget_tokens") is not None:
         raise RequestError(
             "thinking.budget_tokens is not supported; max_tokens bounds all of the answer",
             param="thinking",
         )
-    return kind != "disabled"
+    return bool(kind != "disabled")
 
 
 def _chat_output(name: str, value: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -221,10 +221,7 @@ def prompts_of(given: Input) -> list[Prompt]:
         return [given]
     if not given:
         raise RequestError("input is an empty list; give texts or token ids", param="input")
-    if _is_ids(given):
-        return [list(given)]
-    return [text if isinstance(text, str) else list(text) for text in given]  # type: ignore[arg-type]
-
-
-def _is_ids(given: Sequence[object]) -> bool:
-    return isinstance(given[0], int)
+    ids = [token_id for token_id in given if isinstance(token_id, int)]
+    if ids:
+        return [ids]
+    return [prompt for prompt in given if not isinstance(prompt, int)]
