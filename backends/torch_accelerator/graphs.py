@@ -85,7 +85,6 @@ class ReplayedCalls(GraphCapture):
     """
 
     def capture(self, key: str, step: Callable[[], None]) -> CapturedStep:
-        step()
         return _Call(step)
 
 
