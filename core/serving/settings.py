@@ -41,6 +41,8 @@ class ServerSettings:
     """How the model writes tool calls; `auto`: as its chat template says, where that is sure."""
     reasoning_parser: str = "auto"
     """How the model writes its thoughts; `none`: they stay in the text."""
+    keep_alive_s: float = 15.0
+    """A stream on which nothing happened for so long gets a comment, so that proxies keep it."""
     request_timeout_s: float | None = None
     """How long a request may take from its first byte to its last; None: as long as it takes."""
     on_engine_death: str = "restart"
@@ -72,6 +74,8 @@ class ServerSettings:
             problems.append(
                 f"shutdown_timeout_s is {self.shutdown_timeout_s}; it must not be negative"
             )
+        if not self.keep_alive_s > 0:
+            problems.append(f"keep_alive_s is {self.keep_alive_s}; it must be above 0")
         if self.request_timeout_s is not None and not self.request_timeout_s > 0:
             problems.append(f"request_timeout_s is {self.request_timeout_s}; it must be above 0")
         if self.on_engine_death not in ENGINE_DEATH_POLICIES:

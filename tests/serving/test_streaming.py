@@ -8,15 +8,18 @@ import random
 from contextlib import asynccontextmanager
 
 import pytest
-from asking import connected
+from asking import LeavingClient, connected
 from fake_engine import REPLY, FakeEngine
 
 from quire.core.config import EngineConfig
 from quire.core.engine.async_engine import AsyncEngine
 from quire.core.serving.app import make_app
 from quire.core.serving.lifecycle import bind
+from quire.core.serving.message_answers import PING
 from quire.core.serving.settings import ServerSettings
 from quire.core.serving.sse import KEEP_ALIVE, EventStream, StreamStyle
+
+MESSAGES = [{"role": "user", "content": "a"}]
 
 
 class SlowWire:
@@ -90,6 +93,32 @@ async def test_silent_stream_is_kept_alive_and_a_slow_client_is_not_flooded():
     await task
     kept = [body for body in wire.taken if body != KEEP_ALIVE]
     assert kept == [b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "sign"),
+    [
+        ("/v1/completions", {"prompt": "a"}, KEEP_ALIVE),
+        ("/v1/chat/completions", {"messages": MESSAGES}, KEEP_ALIVE),
+        ("/v1/responses", {"input": "a"}, KEEP_ALIVE),
+        ("/generate_stream", {"inputs": "a"}, KEEP_ALIVE),
+        ("/v1/messages", {"model": "fake", "max_tokens": 5, "messages": MESSAGES}, PING),
+    ],
+)
+async def test_every_stream_is_kept_alive(path, fields, sign):
+    """While the engine says nothing, each API sends its sign of life, at the interval that was set."""
+    engine = FakeEngine(hold=asyncio.Event(), hold_after=0)
+    async with connected(engine, keep_alive_s=0.001) as client:
+        streams = {} if path == "/generate_stream" else {"stream": True}
+        leaving = LeavingClient(client.app, path, {**fields, **streams})
+        task = asyncio.create_task(leaving.run())
+        async with asyncio.timeout(30):
+            while not any(message.get("body") == sign for message in leaving.sent[4:]):
+                leaving.has_events.clear()
+                await leaving.has_events.wait()
+        leaving.leaves.set()
+        await task
+    assert engine.num_unfinished == 0
 
 
 async def test_keep_alive_is_what_the_style_says():

@@ -72,7 +72,7 @@ async def _transcribe(
     if body.stream:
         segments = server.engine.transcribe(clip, params, request_id)
         events = transcript_answers.events(segments, clip.duration_s)
-        return EventStream(events, owner=nullcontext())
+        return EventStream(events, owner=nullcontext(), keep_alive_s=server.settings.keep_alive_s)
     work = _collect(server, clip, params, request_id)
     segments_found = await run_while_connected(request.receive, work)
     return _answer(body, params, segments_found, clip.duration_s)

@@ -39,7 +39,9 @@ async def create_chat_completion(request: Request, server: Server) -> Response:
     server.check_model(body.model)
     run = await begin_chat(body, server, make_names(request, "chatcmpl", body.request_id))
     if body.is_streaming:
-        return EventStream(run.writer.chunks(run.generation), owner=run.generation)
+        chunks = run.writer.chunks(run.generation)
+        wait_s = server.settings.keep_alive_s
+        return EventStream(chunks, owner=run.generation, keep_alive_s=wait_s)
     async with run.generation:
         answer = await run_while_connected(request.receive, run.writer.whole(run.generation))
     return Response(answer.to_json(), media_type="application/json")

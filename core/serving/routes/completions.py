@@ -41,7 +41,8 @@ async def create_completion(request: Request, server: Server) -> Response:
     head = AnswerHead(id=names.answer_id, model=server.model_name)
     writer = CompletionWriter(request=body, head=head, engine=server.engine)
     if body.is_streaming:
-        return EventStream(writer.chunks(generation), owner=generation)
+        chunks, wait_s = writer.chunks(generation), server.settings.keep_alive_s
+        return EventStream(chunks, owner=generation, keep_alive_s=wait_s)
     async with generation:
         answer = await run_while_connected(request.receive, writer.whole(generation))
     return Response(answer.to_json(), media_type="application/json")

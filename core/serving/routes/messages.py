@@ -54,7 +54,8 @@ async def _create(request: Request, server: ServerState) -> Response:
     writer = MessageWriter(chat=run.writer, answer=new_answer(names.answer_id, server.model_name))
     if body.stream:
         stream = writer.stream(run.generation)
-        return EventStream(stream, owner=run.generation, style=MESSAGES_STYLE)
+        wait_s = server.settings.keep_alive_s
+        return EventStream(stream, owner=run.generation, style=MESSAGES_STYLE, keep_alive_s=wait_s)
     async with run.generation:
         answer = await run_while_connected(request.receive, writer.whole(run.generation))
     return Response(answer.to_json(), media_type="application/json")

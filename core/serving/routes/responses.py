@@ -42,7 +42,8 @@ async def create_response(request: Request, server: Server) -> Response:
     writer, generation = await _begin(body, server, store, owner)
     if body.stream:
         style = StreamStyle(frame=bytes, failed=writer.fail, end=b"")
-        return EventStream(writer.stream(generation), owner=generation, style=style)
+        stream, wait_s = writer.stream(generation), server.settings.keep_alive_s
+        return EventStream(stream, owner=generation, style=style, keep_alive_s=wait_s)
     if body.background:
         writer.entry.task = asyncio.create_task(writer.run(generation, server.gate))
         store.put(writer.entry)

@@ -105,7 +105,8 @@ async def _whole(body: GenerateRequest, request: Request, server: ServerState) -
 async def _streamed(body: GenerateRequest, request: Request, server: ServerState) -> Response:
     generation = await _begin(body, request, server, "delta")
     chunks = _writer(body, server).chunks(generation)
-    return EventStream(chunks, owner=generation, style=TGI_STYLE)
+    wait_s = server.settings.keep_alive_s
+    return EventStream(chunks, owner=generation, style=TGI_STYLE, keep_alive_s=wait_s)
 
 
 async def _begin(
