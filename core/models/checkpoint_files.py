@@ -1,13 +1,19 @@
-"""A checkpoint's safetensors files: found, checked as a whole, then read a tensor at a time."""
+"""A checkpoint's weight files: found, checked as a whole, then read a tensor at a time.
+
+safetensors, or else PyTorch's own format, of which tensors alone are read: no code of it runs.
+"""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,6 +22,8 @@ from quire.core.models.model_config import read_json
 from quire.core.models.weight_layout import TensorShape
 
 _INDEX = "model.safetensors.index.json"
+_TORCH_INDEX = "pytorch_model.bin.index.json"
+_OTHER_SUFFIXES = {".bin", ".pt", ".pth", ".gguf"}
 _MAX_LISTED = 40
 """Problems shown of each kind; a wrong config makes hundreds of the same."""
 
@@ -51,7 +59,10 @@ class CheckpointFiles:
         Raises: CheckpointError that lists all that is missing, unexpected or of another shape.
         """
         wanted = {tensor.name: tensor.shape for tensor in expected}
-        missing = [name for name in wanted if name not in self._stored]
+        absent = [name for name in wanted if name not in self._stored]
+        surplus = [name for name in self._stored if name not in wanted and name not in may_have]
+        missing = [_with_nearest(name, surplus) for name in absent[:_MAX_LISTED]]
+        missing += absent[_MAX_LISTED:]
         unexpected = [
             f"{stored.name} ({stored.path.name})"
             for name, stored in self._stored.items()
@@ -83,40 +94,43 @@ class CheckpointFiles:
 
 
 def find_weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, shards in order.
+    """The weight files of a checkpoint, shards in order; safetensors where there are some.
 
     Raises: CheckpointError that says what is there instead.
     """
     if (directory / _INDEX).is_file():
-        return _shards(directory)
+        return _shards(directory, _INDEX)
     single = directory / "model.safetensors"
     files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     files = [path for path in files if not path.name.startswith("consolidated")]
     if files:
         return files
-    others = sorted(
-        p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf"}
-    )
+    if (directory / _TORCH_INDEX).is_file():
+        return _shards(directory, _TORCH_INDEX)
+    files = sorted(directory.glob("pytorch_model*.bin"))
+    if files:
+        return files
+    others = sorted(p.name for p in directory.iterdir() if p.suffix in _OTHER_SUFFIXES)
     if others:
         raise CheckpointError(
-            f"{directory} has weights as {', '.join(others)}; Quire reads safetensors alone, since "
-            "pickled files can run code. Load the model with transformers and save it again with "
-            "save_pretrained, or use a repository that has *.safetensors"
+            f"{directory} has weights as {', '.join(others)}; native families read *.safetensors "
+            "and pytorch_model*.bin. Pass --model-impl transformers for GGUF, or save the model "
+            "again with save_pretrained"
         )
     raise CheckpointError(
         f"{directory} has no *.safetensors file; download the weights, or pass --load-format dummy"
     )
 
 
-def _shards(directory: Path) -> list[Path]:
-    weight_map = read_json(directory / _INDEX).get("weight_map")
+def _shards(directory: Path, index: str) -> list[Path]:
+    weight_map = read_json(directory / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{directory / _INDEX} has no weight_map; download it again")
+        raise CheckpointError(f"{directory / index} has no weight_map; download it again")
     shards = [directory / name for name in sorted(set(weight_map.values()))]
     absent = [path.name for path in shards if not path.is_file()]
     if absent:
         raise CheckpointError(
-            f"{directory} lacks {', '.join(absent)}, which {_INDEX} names; download them"
+            f"{directory} lacks {', '.join(absent)}, which {index} names; download them"
         )
     return shards
 
@@ -127,17 +141,60 @@ def _read_header(path: Path) -> Iterator[StoredTensor]:
             yield StoredTensor(path, name, tuple(file.get_slice(name).get_shape()))
 
 
+class _TorchFile:
+    """A file of PyTorch's own format, with the methods of a safetensors file that are used here.
+
+    Mapped, so that a tensor is read when it is copied; nothing but tensors is unpickled.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._tensors: dict[str, Tensor] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=True
+        )
+
+    def keys(self) -> list[str]:
+        """Names."""
+        return list(self._tensors)
+
+    def get_slice(self, name: str) -> _TorchSlice:
+        """What tells a shape."""
+        return _TorchSlice(self._tensors[name])
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A tensor that lies in the mapped file."""
+        return self._tensors[name]
+
+
+class _TorchSlice:
+    """Tells a tensor's shape."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+        return list(self._tensor.shape)
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
     try:
+        if path.suffix == ".bin":
+            yield _TorchFile(path)
+            return
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, UnpicklingError, RuntimeError) as error:
         size = path.stat().st_size if path.exists() else 0
         raise CheckpointError(
             f"{path} ({size} bytes) is truncated or corrupt: {error}; "
             "delete it and download it again"
         ) from error
+
+
+def _with_nearest(name: str, surplus: list[str]) -> str:
+    near = difflib.get_close_matches(name, surplus, n=1, cutoff=0.7)
+    return f"{name} (the nearest there is: {near[0]})" if near else name
 
 
 def _list(kind: str, names: list[str]) -> str:

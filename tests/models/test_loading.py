@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,16 @@ from quire.core.models.description import describe_model  # noqa: E402
 from quire.core.models.loading import load_model  # noqa: E402
 
 PROMPT = list(range(10, 60))
+
+
+class _Caller:
+    """Unpickled, it would touch a file."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self._path,))
 
 
 @pytest.fixture
@@ -146,10 +157,40 @@ def test_index_without_a_map_is_refused(llama):
         load_tiny(llama)
 
 
-def test_pickled_checkpoint_is_refused_with_the_way_out(llama):
-    """Quire does not unpickle; the message says how to convert."""
-    shutil.move(llama / "model.safetensors", llama / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*save_pretrained"):
+def test_pytorch_file_gives_the_tokens_of_safetensors(llama):
+    """A checkpoint from before safetensors loads as it is."""
+    expected = tokens_of(load_tiny(llama))
+    torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
+    (llama / "model.safetensors").unlink()
+    assert tokens_of(load_tiny(llama)) == expected
+
+
+def test_pytorch_file_with_code_in_it_is_refused_and_not_run(llama, tmp_path):
+    """A pickle that would call something is an error; nothing is called."""
+    (llama / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": _Caller(tmp_path / "called")}, llama / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+        load_tiny(llama)
+    assert not (tmp_path / "called").exists()
+
+
+def test_other_formats_are_refused_with_the_way_out(llama):
+    """The message names the files and how to convert them."""
+    shutil.move(llama / "model.safetensors", llama / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"weights\.pt.*save_pretrained"):
+        load_tiny(llama)
+
+
+def test_missing_tensor_is_listed_with_the_nearest_name(llama):
+    """A renamed tensor is found by its likeness."""
+
+    def rename(weights):
+        weights["model.layers.1.mlp.upper_proj.weight"] = weights.pop(
+            "model.layers.1.mlp.up_proj.weight"
+        )
+
+    change_weights(llama, rename)
+    with pytest.raises(CheckpointError, match=r"nearest there is: .*upper_proj"):
         load_tiny(llama)
 
 

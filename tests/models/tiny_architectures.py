@@ -93,10 +93,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": 64, "context_length": 512},
     "xlstm": {"num_heads": 2, "qk_dim_factor": 0.5, "chunk_size": 16},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 112, "moe_num_experts": 8, "moe_top_k": 2},
     },
+    "bailing_hybrid": {"num_expert_group": 1, "topk_group": 1, "layer_group_size": 2},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "mpt": {"expansion_ratio": 2},
+    "hunyuan_v1_dense": {"head_dim": 16}, "hunyuan_v1_moe": {"head_dim": 16},
+    "ministral": {"head_dim": 16}, "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
+    "zaya": {"num_experts_per_tok": 1}, "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "reformer": {
         "attn_layers": ["local", "lsh"], "axial_pos_embds": False, "num_buckets": 4,
@@ -108,6 +118,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ctrl": {"n_layer": 2, "dff": 112},
     "xlm": {"n_layers": 2, "causal": True, "emb_dim": 64, "n_heads": 4},
 }  # fmt: skip
+
+_UNSETTABLE = {
+    "mpt": ("attn_config", "attn_pdrop"),
+    "xlnet": ("max_position_embeddings",),
+    "prophetnet": ("num_hidden_layers",),
+}
+"""Fields that a config has and does not take."""
 
 
 def causal_architectures() -> list[str]:
@@ -140,6 +157,8 @@ def tiny_config(model_type: str) -> Any:
     default = AutoConfig.for_model(model_type)
     settings = _shrunk(default, model_type)
     for name, value in vars(default).items():
+        if name in _UNSETTABLE.get(model_type, ()):
+            continue
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             settings[name] = {**_shrunk(value, value.model_type), "model_type": value.model_type}
     return AutoConfig.for_model(model_type, **settings)
@@ -164,13 +183,15 @@ def _shrunk(default: Any, model_type: str) -> dict[str, Any]:
     for name in ("mlp_layer_types", "moe_layers", "no_rope_layers", "layers_block_type"):
         value = _plain(default, name)
         if isinstance(value, (list, tuple)) and len(value) > layers and name in default.to_dict():
-            settings[name] = list(value[: layers - 1]) + [value[-1]]
+            settings[name] = [*value[: layers - 1], value[-1]]
     if "kv_lora_rank" in settings and "num_key_value_heads" in settings:
         settings |= {"num_key_value_heads": HEADS, "head_dim": settings["qk_rope_head_dim"]}
     if "num_kv_shared_layers" in names:
         settings["num_kv_shared_layers"] = 0
     settings.update(SPECIAL.get(model_type.removesuffix("_text"), {}))
     settings.update(SPECIAL.get(model_type, {}))
+    for name in _UNSETTABLE.get(model_type, ()):
+        settings.pop(name, None)
     return settings
 
 
@@ -200,7 +221,7 @@ def _num_layers(default: Any) -> int:
 def _plain(config: Any, name: str) -> Any:
     try:
         return getattr(config, name, None)
-    except Exception:  # noqa: BLE001 - some configs raise for what differs between layers
+    except Exception:  # some configs raise for what differs between layers
         return None
 
 

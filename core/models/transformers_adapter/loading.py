@@ -46,6 +46,7 @@ def load_adapted(config: WorkerConfig, device: Device) -> LanguageModel:
     directory = Path(config.model)
     hf_config = read_config(directory, trust_remote_code=config.trust_remote_code)
     text_model = TextModel(_load(config, directory, hf_config, device))
+    _refuse_changed_inputs(text_model, directory)
     text_model.part()
     fix_frequencies(text_model.model, config.max_model_len)
     ways, found = find_ways(
@@ -63,6 +64,27 @@ def load_adapted(config: WorkerConfig, device: Device) -> LanguageModel:
         if model is not None:
             return model
     raise UnsupportedError(rejected, what=f"running {type(text_model.model).__name__}")
+
+
+def _refuse_changed_inputs(text_model: TextModel, directory: Path) -> None:
+    """Raises UnsupportedError if the model's generation adds tokens that nobody wrote."""
+    ids = torch.arange(3, 8, device=text_model.device).unsqueeze(0)
+    try:
+        prepared = text_model.model.prepare_inputs_for_generation(
+            ids, attention_mask=torch.ones_like(ids), use_cache=False
+        )
+    # It may want what `generate` alone hands to it; then it changes nothing for us.
+    except Exception:
+        return
+    given = prepared.get("input_ids")
+    if given is not None and given.shape != ids.shape:
+        reason = Reason(
+            code="model.generation",
+            need=f"{given.shape[1]} tokens for a text of {ids.shape[1]}, some of them the model's",
+            have="the text's own tokens",
+            remedy="use a model that predicts the next token of a text",
+        )
+        raise UnsupportedError([reason], what=f"generation with the checkpoint in {directory}")
 
 
 def _load(config: WorkerConfig, directory: Path, hf_config: Any, device: Device) -> Any:
