@@ -83,7 +83,6 @@ struct Codes {
   static void tile(const LinearArgs& a, const Prepared& p, int64_t row, int64_t panel, int first) {
     const LinearWeights& w = *a.weights;
     constexpr int WORDS = Dots::WORDS * (F == Format::u4 ? 2 : 1);
-    constexpr int SHIFT = F == Format::u8 ? Dots::SHIFT : 0;
     const uint32_t* x[ROWS];
     for (int m = 0; m < ROWS; ++m) x[m] = static_cast<const uint32_t*>(p.rows) + (row + m) * p.stride;
     vf sums[ROWS][VECS] = {};
@@ -98,7 +97,7 @@ struct Codes {
       for (int v = 0; v < VECS; ++v) {
         const int64_t index = (panel * w.num_groups + g) * PANEL + (first + v) * W;
         const vf scale = load_scales(w, index);
-        const vi zero = load_zeros(w, index) - SHIFT;
+        const vi zero = load_zeros(w, index) - Dots::SHIFT;
 #pragma GCC unroll 16
         for (int m = 0; m < ROWS; ++m) {
           const vi dot = dots[m][v] - zero * splat_int(p.totals[(row + m) * w.num_groups + g]);
