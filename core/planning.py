@@ -31,6 +31,8 @@ _ACTIVATION_COPIES = 12
 """Tensors of [tokens, hidden] that a step holds at once, the wide ones of the MLP counted in; an
 estimate.
 """
+_BITS = {"int8": 8.0, "int4": 4.5}
+"""Of a weight that is quantized at load, scales and zeros counted in."""
 _LOGIT_COPIES = 3
 """Tensors of [requests, vocabulary] float32 that sampling holds at once; an estimate."""
 
@@ -264,7 +266,7 @@ def _memory(
     worker_config: WorkerConfig,
     device: Device,
 ) -> tuple[MemoryRow, ...]:
-    weights = description.weight_bytes(config.dtype)
+    weights = _weight_bytes(description, config)
     activations = _activation_bytes(description, config)
     rows = [
         MemoryRow(
@@ -279,6 +281,16 @@ def _memory(
     note = f"at most; {min(cache, useful) // max(per_token, 1):,} tokens"
     rows.append(MemoryRow(tag="cache", size_bytes=min(cache, useful), note=note))
     return tuple(rows)
+
+
+def _weight_bytes(description: ModelDescription, config: EngineConfig) -> int:
+    """Quantized: the embedding as it is, the head in 8 bits, and all the rest."""
+    bits = _BITS.get(config.quantization or "")
+    if bits is None:
+        return description.weight_bytes(config.dtype)
+    embedding = description.vocab_size * description.hidden_size
+    others = description.num_parameters - embedding
+    return int(embedding * (size_of_dtype(config.dtype) + 1) + others * bits / 8)
 
 
 def _activation_bytes(description: ModelDescription, config: EngineConfig) -> int:
