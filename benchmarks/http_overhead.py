@@ -6,6 +6,7 @@ python benchmarks/http_overhead.py
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quire.benchmarks.recording import Measurement, Record, paired_ratio
-from quire.benchmarks.served import Server, ask, serving
+from quire.benchmarks.served import Server, ask, cpu_s, processes_of, serving
 
 if TYPE_CHECKING:
     from quire.core.engine.async_engine import AsyncEngine
@@ -51,18 +52,22 @@ async def _measure(
     config = EngineConfig(model=model, device=device, num_threads=1, cache_memory_bytes=256 << 20)
     engine = await AsyncEngine.start(config)
     ids = await engine.encode(TEXT)
-    times: dict[str, list[float]] = {"engine": [], "http": [], "engine_rest": [], "http_rest": []}
+    names = ("engine", "http", "engine_rest", "http_rest", "server_cpu", "core_cpu")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    processes = processes_of(server)
     try:
         for number in range(rounds + 1):
-            rates = [
-                await _rate(
-                    [_direct(engine, ids, tokens, f"{number}-{i}") for i in range(streams)]
-                ),
-                await _rate([_served(server, tokens) for _ in range(streams)]),
+            direct = [_direct(engine, ids, tokens, f"{number}-{i}") for i in range(streams)]
+            rates = [await _rate(direct)]
+            before_s = [cpu_s(process) for process in processes]
+            rates.append(await _rate([_served(server, tokens) for _ in range(streams)]))
+            spent_us = [
+                (cpu_s(process) - begun_s) / (streams * tokens) * 1e6
+                for process, begun_s in zip(processes, before_s, strict=True)
             ]
             rests = await _at_rest(engine, server, ids, number)
             if number:  # the first warms up
-                for name, value in zip(times, [*rates, *rests], strict=True):
+                for name, value in zip(names, [*rates, *rests, *spent_us], strict=True):
                     times[name].append(value)
     finally:
         await engine.shutdown()
@@ -120,9 +125,18 @@ def _note(record: Record, times: dict[str, list[float]], streams: int) -> None:
             for subject, name in (("engine", "engine_rest"), ("over HTTP", "http_rest"))
         ),
     ]
+    record.measurements += [
+        Measurement(work=work, subject=subject, unit="us of CPU a token", values=tuple(times[name]))
+        for subject, name in (
+            ("process of HTTP and text", "server_cpu"),
+            ("process of the engine core", "core_cpu"),
+        )
+    ]
     record.ratios.append(paired_ratio(work, served, alone))
     added = [a - b for a, b in zip(times["http_rest"], times["engine_rest"], strict=True)]
     record.facts["added_first_token_ms_median"] = round(median(added), 3)
+    # Beside other work on the same cores both processes share what one could have had alone.
+    record.facts["load_average"] = [round(value, 1) for value in os.getloadavg()]
     record.facts["throughput_kept"] = round(record.ratios[0].median, 3)
 
 

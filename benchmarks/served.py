@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
@@ -79,3 +81,15 @@ async def ask(server: Server, body: dict[str, Any]) -> Answer:
     return Answer(
         status=status, sent_s=sent_s, first_s=first_s or end_s, end_s=end_s, num_events=num_events
     )
+
+
+def processes_of(server: Server) -> tuple[psutil.Process, psutil.Process]:
+    """The server and its engine core, the largest of its children."""
+    parent = psutil.Process(server.process.pid)
+    return parent, max(parent.children(), key=lambda child: child.memory_info().rss)
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """What a process has computed so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)

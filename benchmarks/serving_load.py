@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
 
 from quire.benchmarks.recording import Measurement, Record, paired_ratio
-from quire.benchmarks.served import Answer, Server, ask, serving
+from quire.benchmarks.served import Answer, Server, ask, processes_of, serving
 
 app = typer.Typer(no_args_is_help=True)
 OPTIONS = ("--num-threads", "1", "--cache-memory-bytes", "256M")
@@ -123,16 +122,10 @@ async def _soak(
     pause_s = duration_s / 20
     while time.monotonic() < end_s:
         await asyncio.sleep(pause_s)
-        for name, process in zip(sizes, _processes(server), strict=True):
+        for name, process in zip(sizes, processes_of(server), strict=True):
             sizes[name].append(process.memory_info().rss / 2**20)
     await working
     return sizes, number
-
-
-def _processes(server: Server) -> tuple[psutil.Process, psutil.Process]:
-    """The server and its engine core, the larger of its children."""
-    parent = psutil.Process(server.process.pid)
-    return parent, max(parent.children(), key=lambda child: child.memory_info().rss)
 
 
 def _body(rng: random.Random, tokens: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def use_settings(ctx: typer.Context, path: Path | None) -> Path | None:
         sources |= dict.fromkeys(from_file, f"file {path}")
     for name, value in read_settings(sorted(names)).items():
         option = next(one for one in ctx.command.params if one.name == name)
-        found[name] = value.split(",") if option.multiple else value  # type: ignore[attr-defined]
+        found[name] = value.split(",") if getattr(option, "multiple", False) else value
         sources[name] = f"environment QUIRE_{name.upper()}"
     ctx.default_map = {**(ctx.default_map or {}), **found}
     ctx.meta[_SOURCES] = sources

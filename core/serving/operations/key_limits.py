@@ -92,10 +92,15 @@ class KeyLimits:
         found = self._accounts.get(key.name)
         if found is None:
             now_s = self._clock()
-            limits = (key.requests_per_minute, key.tokens_per_minute)
-            budgets = [None if limit is None else Budget(limit, now_s) for limit in limits]
-            found = self._accounts[key.name] = _Account(*budgets)
+            found = self._accounts[key.name] = _Account(
+                requests=_budget(key.requests_per_minute, now_s),
+                tokens=_budget(key.tokens_per_minute, now_s),
+            )
         return found
+
+
+def _budget(per_minute: float | None, now_s: float) -> Budget | None:
+    return None if per_minute is None else Budget(per_minute, now_s)
 
 
 def _too_many(what: str, wait_s: float) -> HttpError:

@@ -69,7 +69,8 @@ class Question:
     def body(self, *, is_chat: bool) -> dict[str, Any]:
         """Its part of a request's body."""
         if is_chat:
-            return {"messages": list(self.messages or ({"role": "user", "content": self.prompt},))}
+            own = {"role": "user", "content": str(self.prompt)}
+            return {"messages": list(self.messages or (own,))}
         return {"prompt": self.prompt or _as_text(self.messages)}
 
 
