@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from quire.core.errors import ConfigError, RequestError
+from quire.core.errors import RequestError
 from quire.core.structured.grammar_text import param_of, to_compiler_text
 from quire.core.structured.spec import GrammarSpec
 
@@ -105,8 +105,8 @@ class GrammarCompiler:
     def prepare(self) -> None:
         """Makes the tokenizer's table now.
 
-        Raises: ConfigError without the library; RequestError, CheckpointError for a tokenizer of
-        which no table can be made.
+        Raises: RequestError without the library, or for a tokenizer of which no table can be made;
+        CheckpointError.
         """
         self._table(_library())
 
@@ -216,7 +216,7 @@ def _library() -> Any:
     try:
         import llguidance
     except ImportError as error:
-        raise ConfigError(_MISSING) from error
+        raise RequestError(_MISSING, param="structured_outputs") from error
     return llguidance
 
 

@@ -21,6 +21,7 @@ import quire
 from quire.benchmarks.structured_schemas import REFUSED, SCHEMAS
 from quire.core.engine.llm import LLM
 from quire.core.errors import RequestError
+from quire.core.interface.worker import StepResult
 from quire.core.sampling_params import SamplingParams, StructuredOutputsParams
 from quire.core.scheduler.request import FinishReason
 from quire.core.structured.compiler import GrammarCompiler, GrammarLimits
@@ -288,6 +289,20 @@ def test_request_whose_grammar_is_not_ready_holds_nobody_up():
         ends |= {u.request_id: u for u in core.step() if u.finish_reason is not None}
     assert ends["slow"].finish_reason is FinishReason.ERROR
     assert "no tokenizer" in ends["slow"].error
+    core.close()
+
+
+def test_constrained_request_is_not_run_ahead_while_others_are():
+    """The next mask needs the last token; whoever has no grammar does not wait for it."""
+    core = make_fake_core(overlap_scheduling=True)
+    constraint = ConstraintSpec(grammar=GrammarSpec(kind="regex", text="a"))
+    core.scheduler.add(replace(request("bound", [5, 6], max_tokens=5), constraint=constraint))
+    core.scheduler.add(request("free", [5, 6, 7], max_tokens=5))
+    first, second = core.scheduler.schedule(), core.scheduler.schedule()
+    assert set(first.request_ids) == {"bound", "free"}
+    assert second.request_ids == ["free"]
+    core.scheduler.update(first, StepResult(step_id=first.step_id, sampled_token_ids=[[7], [7]]))
+    assert set(core.scheduler.schedule().request_ids) == {"bound", "free"}
     core.close()
 
 
