@@ -201,7 +201,7 @@ def reference(model: Any, *, use_cache: bool) -> tuple[list[list[int]], list[lis
 
 
 def run_tightly(directory: Path) -> dict[str, Any]:
-    """Tokens of the real engine in a cache too small for all requests, where that can be foretold."""
+    """Tokens of the real engine in a cache too small for all requests, if that can be foretold."""
     from quire.core.errors import ConfigError
     from quire.core.models.description import size_of_dtype
     from quire.core.models.registry import describe

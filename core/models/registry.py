@@ -35,8 +35,9 @@ NATIVE, TRANSFORMERS = "native", "transformers"
 class ModelImplementation(Protocol):
     """A way to run models, complete: what the registry asks of native families and others alike."""
 
-    name: str
-    """`native`, `transformers`, or the name of a distribution."""
+    @property
+    def name(self) -> str:
+        """`native`, `transformers`, or the name of a distribution."""
 
     def describe(self, directory: Path, *, trust_remote_code: bool = False) -> ModelDescription:
         """The model in `directory` before its weights.

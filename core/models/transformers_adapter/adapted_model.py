@@ -9,6 +9,7 @@ from torch import Tensor
 from quire.core.interface.attention import AttentionBackend
 from quire.core.models.attention_groups import AttentionGroup
 from quire.core.models.description import ModelDescription
+from quire.core.models.step_context import StepContext
 from quire.core.models.transformers_adapter.text_model import TextModel
 
 
@@ -34,6 +35,10 @@ class AdaptedModel:
         self.num_parameters = description.num_parameters
         self.weight_bytes = sum(p.nbytes for p in text_model.model.parameters())
         self._text_model = text_model
+
+    def forward(self, step: StepContext) -> Tensor:
+        """Runs the T tokens of a step; rows [T, H]."""
+        raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [R, V] of rows [R, H] that `forward` returned."""

@@ -119,10 +119,12 @@ def _cache_maker(text_model: TextModel) -> Callable[[], Any]:
     if type(probe) is not DynamicCache:
         return lambda: None
 
+    make_layer: Any = DynamicLayer
+
     def make() -> Any:
         cache = DynamicCache(config=text_model.config)
         cache.layers = [
-            DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer
+            make_layer() if type(layer) is DynamicSlidingWindowLayer else layer
             for layer in cache.layers
         ]
         return cache
@@ -291,7 +293,7 @@ class CachedModel(AdaptedModel):
 
     def _stores(self, step: StepContext, index: int) -> list[_Store]:
         stores: list[_Store] = []
-        kinds = []
+        kinds: list[tuple[type[_Store], tuple[int, ...]]] = []
         if self._form.token_parts:
             kinds.append((_TokenStore, self._form.token_parts))
         if self._form.state_parts:

@@ -122,7 +122,8 @@ def load_weights(
             "download the model again, or give the config.json that belongs to these weights"
         ) from error
     _check(report, directory, model)
-    return model.eval()
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def make_dummy_model(model_class: Any, config: Any, *, dtype: str, seed: int) -> nn.Module:

@@ -136,7 +136,11 @@ def _made(
     elif way.name == "cached":
         for runs_chunks in (True, False):
             name = "cached" if runs_chunks else "cached, a token at a time"
-            model = CachedModel(*arguments, way.form, **settings, runs_later_chunks=runs_chunks)
+            assert way.form is not None, way
+            model = CachedModel(
+                text_model, description, backends, way.form, **settings,
+                runs_later_chunks=runs_chunks,
+            )  # fmt: skip
             yield name, model
     else:
         yield way.name, RecomputedModel(*arguments, **settings)
@@ -167,8 +171,8 @@ def _first_right(
     """The first model that gives the logits of its own run; why not goes to `rejected`."""
     for name, model in made:
         found = _objection(model, own)
-        if found is None:
-            return model  # type: ignore[return-value]
+        if found is None and isinstance(model, AdaptedModel):
+            return model
         rejected.append(
             Reason(
                 code=f"model.{name.split(',')[0]}",

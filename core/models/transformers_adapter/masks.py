@@ -44,7 +44,7 @@ class MarkedMask(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})
+        result: Any = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         source = args[0] if args else None
         if isinstance(result, MarkedMask):
             is_same = (

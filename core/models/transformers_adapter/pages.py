@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class PagesPlan(AttentionPlan):
 class OwnPages(AttentionBackend):
     """Keeps what a model asks it to keep; attends to nothing itself."""
 
-    def __init__(self, group: AttentionGroup, torch_device: object) -> None:
+    def __init__(self, group: AttentionGroup, torch_device: Any) -> None:
         self.spec: AttentionSpec = group.spec
         self._pages: tuple[PageTensor, ...] = group.pages
         self._torch_device = torch_device
@@ -98,7 +99,7 @@ class OwnPages(AttentionBackend):
                 tensor.name: torch.zeros(
                     (num_blocks, *tensor.block_shape),
                     dtype=getattr(torch, tensor.dtype),
-                    device=self._torch_device,  # type: ignore[arg-type]
+                    device=self._torch_device,
                 )
                 for tensor in layout.tensors
             }

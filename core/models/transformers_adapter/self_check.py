@@ -175,7 +175,9 @@ class _Run:
             ],
         )
         rows = self._model.logits(self._model.forward(context))
-        for (text, count), part in zip(work, rows.split([c for _, c in work]), strict=True):
+        for (text, count), part in zip(
+            work, rows.split_with_sizes([c for _, c in work]), strict=True
+        ):
             self._computed[text] += count
             self.logits[text].append(part)
 
