@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 TABLES = Path(__file__).parent / "tables"
-_GENERATIONS = {"gfx950": "gfx942", "gfx1101": "gfx1100", "gfx1102": "gfx1100", "gfx1200": "gfx1201"}
+_GENERATIONS = {
+    "gfx950": "gfx942",
+    "gfx1101": "gfx1100",
+    "gfx1102": "gfx1100",
+    "gfx1200": "gfx1201",
+}
 """Architectures whose shared memory and matrix instructions are those of another's table."""
 
 

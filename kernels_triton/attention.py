@@ -131,8 +131,13 @@ class _Call:
         self.launcher.start(
             kernels.prefill_kernel,
             (self.shape.num_kv_heads, num_blocks),
-            [*self._tensors(), self.out, *self._requests(), self.step.num_requests]
-            + self._numbers(),
+            [
+                *self._tensors(),
+                self.out,
+                *self._requests(),
+                self.step.num_requests,
+                *self._numbers(),
+            ],
             {"MIN_QUERIES": 2, **self._constants(entry), "BLOCK_M": tile},
             entry,
         )
@@ -147,7 +152,7 @@ class _Call:
         self.launcher.start(
             kernels.decode_kernel,
             (self.shape.num_kv_heads, step.num_requests, splits),
-            [*self._tensors(), self.out, partial, partial_log, *self._requests()] + self._numbers(),
+            [*self._tensors(), self.out, partial, partial_log, *self._requests(), *self._numbers()],
             {"SPLITS": splits, **self._constants(entry), "BLOCK_M": tile},
             entry,
         )

@@ -89,9 +89,11 @@ def _attend(
         if HAS_ALIBI:
             distance = (row_positions[:, None] - positions[None, :]).to(tl.float32)
             scores = scores - slopes[:, None] * distance
-        sees = is_there[None, :] & (positions[None, :] <= row_positions[:, None]) & row_mask[:, None]
+        is_past = positions[None, :] <= row_positions[:, None]
+        sees = is_there[None, :] & is_past & row_mask[:, None]
         if WINDOW > 0 or CHUNK > 0:
-            sees = sees & (positions[None, :] >= _first_visible(row_positions, WINDOW, CHUNK)[:, None])
+            begins = _first_visible(row_positions, WINDOW, CHUNK)
+            sees = sees & (positions[None, :] >= begins[:, None])
         scores = tl.where(sees, scores * LOG2_E, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         # A row that has seen nothing yet has no maximum: then 0 keeps the differences finite.
@@ -323,7 +325,7 @@ def decode_kernel(
     q = tl.load(q_rows[:, None] + d[None, :], mask=q_mask, other=0.0)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_SINKS:
+    if HAS_SINKS:  # noqa: SIM102 - one is of the compiler, the other of the device
         if split == 0:
             maximum = tl.load(sinks_ptr + head, mask=row_mask, other=0.0) * LOG2_E
             total = total + 1.0

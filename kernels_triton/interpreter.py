@@ -1,7 +1,7 @@
 """Repairs Triton's interpreter, for tests: on its own it is wrong about 8 and 16 bits, silently.
 
-Of Triton 3.6 to 3.9 (upstream does not support bfloat16 there): `tl.dot` multiplies the bit patterns
-of bfloat16, a cast to bfloat16 truncates, casts to 8-bit floats round some values wrongly, and
+Of Triton 3.6 to 3.9 (upstream does not support bfloat16 there): `tl.dot` multiplies bit patterns of
+bfloat16, a cast to bfloat16 truncates, casts to 8-bit floats round some values wrongly, and
 arithmetic in bfloat16 is arithmetic on integers. `install` repairs the dot and the casts, bit for
 bit as torch has them, makes the arithmetic raise, switches `tl.device_assert` on, and holds every
 access to the memory of the tensors that the launch was given.
@@ -61,7 +61,7 @@ def round_to_bfloat16(x: Array) -> Array:
 
 
 def _patch_language_once(interpreter: Any) -> None:
-    """Leaves Triton's language interpreted: undoing that after each launch is a third of its cost."""
+    """Leaves Triton's language interpreted: undoing that at each launch is a third of its cost."""
     patch, seen = interpreter._patch_lang, set()  # noqa: SLF001
     scope = getattr(interpreter, "_LangPatchScope", None)
     if scope is None:  # older versions of Triton have no way to leave it
@@ -69,7 +69,9 @@ def _patch_language_once(interpreter: Any) -> None:
 
     def patch_lang(function: Any) -> Any:
         names = frozenset(
-            name for name, value in function.__globals__.items() if inspect.ismodule(value) and value in _languages()
+            name
+            for name, value in function.__globals__.items()
+            if inspect.ismodule(value) and value in _languages()
         )
         if names not in seen:
             seen.add(names)

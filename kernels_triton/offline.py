@@ -96,7 +96,11 @@ class RecordingLauncher(Launcher):
 
 
 def _make_job(
-    kernel: Any, name: str, arguments: Sequence[Any], constants: Mapping[str, Any], entry: LaunchEntry
+    kernel: Any,
+    name: str,
+    arguments: Sequence[Any],
+    constants: Mapping[str, Any],
+    entry: LaunchEntry,
 ) -> Job:
     """What Triton's own launcher would specialise on: alignment, ones, types."""
     signature: dict[str, str] = {}
@@ -156,7 +160,7 @@ def compile_job(job: Job, table: LaunchTable) -> Usage:
         compiled = triton.compile(source, target=target, options=dict(job.entry.options))
     except Exception as error:  # compilers raise anything; one kernel's failure is one finding
         text = f"{type(error).__name__}: {str(error).strip()[-500:]}"
-        usage = Usage(
+        return Usage(
             name=job.name,
             target=table.architecture,
             registers=0,
@@ -165,7 +169,6 @@ def compile_job(job: Job, table: LaunchTable) -> Usage:
             matrix_instructions=0,
             findings=(f"does not compile: {text}",),
         )
-        return usage
     read = _read_cubin if target.backend == "cuda" else _read_amdgcn
     usage = Usage(
         name=job.name,

@@ -110,7 +110,15 @@ def _share(total, fraction):
 
 @triton.jit
 def _kept(
-    logits_ptr, ids, vocab_size, maximum, rate, lowest, num_ties, ties_before, min_p,
+    logits_ptr,
+    ids,
+    vocab_size,
+    maximum,
+    rate,
+    lowest,
+    num_ties,
+    ties_before,
+    min_p,
 ):
     """Weights int64 of the tokens that the filters leave, and how many ties they hold.
 
@@ -261,10 +269,10 @@ def logprobs_kernel(
 def logprobs(
     launcher: Launcher, logits: Tensor, token_ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For logits float32 [R, V] (dense rows) and token_ids int64 [R]:
+    """Log-probabilities for logits float32 [R, V] (dense rows) and token_ids int64 [R].
 
-    (log softmax at the tokens float32 [R], their ranks int64 [R], [R, 2] of each row's maximum and
-    the logarithm of its sum, with which any other entry is x - maximum - log of the sum).
+    Returns (log softmax at the tokens float32 [R], their ranks int64 [R], [R, 2] of each row's
+    maximum and the logarithm of its sum: any other entry is x - maximum - log of the sum).
     """
     num_rows, vocab_size = logits.shape
     selected = logits.new_empty(num_rows)

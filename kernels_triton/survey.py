@@ -81,4 +81,3 @@ def _show(usage: Usage) -> None:
         f"shared {usage.shared_bytes:7} matrix {usage.matrix_instructions:4} {state}"
     )
     sys.stdout.write(line + "\n")
-

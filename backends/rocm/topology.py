@@ -17,8 +17,7 @@ _NODES = Path("sys/class/kfd/kfd/topology/nodes")
 _KFD = Path("dev/kfd")
 _DRIVER = Path("sys/module/amdgpu/version")
 _NO_DRIVER = (
-    "install AMD's amdgpu driver; in a container, start it with --device=/dev/kfd "
-    "--device=/dev/dri"
+    "install AMD's amdgpu driver; in a container, start it with --device=/dev/kfd --device=/dev/dri"
 )
 _NO_RIGHTS = "add the user to the groups render and video, and sign in again"
 

@@ -1,7 +1,7 @@
 """What the accelerators that torch knows share: everything but how they are found and named.
 
-A vendor's package gives a `Vendor` and a way to find devices; devices, operators, attention, queues,
-graphs and communicators are here, over the Triton kernels of `quire.kernels_triton`.
+A vendor's package gives a `Vendor` and a way to find devices; devices, operators, attention,
+queues, graphs and communicators are here, over the Triton kernels of `quire.kernels_triton`.
 """
 
 from __future__ import annotations

@@ -120,8 +120,12 @@ class TritonAttention(ReferenceAttention):
             return super().export_blocks(cache, block_ids)
         index = self._index(block_ids)
         parts = [
-            cache.tensors[name].view(torch.uint8).index_select(0, index).view(self._cache_dtype)
-            .float() * cache.tensors[scale].index_select(0, index).unsqueeze(-1)
+            cache.tensors[name]
+            .view(torch.uint8)
+            .index_select(0, index)
+            .view(self._cache_dtype)
+            .float()
+            * cache.tensors[scale].index_select(0, index).unsqueeze(-1)
             for name, scale in _SCALES
         ]
         return torch.cat(parts, dim=-1).cpu()

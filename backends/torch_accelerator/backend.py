@@ -50,9 +50,7 @@ class AcceleratorBackend(Backend):
             names = ", ".join(device.name for device in found.devices)
             return Probe(problem=f"{names}: {problem}", remedy=remedy)
         if interprets:
-            return Probe(
-                devices=found.devices, problem=INTERPRETED, priority=_INTERPRETED_PRIORITY
-            )
+            return Probe(devices=found.devices, problem=INTERPRETED, priority=_INTERPRETED_PRIORITY)
         return Probe(devices=self._detailed(build, found), priority=_PRIORITY)
 
     def _unfit(self, build: TorchBuild, found: Found) -> tuple[str, str]:
@@ -83,7 +81,7 @@ class AcceleratorBackend(Backend):
             index=0,
             name=f"{self._vendor.title} kernels in Triton's interpreter",
             architecture=self._vendor.interpreted_architecture,
-            details={"mode": INTERPRETED},
+            details={"hardware": "interpreted", "mode": INTERPRETED},
         )
 
     def open(self, index: int) -> Device:

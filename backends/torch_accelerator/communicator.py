@@ -1,4 +1,4 @@
-"""Collectives through torch.distributed: NCCL, RCCL, XCCL, or gloo where kernels are interpreted."""
+"""Collectives through torch.distributed: NCCL, RCCL, XCCL; gloo where kernels are interpreted."""
 
 from __future__ import annotations
 

@@ -146,8 +146,10 @@ class AcceleratorDevice(TorchDevice):
 
 
 def _claims(vendor: Vendor, info: DeviceInfo, num_devices: int) -> Capabilities:
-    """By architecture. Sums run in a fixed order (no float atomics), so a run can be repeated;
-    vendors' matrix libraries choose by the size of a batch, so more is not claimed.
+    """By architecture.
+
+    Sums run in a fixed order (no float atomics), so a run can be repeated; vendors' matrix
+    libraries choose by the size of a batch, so more is not claimed.
     """
     architecture = vendor.architecture(info.architecture)
     halves = _HALVES if architecture.has_bfloat16 else _HALVES[1:]

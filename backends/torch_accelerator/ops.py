@@ -1,4 +1,4 @@
-"""The operators of an accelerator: Triton's kernels, torch's libraries, the reference for the rest."""
+"""The operators of an accelerator: Triton's kernels, torch's libraries, the reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from quire.backends.reference import ReferenceOps
 from quire.backends.reference.sampling import top_ids
 from quire.core.interface import SampledLogprobs, SamplingTensors
-from quire.kernels_triton import elementwise, logits as logit_kernels, norms, sampling
+from quire.kernels_triton import elementwise, norms, sampling
+from quire.kernels_triton import logits as logit_kernels
 from quire.kernels_triton.launch import Launcher
 
 _KERNEL_OPS = frozenset(

@@ -1,4 +1,4 @@
-"""Which torch is installed, read from its files: importing it takes seconds and may load a driver."""
+"""Which torch is installed, read from its files: importing it takes seconds, and loads drivers."""
 
 from __future__ import annotations
 

@@ -25,7 +25,12 @@ BACKENDS = (CudaBackend, RocmBackend, XpuBackend)
 
 @pytest.fixture(autouse=True)
 def _nothing_is_hidden(monkeypatch):
-    for name in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+    for name in (
+        "TRITON_INTERPRET",
+        "CUDA_VISIBLE_DEVICES",
+        "ROCR_VISIBLE_DEVICES",
+        "HIP_VISIBLE_DEVICES",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -134,7 +139,8 @@ def test_rocm_devices_are_read_from_the_topology(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "name"), [(90402, "gfx942"), (90010, "gfx90a"), (110000, "gfx1100"), (120001, "gfx1201")]
+    ("version", "name"),
+    [(90402, "gfx942"), (90010, "gfx90a"), (110000, "gfx1100"), (120001, "gfx1201")],
 )
 def test_rocm_architecture_is_spelt_as_compilers_do(version, name):
     """The stepping is hexadecimal."""

@@ -93,7 +93,14 @@ def run(launcher, shape, mix, *, dtype=torch.float32, splits=1, fp8=None, sinks=
     out = torch.full((len(q), shape.num_heads, shape.v_head_size), float("nan"), dtype=dtype)
     paged_attention(launcher, shape, step, q, cache, out, sinks=sinks, alibi_slopes=slopes)
     want = [
-        expected(shape, q[starts[r] : starts[r + 1]].double(), k[a:b].double(), v[a:b].double(), sinks, slopes)
+        expected(
+            shape,
+            q[starts[r] : starts[r + 1]].double(),
+            k[a:b].double(),
+            v[a:b].double(),
+            sinks,
+            slopes,
+        )
         for r, (a, b) in enumerate(rows)
     ]
     return out.double(), torch.cat(want)
@@ -151,6 +158,7 @@ def test_copied_blocks_are_equal_bit_for_bit(launcher):
 
 def test_splits_follow_the_work_there_is(launcher):
     """Few requests of long context are cut, many or short ones are not."""
+
     def splits(num_requests, length):
         return choose_splits(
             launcher, num_requests=num_requests, num_kv_heads=1, max_seq_len=length

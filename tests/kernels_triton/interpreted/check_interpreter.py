@@ -43,7 +43,9 @@ def sum_kernel(x_ptr, y_ptr, N: tl.constexpr):
 )
 def test_cast_from_float32_rounds_as_torch_does(dtype):
     """Casts round to nearest even, bit for bit, ties and small numbers included."""
-    x = torch.cat([torch.randn(1000) * 10.0 ** torch.randint(-3, 2, (1000,)), torch.arange(24) / 16])
+    x = torch.cat(
+        [torch.randn(1000) * 10.0 ** torch.randint(-3, 2, (1000,)), torch.arange(24) / 16]
+    )
     y = torch.zeros(1024, dtype=dtype)
     convert_kernel[(1,)](x, y, 1024, BLOCK=1024)
     assert torch.equal(y.view(torch.uint8), x.to(dtype).view(torch.uint8))
