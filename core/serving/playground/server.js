@@ -58,7 +58,7 @@ export class ServerView {
     const { model, device, statistics } = facts;
     const startup = Object.entries(facts.startup_s).map(([name, seconds]) => [name.replaceAll("_", " "), `${formatNumber(seconds, 2)} s`]);
     const memory = Object.entries(device.memory_bytes).map(([name, bytes]) => [name, formatBytes(bytes)]);
-    const settings = Object.entries(facts.settings).map(([name, value]) => [name, value === null ? "no limit or default" : String(value)]);
+    const settings = Object.entries(facts.settings).map(([name, value]) => [name.replaceAll("_", " "), value === null ? "no limit or default" : String(value)]);
     const cards = [
       card("Model", [["name", model.name], ["architecture", model.architecture], ["parameters", `${formatNumber(model.num_parameters / 1e6, 1)} million`],
         ["weights", `${formatBytes(model.weight_bytes)} in ${model.dtype}`], ["context", `${formatNumber(model.max_model_len)} tokens`]]),
