@@ -49,18 +49,25 @@ static inline int current_thread() {
 #endif
 }
 
-// `prepare(row, wide)` for every row, then every panel with every chunk of rows.
+constexpr int64_t FEW_ROWS = 8;  // one thread prepares so many in less time than threads take to meet
+
+// `prepare(row, wide)` for every row, then every panel with every chunk of rows. With few rows threads meet once.
 template <class Kind, class T, class Prepare>
 static void run(const LinearArgs& a, const Prepared& p, int threads, float* wide, int64_t padded, Prepare prepare) {
   const int64_t panels = (a.weights->num_outputs + PANEL - 1) / PANEL;
   const int64_t units = panels * chunks_of(a.rows);
+  const bool is_shared = a.rows > FEW_ROWS;
+  if (!is_shared)
+    for (int64_t row = 0; row < a.rows; ++row) prepare(row, wide);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* own = wide + current_thread() * padded;
-    (void)own;
+    if (is_shared) {
+      float* own = wide + current_thread() * padded;
+      (void)own;
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.rows; ++row) prepare(row, own);
-#pragma omp for schedule(dynamic)
+      for (int64_t row = 0; row < a.rows; ++row) prepare(row, own);
+    }
+#pragma omp for schedule(dynamic) nowait
     for (int64_t unit = 0; unit < units; ++unit) {
       const int64_t row = unit / panels * CHUNK;
       const int64_t end = row + CHUNK < a.rows ? row + CHUNK : a.rows;
