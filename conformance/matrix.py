@@ -12,11 +12,12 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _REAL = "real"
 _INTRODUCTION = """# Support matrix
 
-Which device does what, by the reports in [reports/](reports/) and by nothing else. This page is
+Which device does what, by the reports in [reports/conformance/](reports/conformance/) and by
+nothing else. This page is
 written by
 
 ```sh
-quire conformance matrix docs/reports/*.json -o docs/support.md
+quire conformance matrix docs/reports/conformance/*.json -o docs/support.md
 ```
 
 and a test holds it to them. Anybody can make such a report: see [conformance.md](conformance.md).

@@ -19,7 +19,7 @@ from quire.core.interface import Capabilities
 from quire.core.serving.cli.application import application
 
 DOCS = Path(__file__).parents[2] / "docs"
-PATHS = sorted((DOCS / "reports").glob("*.json"))
+PATHS = sorted((DOCS / "reports" / "conformance").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def reports() -> list[Report]:
 def test_support_page_is_made_from_the_reports_alone(reports):
     """Nobody writes a cell by hand."""
     assert (DOCS / "support.md").read_text(encoding="utf-8") == render_matrix(reports), (
-        "run: quire conformance matrix docs/reports/*.json -o docs/support.md"
+        "run: quire conformance matrix docs/reports/conformance/*.json -o docs/support.md"
     )
 
 
