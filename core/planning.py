@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from quire.core.interface.attention import AttentionSpec
     from quire.core.interface.backend import Device
     from quire.core.interface.capabilities import Capabilities
-    from quire.core.models.attention_groups import AttentionGroup
-    from quire.core.models.description import ModelDescription
+    from quire.core.models.description import AttentionGroup, ModelDescription
 
 _ACTIVATION_COPIES = 12
 """Tensors of [tokens, hidden] that a step holds at once, the wide ones of the MLP counted in; an

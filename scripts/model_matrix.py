@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Try every causal-LM architecture of transformers on the real engine, and write down the result.
 
-    python scripts/model_matrix.py --json build/models.json --markdown docs/models.md [NAME ...]
+    python scripts/model_matrix.py --markdown docs/models.md [NAME ...]
 
 Of each architecture a tiny random model is made, run with concurrent requests of many lengths
 (chunked, prefix-shared, in a cache too small for all) in float32, and compared token by token with
@@ -32,6 +32,13 @@ NUM_TOKENS = 6
 MARGIN = 1e-3
 """A reference whose best two logits are nearer than this decides nothing."""
 MEMORY_BYTES = 10 << 30
+_WAYS = """\
+*paged*: one flat token batch, attention served by the device. *cached*: request by request, with a
+transformers cache filled from pages, states included; slower. *recomputed*: the whole text for
+every token; slower by far. Which way is taken is said by `quire plan` as far as a dry run tells,
+and settled at load, where the model is held against its own logits: one that differs is refused. A
+package adds a family of its own by the entry point `quire.models`, named as the architecture;
+`--model-impl native` or `transformers` chooses."""
 LABELS = {
     "exact": "exact",
     "exact_uncached": "exact (as `generate` without a cache; with one it gives other tokens)",
@@ -84,7 +91,9 @@ def _import_everything() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("architectures", nargs="*", help="model types; none: all that are missing")
-    parser.add_argument("--json", default="build/models.json", help="results, read and written")
+    parser.add_argument(
+        "--json", default="docs/reports/models.json", help="results, read and written"
+    )
     parser.add_argument("--markdown", help="a page to write the table to")
     parser.add_argument("--limit-s", type=int, default=120, help="seconds for one architecture")
     parser.add_argument("--part", type=int, default=0, help="which part of the list, from 0")
@@ -278,6 +287,8 @@ def render(results: dict[str, Any], version: str) -> str:
         "all of them), compared token by token with `generate`.",
         "",
         f"{counts}.",
+        "",
+        _WAYS,
         "",
         "| architecture | result | way | remark |",
         "|---|---|---|---|",

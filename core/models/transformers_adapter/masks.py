@@ -59,7 +59,7 @@ class MarkedMask(Tensor):
 
 _HARMLESS = {
     *("__getitem__", "to", "contiguous", "expand", "view", "reshape", "unsqueeze", "squeeze"),
-    *("clone", "float", "half", "bfloat16", "type", "bool", "detach", "type_as", "cuda"),
+    *("clone", "float", "half", "bfloat16", "type", "bool", "detach", "type_as"),
 }
 
 
