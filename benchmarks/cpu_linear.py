@@ -1,6 +1,6 @@
 """How fast linear layers are multiplied on this CPU, by shape, rows and class of precision.
 
-    python benchmarks/cpu_linear.py --threads 2
+    GOMP_SPINCOUNT=1000 python benchmarks/cpu_linear.py --threads 2  # threads wait as in the engine
 
 Subjects take turns within one run, and weights rotate through so many copies that none of them is
 still in a cache, as in a model whose layers take turns. Beside each figure stand the floors of the
