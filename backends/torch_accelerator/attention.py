@@ -123,7 +123,7 @@ class TritonAttention(ReferenceAttention):
             cache.tensors[name]
             .view(torch.uint8)
             .index_select(0, index)
-            .view(self._cache_dtype)
+            .view(getattr(torch, self.spec.cache_dtype))
             .float()
             * cache.tensors[scale].index_select(0, index).unsqueeze(-1)
             for name, scale in _SCALES
