@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -281,18 +282,23 @@ def _ssd(rng: np.random.Generator, dtype: str, scale: float, options: Options) -
     return inputs | ({"d": make_normal(rng, (heads,), "float32", 1)} if "skip" in options else {})
 
 
+def _by_token(out: Any) -> Any:
+    """[T, ...] as [T, n]: a row is a token, since a head's few numbers may cancel to nothing."""
+    return out.reshape(len(out), -1)
+
+
 def _call_scan(name: str, ops: Ops, tensors: Tensors, options: Options) -> dict[str, Tensor]:
     states = tensors["states"]
     arguments = [tensors[n] for n in ("x", "dt", "a", "b", "c")]
     out = getattr(ops, name)(*arguments, tensors.get("d"), states, _sequences(tensors, options))
-    return {"out": out, "states": states}
+    return {"out": _by_token(out), "states": states}
 
 
 def _expect_scan(name: str, arrays: Mapping[str, Array], options: Options) -> dict[str, Array]:
     arguments = [arrays[n] for n in ("x", "dt", "a", "b", "c")]
     starts = _STARTS[options["starts"]]
     out, states = getattr(recurrence, name)(*arguments, arrays.get("d"), arrays["states"], starts)
-    return {"out": out, "states": states}
+    return {"out": _by_token(out), "states": states}
 
 
 _DELTAS: dict[str, Options] = {
@@ -319,14 +325,14 @@ def _call_delta(ops: Ops, tensors: Tensors, options: Options) -> dict[str, Tenso
     states = tensors["states"]
     arguments = [tensors[n] for n in ("q", "k", "v", "decay", "beta")]
     out = ops.gated_delta_rule(*arguments, states, _sequences(tensors, options))
-    return {"out": out, "states": states}
+    return {"out": _by_token(out), "states": states}
 
 
 def _expect_delta(arrays: Mapping[str, Array], options: Options) -> dict[str, Array]:
     arguments = [arrays[n] for n in ("q", "k", "v", "decay", "beta")]
     starts = _STARTS[options["starts"]]
     out, states = recurrence.gated_delta_rule(*arguments, arrays["states"], starts)
-    return {"out": out, "states": states}
+    return {"out": _by_token(out), "states": states}
 
 
 # --- quantization ---------------------------------------------------------------------------------

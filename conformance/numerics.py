@@ -54,8 +54,8 @@ TOLERANCES: dict[str, Tolerance] = {
         roundoffs=2,
         float32_roundoffs=8,
         max_roundoffs=16,
-        reason="twice the baseline, as FlashAttention's tests; in float32 the exponential, tanh and "
-        "erf of a vector unit are good to about two units in the last place, which are four "
+        reason="twice the baseline, as FlashAttention's tests; in float32 the exponential, "
+        "tanh and erf of a vector unit are good to about two units in the last place, which are four "
         "roundoffs, and up to four more operations around them round once each",
     ),
     "reduction": Tolerance(
@@ -75,6 +75,16 @@ TOLERANCES: dict[str, Tolerance] = {
         reason="two reductions and an exponential follow each other, and a score's rounding is "
         "multiplied by its size; one dropped token of 4096 is 2000 units off in float32, and at "
         "least twelve times the bound in half precision",
+    ),
+    "recurrence": Tolerance(
+        base_factor=2,
+        roundoffs=2,
+        float32_roundoffs=128,
+        max_roundoffs=512,
+        reason="a state is summed over all time and then summed once more, and what comes out may "
+        "be small beside what was added; over 40 seeds an honest step by step scan reaches a third "
+        "of the bound, and chunked forms order their sums in yet another way; a state kept in "
+        "bfloat16 is thousands of units off",
     ),
     "quantised": Tolerance(
         base_factor=2,

@@ -171,6 +171,8 @@ class Device(ABC):
     def communicator(self, ranks: Sequence[int], *, rank: int, address: str) -> Communicator:
         """Joins the group `ranks` as `rank`, meeting the others at `address` (`tcp://host:port`).
 
+        `rank` is one of `ranks`; `Communicator.rank` is its place among them.
+
         Raises: UnsupportedError if groups larger than one are not claimed.
         """
         from quire.core.interface.communicator import SoloCommunicator

@@ -21,7 +21,7 @@ class OpSpec:
     level: int = 1
     """The conformance level from which it is mandatory."""
     tolerance: str = "elementwise"
-    """`exact`, `elementwise`, `reduction`, `attention` or `quantised`."""
+    """`exact`, `elementwise`, `reduction`, `attention`, `recurrence` or `quantised`."""
     oracle: str
     """The float64 oracle in the conformance suite."""
     dtypes: tuple[str, ...] = FLOATS
@@ -175,7 +175,7 @@ OP_SPECS: tuple[OpSpec, ...] = (
     OpSpec(
         name="selective_scan",
         summary="The scan of Mamba.",
-        tolerance="attention",
+        tolerance="recurrence",
         oracle="recurrence.selective_scan",
         reads=("x", "dt", "a", "b", "c", "d", "states"),
         writes=("states",),
@@ -185,7 +185,7 @@ OP_SPECS: tuple[OpSpec, ...] = (
     OpSpec(
         name="ssd_scan",
         summary="The scan of Mamba-2.",
-        tolerance="attention",
+        tolerance="recurrence",
         oracle="recurrence.ssd_scan",
         reads=("x", "dt", "a", "b", "c", "d", "states"),
         writes=("states",),
@@ -195,7 +195,7 @@ OP_SPECS: tuple[OpSpec, ...] = (
     OpSpec(
         name="gated_delta_rule",
         summary="Linear attention that overwrites what it recalls.",
-        tolerance="attention",
+        tolerance="recurrence",
         oracle="recurrence.gated_delta_rule",
         reads=("q", "k", "v", "decay", "beta", "states"),
         writes=("states",),
