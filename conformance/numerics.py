@@ -55,8 +55,8 @@ TOLERANCES: dict[str, Tolerance] = {
         float32_roundoffs=8,
         max_roundoffs=16,
         reason="twice the baseline, as FlashAttention's tests; in float32 the exponential, "
-        "tanh and erf of a vector unit are good to about two units in the last place, which are four "
-        "roundoffs, and up to four more operations around them round once each",
+        "tanh and erf of a vector unit are good to about two units in the last place, which are "
+        "four roundoffs, and up to four more operations around them round once each",
     ),
     "reduction": Tolerance(
         base_factor=2,

@@ -20,8 +20,9 @@ PAGE = ROOT / "docs" / "interface.md"
 PACKAGE = "quire.core.interface"
 HEAD = """# The interface, name by name
 
-All that a backend imports: `from quire.core.interface import ...`. This page is written from the docstrings by
-`python scripts/interface_reference.py`; do not edit it. How to use it: [write-a-backend.md](write-a-backend.md).
+All that a backend imports: `from quire.core.interface import ...`. This page is written from the
+docstrings by `python scripts/interface_reference.py`; do not edit it. How to use it:
+[write-a-backend.md](write-a-backend.md).
 """
 
 

@@ -1,4 +1,4 @@
-"""Quantized linear layers in plain torch: weights widened at load, activations rounded each time."""
+"""Quantized linear layers in plain torch: weights widened at load, activations rounded anew."""
 
 from __future__ import annotations
 
