@@ -323,15 +323,28 @@ def _delta(rng: np.random.Generator, dtype: str, scale: float, options: Options)
 
 def _call_delta(ops: Ops, tensors: Tensors, options: Options) -> dict[str, Tensor]:
     states = tensors["states"]
-    arguments = [tensors[n] for n in ("q", "k", "v", "decay", "beta")]
-    out = ops.gated_delta_rule(*arguments, states, _sequences(tensors, options))
+    out = ops.gated_delta_rule(
+        tensors["q"],
+        tensors["k"],
+        tensors["v"],
+        tensors["decay"],
+        tensors["beta"],
+        states,
+        _sequences(tensors, options),
+    )
     return {"out": _by_token(out), "states": states}
 
 
 def _expect_delta(arrays: Mapping[str, Array], options: Options) -> dict[str, Array]:
-    arguments = [arrays[n] for n in ("q", "k", "v", "decay", "beta")]
-    starts = _STARTS[options["starts"]]
-    out, states = recurrence.gated_delta_rule(*arguments, arrays["states"], starts)
+    out, states = recurrence.gated_delta_rule(
+        arrays["q"],
+        arrays["k"],
+        arrays["v"],
+        arrays["decay"],
+        arrays["beta"],
+        arrays["states"],
+        _STARTS[options["starts"]],
+    )
     return {"out": _by_token(out), "states": states}
 
 
