@@ -279,8 +279,8 @@ def test_attention_that_the_device_lacks_is_refused_before_weights_are_read(tmp_
 
 def test_quantization_is_refused_with_a_reason(llama):
     """Nothing is dropped silently."""
-    with pytest.raises(UnsupportedError, match="quantization int8"):
-        load_tiny(llama, quantization="int8")
+    with pytest.raises(UnsupportedError, match="quantization int3"):
+        load_tiny(llama, quantization="int3")
 
 
 def test_providers_name_who_serves_each_operator(llama):
