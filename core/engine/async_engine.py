@@ -19,6 +19,7 @@ from quire.core.engine.chat import ChatRenderer
 from quire.core.engine.client import AsyncProcessClient
 from quire.core.engine.core import BuildCore, EngineCore
 from quire.core.engine.facts import EngineFacts, EngineStatistics
+from quire.core.engine.features import ModelInput
 from quire.core.engine.front import Front, make_front
 from quire.core.engine.messages import same_death
 from quire.core.engine.output_state import OutputKind
@@ -33,8 +34,6 @@ from quire.core.sampling_params import SamplingParams
 
 __all__ = ["AsyncEngine", "OutputKind", "Prompt", "QueueFullError", "RequestStream"]
 
-_LONG_TEXT_CHARS = 2000
-"""From here a text is tokenized in a thread, so that the event loop goes on."""
 _UPDATES_AT_ONCE = 128
 """Updates that are processed before other tasks have a turn."""
 _POLL_DRAIN_S = 0.02
@@ -103,12 +102,12 @@ class AsyncEngine:
         CheckpointError for text where the model has no tokenizer.
         """
         self._refuse_if_not_ready()
-        token_ids = await self._tokenize(prompt, add_special_tokens=add_special_tokens)
+        model_input = await self._read(prompt, add_special_tokens=add_special_tokens)
         if params.structured_outputs is not None:
             await asyncio.to_thread(self._front.check_grammar, params)
         self._refuse_if_not_ready()
         prepared = self._front.inputs.prepare(
-            request_id, prompt, params, priority=priority, prompt_token_ids=token_ids
+            request_id, prompt, params, priority=priority, model_input=model_input
         )
         self._refuse_if_full(len(prepared.specs))
         stream = RequestStream(
@@ -221,7 +220,12 @@ class AsyncEngine:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises: CheckpointError if the model has no tokenizer."""
-        return await self._tokenize(text, add_special_tokens=add_special_tokens)
+        inputs, parsed = self._front.inputs, parse_prompt(text)
+        if inputs.is_slow(parsed):
+            return await asyncio.to_thread(
+                inputs.tokenize, parsed, add_special_tokens=add_special_tokens
+            )
+        return inputs.tokenize(parsed, add_special_tokens=add_special_tokens)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids.
@@ -313,14 +317,14 @@ class AsyncEngine:
                 f"{limit} may wait; try again later"
             )
 
-    async def _tokenize(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
+    async def _read(self, prompt: Prompt, *, add_special_tokens: bool) -> ModelInput:
         inputs = self._front.inputs
         parsed = parse_prompt(prompt)
-        if parsed.token_ids is None and len(parsed.text or "") >= _LONG_TEXT_CHARS:
+        if inputs.is_slow(parsed):
             return await asyncio.to_thread(
-                inputs.tokenize, parsed, add_special_tokens=add_special_tokens
+                inputs.read, parsed, add_special_tokens=add_special_tokens
             )
-        return inputs.tokenize(parsed, add_special_tokens=add_special_tokens)
+        return inputs.read(parsed, add_special_tokens=add_special_tokens)
 
     def _sink(self, stream: RequestStream) -> Callable[[RequestOutput], None]:
         def put(output: RequestOutput) -> None:

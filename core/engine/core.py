@@ -356,6 +356,11 @@ def make_facts(
         num_cache_tokens=_num_cache_tokens(info, cache_plan),
         providers={**plan.kernels, **info.providers},
         changes=[str(change) for change in plan.changes],
+        tasks=list(info.tasks),
+        labels=list(info.labels),
+        vector_size=info.vector_size,
+        encoder_input=info.encoder_input,
+        max_source_tokens=max((group.max_tokens or 0 for group in info.cache_groups), default=0),
         startup_s=startup_s,
     )
 
@@ -365,6 +370,7 @@ def _num_cache_tokens(info: ModelInfo, cache_plan: CachePlan) -> int:
     sizes: Sequence[int] = [
         (num_blocks - 1) * group.block_size
         for group, num_blocks in zip(info.cache_groups, cache_plan.num_blocks, strict=True)
+        if group.max_tokens is None
     ]
     return min(sizes, default=0)
 

@@ -33,8 +33,14 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What `resolve` filled in or corrected, one sentence each."""
     tasks: list[str] = msgspec.field(default_factory=lambda: ["generate"])
     """What the model does: see `quire.core.engine.pooling.Task`."""
+    encoder_input: str | None = None
+    """What every request must bring for the model's encoder: `tokens`, `audio`; None: nothing."""
+    max_source_tokens: int = 0
+    """The most tokens that the encoder makes of what a request brings."""
     labels: list[str] = []
     """Of a model that classifies, by index."""
+    vector_size: int = 0
+    """Of a model that makes vectors: how many numbers one has."""
     startup_s: dict[str, float]
     """Seconds of each stage of the start: `plan`, `load`, `measure`, `allocate`, `warm_up`."""
 

@@ -11,6 +11,7 @@ from quire.core.engine.facts import EngineFacts
 from quire.core.engine.generation_defaults import read_generation_defaults
 from quire.core.engine.grammars import constraint_of, front_checker
 from quire.core.engine.input_processor import InputProcessor, ModelLimits
+from quire.core.engine.feature_readers import make_reader
 from quire.core.engine.output_processor import OutputProcessor
 from quire.core.engine.tokenizer import TextCodec, load_codec
 from quire.core.sampling_params import SamplingParams
@@ -52,6 +53,7 @@ def make_front(
         vocab_size=facts.vocab_size,
         max_model_len=facts.max_model_len,
         logits_processors=frozenset(config.logits_processors),
+        max_source_tokens=facts.max_source_tokens,
     )
     inputs = InputProcessor(
         limits,
@@ -59,6 +61,7 @@ def make_front(
         defaults=read_generation_defaults(facts.model_directory),
         seed=config.seed,
         name_function=name_function,
+        reader=make_reader(facts),
     )
     return Front(
         codec=codec,

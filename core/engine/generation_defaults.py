@@ -26,8 +26,8 @@ def read_generation_defaults(directory: str) -> GenerationDefaults:
 
     Raises: CheckpointError for a file that is not JSON.
     """
-    generation = _read_json(Path(directory) / "generation_config.json")
-    config = _read_json(Path(directory) / "config.json")
+    generation = read_json(Path(directory) / "generation_config.json")
+    config = read_json(Path(directory) / "config.json")
     text_config = config.get("text_config")
     sources = [generation, config, text_config if isinstance(text_config, dict) else {}]
     eos = next((found for source in sources if (found := _ids(source.get("eos_token_id")))), ())
@@ -50,7 +50,8 @@ def _ids(value: object) -> tuple[int, ...]:
     return tuple(dict.fromkeys(item for item in values if type(item) is int))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; empty where it is missing. Raises: CheckpointError."""
     if not path.is_file():
         return {}
     try:

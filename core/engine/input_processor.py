@@ -10,6 +10,12 @@ from typing import Any
 
 import msgspec
 
+from quire.core.engine.features import (
+    FeatureReader,
+    ModelInput,
+    check_features,
+    refuse_features,
+)
 from quire.core.engine.generation_defaults import GenerationDefaults
 from quire.core.engine.grammars import constraint_of
 from quire.core.engine.prompts import ParsedPrompt, Prompt, parse_prompt
@@ -18,6 +24,12 @@ from quire.core.engine.tokenizer import TextCodec, no_tokenizer
 from quire.core.errors import RequestError
 from quire.core.sampling_params import MAX_SEED, SamplingParams
 from quire.core.scheduler.request import RequestSpec
+
+
+_LONG_TEXT_CHARS = 2000
+"""From here a text is tokenized in a thread, so that the event loop goes on."""
+_NEVER = -1e9
+"""Added to the logit of a token that must not be chosen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +56,8 @@ class ModelLimits:
     max_model_len: int
     logits_processors: frozenset[str]
     """Names that the worker knows."""
+    max_source_tokens: int = 0
+    """The most tokens that the model's encoder makes of what a request brings."""
 
 
 class InputProcessor:
@@ -57,11 +71,13 @@ class InputProcessor:
         defaults: GenerationDefaults,
         seed: int,
         name_function: Callable[[Any], str] | None = None,
+        reader: FeatureReader | None = None,
     ) -> None:
         """`name_function` registers a logits processor with the worker.
 
-        None where the worker is out of reach.
+        None where the worker is out of reach. `reader`: of a model that takes more than text.
         """
+        self._reader = reader
         self._limits = limits
         self._codec = codec
         self._seeds = random.Random(seed)
@@ -77,31 +93,55 @@ class InputProcessor:
         *,
         priority: int | None = None,
         add_special_tokens: bool = True,
-        prompt_token_ids: list[int] | None = None,
+        model_input: ModelInput | None = None,
     ) -> PreparedRequest:
-        """One request, complete. `prompt_token_ids`: the prompt's, if it was tokenized already.
+        """One request, complete. `model_input`: the prompt's, if it was read already.
 
         Raises: RequestError naming the field; CheckpointError for text where the model has
         no tokenizer.
         """
         arrival_time_s = time.monotonic()
         parsed = parse_prompt(prompt)
-        if prompt_token_ids is None:
-            prompt_token_ids = self.tokenize(parsed, add_special_tokens=add_special_tokens)
+        if model_input is None:
+            model_input = self.read(parsed, add_special_tokens=add_special_tokens)
+        prompt_token_ids = model_input.token_ids
         if params.truncate_prompt_tokens is not None:
             prompt_token_ids = prompt_token_ids[-params.truncate_prompt_tokens :]
         self._check_prompt(prompt_token_ids)
         self._check_text(params)
+        check_features(model_input.features, self._limits.max_source_tokens)
         spec = self._spec(request_id, prompt_token_ids, params, priority, arrival_time_s)
+        spec = _with_input(spec, model_input)
         return PreparedRequest(
             request_id=request_id,
-            prompt=parsed.text,
+            prompt=parsed.text if model_input.text is None else model_input.text,
             prompt_token_ids=prompt_token_ids,
             params=params,
             specs=_children(spec, params.n),
             codec=self._codec if params.detokenize else None,
             arrival_time_s=arrival_time_s,
         )
+
+    def read(self, parsed: ParsedPrompt, *, add_special_tokens: bool = True) -> ModelInput:
+        """Token ids and features of a prompt; safe in another thread.
+
+        Raises: RequestError for what the model does not take; CheckpointError for text where it
+        has no tokenizer.
+        """
+        if self._reader is None:
+            refuse_features(parsed, self._limits.model)
+            return ModelInput(
+                token_ids=self.tokenize(parsed, add_special_tokens=add_special_tokens)
+            )
+        return self._reader.read(parsed, self._encode, add_special_tokens=add_special_tokens)
+
+    def is_slow(self, parsed: ParsedPrompt) -> bool:
+        """Whether reading the prompt would hold up an event loop."""
+        is_long = parsed.token_ids is None and len(parsed.text or "") >= _LONG_TEXT_CHARS
+        return is_long or self._reader is not None or not parsed.is_plain
+
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.require_codec().encode(text, add_special_tokens=add_special_tokens)
 
     def tokenize(self, parsed: ParsedPrompt, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt; safe in another thread.
@@ -110,7 +150,8 @@ class InputProcessor:
         """
         if parsed.token_ids is not None:
             return parsed.token_ids
-        assert parsed.text is not None, parsed
+        if parsed.text is None:
+            raise RequestError("the prompt has no text", param="prompt")
         return self.require_codec().encode(parsed.text, add_special_tokens=add_special_tokens)
 
     def require_codec(self) -> TextCodec:
@@ -190,6 +231,22 @@ class InputProcessor:
                 param="logits_processors",
             )
         return self._name_function(processor)
+
+
+def _with_input(spec: RequestSpec, model_input: ModelInput) -> RequestSpec:
+    """The request with its features, and without the tokens that the model must not make."""
+    sampling = spec.sampling
+    if model_input.suppressed_ids:
+        bias = dict.fromkeys(model_input.suppressed_ids, _NEVER) | dict(sampling.logit_bias)
+        sampling = msgspec.structs.replace(sampling, logit_bias=tuple(bias.items()))
+    if model_input.begin_suppressed_ids:
+        forbidden = dict.fromkeys((*sampling.min_tokens_forbids, *model_input.begin_suppressed_ids))
+        sampling = msgspec.structs.replace(
+            sampling,
+            min_tokens=max(1, sampling.min_tokens),
+            min_tokens_forbids=tuple(forbidden),
+        )
+    return msgspec.structs.replace(spec, sampling=sampling, features=model_input.features)
 
 
 def make_params(

@@ -18,6 +18,7 @@ from quire.core.engine.client import CoreClient, InProcessClient, ProcessClient
 from quire.core.engine.core import BuildCore, EngineCore
 from quire.core.engine.facts import EngineStatistics
 from quire.core.engine.familiar_settings import translate_settings
+from quire.core.engine.features import ModelInput
 from quire.core.engine.front import make_front
 from quire.core.engine.input_processor import PreparedRequest, make_params
 from quire.core.engine.interrupts import DeferredInterrupts
@@ -204,7 +205,7 @@ class LLM:
         many = _one_for_each(params, len(prompts), "sampling_params")
         priorities = _one_for_each(priority, len(prompts), "priority")
         checked = [make_params(one, self._inputs.defaults) for one in many]
-        token_ids = self._tokenize_all(prompts, add_special_tokens=add_special_tokens)
+        read = self._read_all(prompts, add_special_tokens=add_special_tokens)
         prepared = []
         for index, prompt in enumerate(prompts):
             try:
@@ -215,7 +216,7 @@ class LLM:
                         prompt,
                         checked[index],
                         priority=priorities[index],
-                        prompt_token_ids=token_ids[index],
+                        model_input=read[index],
                     )
                 )
             except RequestError as error:
@@ -225,17 +226,22 @@ class LLM:
         self._num_requests += len(prompts)
         return prepared
 
-    def _tokenize_all(
-        self, prompts: Sequence[Prompt], *, add_special_tokens: bool
-    ) -> list[list[int]]:
+    def _read_all(self, prompts: Sequence[Prompt], *, add_special_tokens: bool) -> list[ModelInput]:
         parsed = [parse_prompt(prompt) for prompt in prompts]
+        if self.facts.encoder_input is not None or not all(one.is_plain for one in parsed):
+            return [
+                self._inputs.read(one, add_special_tokens=add_special_tokens) for one in parsed
+            ]
         texts = [one.text or "" for one in parsed if one.token_ids is None]
         encoded = iter(
             self._inputs.require_codec().encode_all(texts, add_special_tokens=add_special_tokens)
             if texts
             else ()
         )
-        return [next(encoded) if one.token_ids is None else one.token_ids for one in parsed]
+        return [
+            ModelInput(token_ids=next(encoded) if one.token_ids is None else one.token_ids)
+            for one in parsed
+        ]
 
     def _run(self, requests: Sequence[PreparedRequest], *, use_tqdm: bool) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quire.core.errors import RequestError
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
 
-_KEYS = {"prompt", "prompt_token_ids"}
+With `"multi_modal_data": {"audio": (samples, rate)}` beside it for models that take more than text;
+`{"encoder_prompt": prompt, "decoder_prompt": prompt or None}` for models with an encoder.
+"""
+
+_KEYS = {"prompt", "prompt_token_ids", "multi_modal_data"}
+_PAIR_KEYS = {"encoder_prompt", "decoder_prompt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +25,15 @@ class ParsedPrompt:
 
     text: str | None
     token_ids: list[int] | None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What it brings besides text, by kind, as the user gave it."""
+    source: ParsedPrompt | None = None
+    """What an encoder is to read, where encoder and decoder were given apart."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is text or tokens alone."""
+        return not self.data and self.source is None
 
 
 def parse_prompt(prompt: Prompt) -> ParsedPrompt:
@@ -47,6 +61,8 @@ def split_prompts(prompts: object) -> list[Prompt]:
 
 
 def _parse_mapping(prompt: Mapping[str, Any]) -> ParsedPrompt:
+    if set(prompt) & _PAIR_KEYS:
+        return _parse_pair(prompt)
     unknown = sorted(map(str, set(prompt) - _KEYS))
     if unknown or not set(prompt) & _KEYS:
         has = f"has {', '.join(map(repr, unknown))}" if unknown else "is empty"
@@ -62,9 +78,37 @@ def _parse_mapping(prompt: Mapping[str, Any]) -> ParsedPrompt:
             param="prompt",
         )
     ids = None if token_ids is None else _token_ids(token_ids)
-    if text is None and ids is None:
+    data = prompt.get("multi_modal_data") or {}
+    if not isinstance(data, Mapping):
+        raise RequestError(
+            f"multi_modal_data is a dict by kind, not {type(data).__name__}",
+            param="multi_modal_data",
+        )
+    if text is None and ids is None and not data:
         raise RequestError("the prompt is None; give a text or token ids", param="prompt")
-    return ParsedPrompt(text=text, token_ids=ids)
+    return ParsedPrompt(text=text, token_ids=ids, data=data)
+
+
+def _parse_pair(prompt: Mapping[str, Any]) -> ParsedPrompt:
+    """Encoder and decoder apart, in the names that vLLM uses."""
+    unknown = sorted(map(str, set(prompt) - _PAIR_KEYS))
+    if unknown or prompt.get("encoder_prompt") is None:
+        what = f"has {', '.join(map(repr, unknown))}" if unknown else "has no encoder_prompt"
+        raise RequestError(
+            f"a prompt of two parts holds encoder_prompt and decoder_prompt; this one {what}",
+            param="prompt",
+        )
+    source = parse_prompt(prompt["encoder_prompt"])
+    own = prompt.get("decoder_prompt")
+    target = ParsedPrompt(text=None, token_ids=None) if own is None else parse_prompt(own)
+    if not target.is_plain or source.source is not None:
+        raise RequestError("decoder_prompt is text or token ids alone", param="prompt")
+    return ParsedPrompt(
+        text=target.text,
+        token_ids=target.token_ids,
+        data=source.data,
+        source=ParsedPrompt(text=source.text, token_ids=source.token_ids),
+    )
 
 
 def _is_list(value: object) -> bool:

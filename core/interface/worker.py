@@ -61,6 +61,53 @@ class SamplingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         return self.temperature == 0.0
 
 
+class FeatureArray(msgspec.Struct, frozen=True, kw_only=True):
+    """One array as plain data."""
+
+    data: bytes
+    """Elements in C order, little endian."""
+    dtype: str
+    """`float32`, `int64`, ..., as numpy names it."""
+    shape: tuple[int, ...]
+
+
+class Feature(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request brings besides the tokens of its prompt: an image, sound, an encoder's text."""
+
+    kind: str
+    """`image`, `audio`, `tokens`, as the model's input side calls it."""
+    key: str
+    """A cryptographic hash of the content: equal keys mean equal features."""
+    num_tokens: int
+    """How many tokens it stands for: placeholders of the prompt, or positions of an encoder."""
+    offset: int | None = None
+    """Where its placeholders begin in the prompt; None: it goes to the model's encoder."""
+    arrays: dict[str, FeatureArray] = {}
+    """What the model's code takes, by name. Empty where what it brought is in the cache already."""
+
+
+class PoolingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a worker makes of a request's text instead of tokens. The text is computed whole."""
+
+    task: str
+    """`embed`, `classify`, `score`, `token_embed`, `token_classify`, `reward`."""
+    dimensions: int | None = None
+    """Of a vector, its first so many; normalized again."""
+    use_activation: bool = True
+    """Vectors as the model normalizes them, probabilities instead of logits."""
+    token_type_ids: list[int] = []
+    """One for each token, for a model that reads two texts at once; empty: all 0."""
+
+
+class PooledNumbers(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What came of one text."""
+
+    shape: list[int]
+    """[n], or [tokens, n]."""
+    data: bytes
+    """float32, little endian, row by row."""
+
+
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request that the worker has not seen, or has forgotten."""
 
@@ -74,6 +121,10 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     block_ids: list[list[int]]
     """For each cache group, all blocks of the request so far, this step's included."""
     sampling: SamplingSpec
+    pooling: PoolingSpec | None = None
+    """Given: nothing is sampled; the step that ends the text answers in `StepResult.pooled`."""
+    features: list[Feature] = []
+    """In the order in which they come; those of an encoder run in the request's first step."""
 
 
 class StepBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +150,16 @@ class StepBatch(msgspec.Struct, frozen=True, kw_only=True):
     token_masks: dict[str, bytes] = {}
     """For requests that sample under a grammar: the tokens that may follow, as little-endian 32-bit
     words; bit i % 32 of word i // 32 is set where token i may. ceil(vocab_size / 32) words.
+    """
+
+    draft_token_ids: dict[str, list[int]] = {}
+    """For some requests that sample: guesses of what follows their last token, which
+    `num_new_tokens` counts. The worker samples after the last token and after each guess, and
+    answers with its own tokens up to and with the first that differs from the guess, or with one
+    more than the guesses if none does: the same tokens as without guesses. Of the slots of refused
+    guesses nothing is kept. Never for requests with log-probabilities, a token mask, or sampling
+    that depends on their output so far (penalties, bad_words, min_tokens, custom processors), and
+    never ahead of the result. Only for devices that claim the feature `speculation`.
     """
 
     @property
@@ -132,6 +193,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """For the prompt tokens that this step computed, of those who asked: entry i is about the token
     after position num_computed_tokens + i, as far as the prompt goes.
     """
+    pooled: dict[str, PooledNumbers] = {}
+    """Of requests with `pooling` whose text ended in this step."""
     errors: dict[str, str] = {}
     """Requests that failed alone (NaN logits, a custom processor that raised), and why.
 
@@ -151,6 +214,10 @@ class CacheGroup(msgspec.Struct, frozen=True, kw_only=True):
     num_layers: int
     bytes_per_block: int
     """Of all the group's layers together."""
+    max_tokens: int | None = None
+    """For `cross`: the most encoder tokens of one request. Its blocks follow these, not the
+    request's own tokens, are filled by the request's first step and never change.
+    """
 
 
 class CachePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,6 +244,14 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Operator to who serves it."""
     implementation: str = "native"
     """Who runs the model: `native`, `transformers`, or the package that brings it."""
+    tasks: list[str] = msgspec.field(default_factory=lambda: ["generate"])
+    """What it does; a model that hears has `transcribe`."""
+    labels: list[str] = []
+    """Of a model that classifies, by index."""
+    vector_size: int = 0
+    """Of a model that makes vectors: how many numbers one has."""
+    encoder_input: str | None = None
+    """What a request must bring for the model's encoder, as `Feature.kind`; None: it has none."""
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,6 +272,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`auto`: from the files; `dummy`: random weights."""
     model_impl: str = "auto"
     """Who runs the model: `native`, `transformers`, or `auto`: the first that knows it."""
+    task: str = "auto"
+    """What the model is for: `generate`, a task of `PoolingSpec`, or `auto`: what it was made for.
+    """
     trust_remote_code: bool = False
     """Whether code that comes with a checkpoint may run."""
     quantization: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 NEVER = sys.maxsize
 
@@ -22,6 +22,12 @@ class BlockTable:
     """For each group, leading entries that were given back."""
     num_registered: list[int]
     """For each group, leading blocks that need not be made findable any more."""
+    num_source_tokens: int = 0
+    """Tokens that the model's encoder makes of what the request brings."""
+    source_hashes: list[bytes] = field(default_factory=list)
+    """Of the blocks that the encoder fills, for the smallest block size of such groups."""
+    has_shared_source: bool = False
+    """Whether an earlier request's encoder has filled those blocks already."""
     num_settled: int = 0
     """Leading blocks, of the smallest block size, that are no longer announced."""
     capacity: int = 0

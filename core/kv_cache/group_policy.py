@@ -20,6 +20,8 @@ class GroupPolicy(ABC):
 
     gives_back_early: bool
     """Whether blocks go back while the request runs."""
+    follows_tokens = True
+    """Whether blocks follow the request's own tokens, or what it brought for an encoder."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -127,6 +129,19 @@ class RecurrentPolicy(SlidingWindowPolicy):
         super().__init__(block_size, window=2)
 
 
+class CrossPolicy(FullPolicy):
+    """Blocks for what an encoder made of the request's source: all at once, and never more.
+
+    Where others are asked about a request's tokens, this one is asked about its source's.
+    """
+
+    follows_tokens = False
+
+    def __init__(self, block_size: int, max_source_tokens: int) -> None:
+        super().__init__(block_size)
+        self.max_source_tokens = max_source_tokens
+
+
 def make_group_policy(group: CacheGroup) -> GroupPolicy:
     """The policy of a group's kind.
 
@@ -137,12 +152,14 @@ def make_group_policy(group: CacheGroup) -> GroupPolicy:
         return FullPolicy(group.block_size)
     if group.kind == "recurrent":
         return RecurrentPolicy(group.block_size)
+    if group.kind == "cross" and group.max_tokens is not None:
+        return CrossPolicy(group.block_size, group.max_tokens)
     if group.kind == "sliding_window" and group.window is not None:
         return SlidingWindowPolicy(group.block_size, group.window)
     reason = Reason(
         code="kv_cache.kind",
         need=f"blocks for attention of kind {group.kind!r}, window {group.window}",
-        have="causal, chunked, mla, recurrent, and sliding_window with a window",
+        have="causal, chunked, cross, mla, recurrent, and sliding_window with a window",
         remedy="serve a model without such layers",
     )
     raise UnsupportedError([reason], what=f"cache group {group.name!r}")

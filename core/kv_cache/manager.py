@@ -19,7 +19,7 @@ from quire.core.kv_cache.block_table import (
     PrefixHit,
 )
 from quire.core.kv_cache.group_policy import GroupPolicy, make_group_policy
-from quire.core.kv_cache.prefix_hashing import hash_blocks, root_hash
+from quire.core.kv_cache.prefix_hashing import hash_blocks, hash_source, root_hash
 
 
 class KVCacheManager:
@@ -30,12 +30,20 @@ class KVCacheManager:
     ) -> None:
         assert len(groups) == len(plan.num_blocks), f"{len(groups)} groups, plan {plan}"
         self.groups = tuple(groups)
-        self.enable_prefix_caching = enable_prefix_caching
+        self.enable_prefix_caching = enable_prefix_caching and bool(groups)
         self.prefix_statistics = PrefixCacheStatistics()
         self._pools = [BlockPool(num_blocks) for num_blocks in plan.num_blocks]
         self._policies: list[GroupPolicy] = [make_group_policy(group) for group in groups]
-        self._hash_sizes = sorted({group.block_size for group in groups})
-        self._hashes_of_group = [self._hash_sizes.index(group.block_size) for group in groups]
+        policies = self._policies
+        self._token_groups = [g for g, policy in enumerate(policies) if policy.follows_tokens]
+        self._source_groups = [g for g, policy in enumerate(policies) if not policy.follows_tokens]
+        assert self._token_groups or not groups, f"no group follows the tokens of requests: {groups}"
+        self._hash_sizes = sorted(
+            {groups[group].block_size for group in self._token_groups} or {1}
+        )
+        self._hashes_of_group = {
+            group: self._hash_sizes.index(groups[group].block_size) for group in self._token_groups
+        }
         self._tables: set[BlockTable] = set()
         self._announced: dict[bytes, BlockTable] = {}
         """Blocks of prompts, of the smallest block size, that running requests are to fill."""
@@ -51,22 +59,41 @@ class KVCacheManager:
     @property
     def usage(self) -> float:
         """The share of the blocks that is held, 0 to 1, of the fullest group."""
-        return max(1.0 - pool.num_free / max(1, pool.num_usable) for pool in self._pools)
+        return max(
+            (1.0 - pool.num_free / max(1, pool.num_usable) for pool in self._pools), default=0.0
+        )
 
-    def can_ever_hold(self, num_tokens: int, max_chunk: int) -> bool:
+    def can_ever_hold(self, num_tokens: int, max_chunk: int, num_source_tokens: int = 0) -> bool:
         """Whether a request that is alone can reach `num_tokens`, `max_chunk` a step at most."""
         return all(
-            policy.max_held_blocks(num_tokens, max_chunk) <= pool.num_usable
+            policy.max_held_blocks(
+                num_tokens if policy.follows_tokens else num_source_tokens, max_chunk
+            )
+            <= pool.num_usable
             for policy, pool in zip(self._policies, self._pools, strict=True)
         )
 
     # ------------------------------------------------------------------------ a request's blocks
 
-    def make_table(self, salt: str | None = None, extra_keys: Sequence[str] = ()) -> BlockTable:
-        """An empty table. Prefixes are shared only between tables of the same salt and keys."""
+    def make_table(
+        self,
+        salt: str | None = None,
+        extra_keys: Sequence[str] = (),
+        *,
+        num_source_tokens: int = 0,
+    ) -> BlockTable:
+        """An empty table. Prefixes are shared only between tables of the same salt and keys.
+
+        `num_source_tokens`: what an encoder makes of that which `extra_keys` stand for.
+        """
         num_groups = len(self.groups)
+        root = root_hash(salt, extra_keys)
+        sizes = [self.groups[group].block_size for group in self._source_groups]
+        num_source_blocks = -(-num_source_tokens // min(sizes)) if sizes else 0
         return BlockTable(
-            root=root_hash(salt, extra_keys),
+            root=root,
+            num_source_tokens=num_source_tokens,
+            source_hashes=hash_source(root, num_source_blocks),
             block_ids=[[] for _ in range(num_groups)],
             hashes=[[] for _ in self._hash_sizes],
             num_dead=[0] * num_groups,
@@ -79,9 +106,10 @@ class KVCacheManager:
             return self.no_prefix()
         num_tokens = len(token_ids) - 1
         self._extend_hashes(table, token_ids, num_tokens)
-        group = 0
+        turn = 0
         num_agreed = 0
-        while num_agreed < len(self._pools) and num_tokens > 0:
+        while num_agreed < len(self._token_groups) and num_tokens > 0:
+            group = self._token_groups[turn]
             block_size = self._policies[group].block_size
             hashes = table.hashes[self._hashes_of_group[group]]
             num_blocks = self._policies[group].longest_hit(
@@ -90,7 +118,7 @@ class KVCacheManager:
             # A shorter hit must be put to the groups that agreed to the longer one again.
             num_agreed = num_agreed + 1 if num_blocks * block_size == num_tokens else 1
             num_tokens = num_blocks * block_size
-            group = (group + 1) % len(self._pools)
+            turn = (turn + 1) % len(self._token_groups)
         return PrefixHit(
             num_tokens=num_tokens,
             block_ids=self._blocks_of_prefix(table, num_tokens),
@@ -119,8 +147,9 @@ class KVCacheManager:
         end = hit.num_tokens + num_new_tokens
         counts = []
         for policy, pool, shared in zip(self._policies, self._pools, hit.block_ids, strict=True):
-            count = policy.num_admission_blocks(num_tokens, end) - len(shared)
-            most = policy.max_held_blocks(num_tokens, num_new_tokens)
+            total = num_tokens if policy.follows_tokens else table.num_source_tokens
+            count = policy.num_admission_blocks(total, end) - len(shared)
+            most = policy.max_held_blocks(total, num_new_tokens)
             num_held = sum(map(pool.is_held, shared))
             num_null = shared.count(NULL_BLOCK)
             taken = max(count + len(shared) - num_null, most) - num_held
@@ -142,7 +171,8 @@ class KVCacheManager:
         for policy, pool, block_ids in zip(
             self._policies, self._pools, table.block_ids, strict=True
         ):
-            count = max(0, policy.num_blocks(num_tokens) - len(block_ids))
+            total = num_tokens if policy.follows_tokens else table.num_source_tokens
+            count = max(0, policy.num_blocks(total) - len(block_ids))
             if count > pool.num_free:
                 return None
             counts.append(count)
@@ -163,7 +193,9 @@ class KVCacheManager:
 
     def _register(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         self._extend_hashes(table, token_ids, num_computed)
-        for group, pool in enumerate(self._pools):
+        self._register_source(table)
+        for group in self._token_groups:
+            pool = self._pools[group]
             hashes = table.hashes[self._hashes_of_group[group]]
             block_ids = table.block_ids[group]
             num_full = num_computed // self._policies[group].block_size
@@ -171,6 +203,14 @@ class KVCacheManager:
                 if block_ids[index] != NULL_BLOCK:
                     pool.register(block_ids[index], hashes[index])
             table.num_registered[group] = num_full
+
+    def _register_source(self, table: BlockTable) -> None:
+        """Any step of the request that is done has filled what its encoder fills."""
+        for group in self._source_groups:
+            block_ids = table.block_ids[group]
+            for index in range(table.num_registered[group], len(block_ids)):
+                self._pools[group].register(block_ids[index], table.source_hashes[index])
+            table.num_registered[group] = len(block_ids)
 
     def _next_settle_at(self, num_computed: int) -> int:
         """When the next block is full. Full blocks are all that matters for either thing."""
@@ -227,6 +267,9 @@ class KVCacheManager:
     def _blocks_of_prefix(self, table: BlockTable, num_tokens: int) -> list[list[int]]:
         tables = []
         for group, policy in enumerate(self._policies):
+            if not policy.follows_tokens:
+                tables.append(self._blocks_of_source(table, group))
+                continue
             num_dead = policy.num_dead_blocks(num_tokens)
             hashes = table.hashes[self._hashes_of_group[group]]
             found = [
@@ -237,6 +280,13 @@ class KVCacheManager:
             assert len(blocks) == len(found), f"group {group} lacks blocks of a hit: {found}"
             tables.append([NULL_BLOCK] * num_dead + blocks)
         return tables
+
+    def _blocks_of_source(self, table: BlockTable, group: int) -> list[int]:
+        """What an earlier request's encoder has filled: all of it, or nothing."""
+        count = self._policies[group].num_blocks(table.num_source_tokens)
+        found = [self._pools[group].find(key) for key in table.source_hashes[:count]]
+        blocks = [block for block in found if block is not None]
+        return blocks if len(blocks) == count else []
 
     def _num_announced(self, table: BlockTable, start: int, end: int) -> int:
         """How many tokens from `start` on, in full blocks before `end`, somebody is computing."""
@@ -271,6 +321,11 @@ class KVCacheManager:
         self._append(table, counts)
         table.is_findable = self.enable_prefix_caching
         table.next_settle_at = self._next_settle_at(hit.num_tokens)
+        table.has_shared_source = bool(self._source_groups) and all(
+            bool(hit.block_ids[group]) and not counts[group] for group in self._source_groups
+        )
+        if self.enable_prefix_caching and table.num_source_tokens and not table.has_shared_source:
+            table.next_settle_at = 1  # its first step fills what others may share
 
     def _append(self, table: BlockTable, counts: list[int]) -> list[list[int]]:
         added = []
@@ -280,7 +335,8 @@ class KVCacheManager:
             block_ids = table.block_ids[group]
             block_ids += blocks
             added.append(blocks)
-            capacity = min(capacity, len(block_ids) * self._policies[group].block_size)
+            if self._policies[group].follows_tokens:
+                capacity = min(capacity, len(block_ids) * self._policies[group].block_size)
         table.capacity = capacity
         return added
 
@@ -322,6 +378,7 @@ class KVCacheManager:
         capacity = min(
             len(block_ids) * policy.block_size
             for block_ids, policy in zip(table.block_ids, self._policies, strict=True)
+            if policy.follows_tokens
         )
         assert table.capacity == capacity, f"capacity {table.capacity}, blocks for {capacity}"
         for group, num_dead in enumerate(table.num_dead):

@@ -28,6 +28,19 @@ def root_hash(salt: str | None, extra_keys: Sequence[str] = ()) -> bytes:
     return digest.digest()
 
 
+def hash_source(root: bytes, num_blocks: int) -> list[bytes]:
+    """Hashes of the blocks that an encoder fills for a request of that root.
+
+    The root tells all that the encoder is given, so that the index of a block is all there is more.
+    """
+    return [
+        hashlib.blake2b(
+            root + struct.pack("<I", index), digest_size=DIGEST_SIZE, person=b"quire-source"
+        ).digest()
+        for index in range(num_blocks)
+    ]
+
+
 def _labelled(label: bytes, text: str) -> bytes:
     """Label and text with their lengths, so that no two lists of keys read the same."""
     data = text.encode()

@@ -42,7 +42,9 @@ def _blocks_of_request(
     groups: Sequence[CacheGroup], num_tokens: int, max_num_batched_tokens: int
 ) -> list[int]:
     return [
-        make_group_policy(group).max_held_blocks(num_tokens, max_num_batched_tokens)
+        make_group_policy(group).max_held_blocks(
+            num_tokens if group.max_tokens is None else group.max_tokens, max_num_batched_tokens
+        )
         for group in groups
     ]
 

@@ -40,6 +40,9 @@ class AttentionGroup:
     """What one layer keeps where the model keeps its pages itself; empty: the device's attention
     keeps them, in a layout of its own."""
 
+    max_tokens: int | None = None
+    """For `cross`: the most tokens that the encoder makes of what a request brings."""
+
     @property
     def is_own(self) -> bool:
         """Whether the model keeps the pages itself and asks nothing of the device's attention."""

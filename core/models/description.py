@@ -21,6 +21,16 @@ _DTYPE_SIZES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingDescription:
+    """What a model makes of texts."""
+
+    tasks: tuple[str, ...]
+    """Those of `PoolingSpec.task` that it does."""
+    labels: tuple[str, ...] = ()
+    vector_size: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescription:
     """A model as its config.json describes it."""
 
@@ -45,6 +55,12 @@ class ModelDescription:
     """Of a native family that runs through the one decoder."""
     implementation: str = "native"
     """Who runs it: `native`, `transformers`, or the package that brings it."""
+    pooling: PoolingDescription | None = None
+    """Of a model that makes numbers of texts; None: it generates."""
+    tasks: tuple[str, ...] = ("generate",)
+    """What it does."""
+    encoder_input: str | None = None
+    """What a request must bring for its encoder: `tokens`, `audio`; None: it has none."""
     notes: tuple[str, ...] = ()
     """What a user should know of how it runs."""
 

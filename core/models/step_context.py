@@ -8,6 +8,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quire.core.interface.attention import AttentionPlan, LayerCache
+from quire.core.interface.worker import Feature
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepFeature:
+    """What a request that is new in this step brings besides its tokens."""
+
+    request: int
+    """Its index in the step."""
+    feature: Feature
+    arrays: dict[str, Tensor]
+    """The feature's arrays, on the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -22,3 +34,6 @@ class StepContext:
     """One for each layer."""
     plans: Sequence[AttentionPlan]
     """One for each of the model's attention groups."""
+    features: Sequence[StepFeature] = ()
+    """In the order of the step's requests; those whose arrays are in the cache already are left
+    out."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from quire.core.errors import RequestError
+from quire.core.interface.worker import Feature
 from quire.core.kv_cache.manager import KVCacheManager
 from quire.core.scheduler.request import Request, RequestSpec
 from quire.core.scheduler.settings import SchedulerSettings
@@ -18,17 +21,44 @@ def make_request(
         request_id=spec.request_id,
         token_ids=list(spec.prompt_token_ids),
         num_prompt_tokens=num_prompt,
-        max_total_tokens=min(num_prompt + spec.max_tokens, max_model_len),
+        # What is pooled ends with its last token: the one that counts as sampled never comes.
+        max_total_tokens=num_prompt + 1
+        if spec.pooling is not None
+        else min(num_prompt + spec.max_tokens, max_model_len),
         min_total_tokens=num_prompt + spec.sampling.min_tokens,
         eos_token_ids=eos,
         end_token_ids=eos.union(spec.stop_token_ids),
         sampling=spec.sampling,
         priority=spec.priority,
         arrival_index=arrival_index,
-        table=cache.make_table(spec.cache_salt),
+        table=cache.make_table(
+            spec.cache_salt,
+            [f"{feature.kind}:{feature.key}@{feature.offset}" for feature in spec.features],
+            num_source_tokens=num_source_tokens(spec),
+        ),
+        features=spec.features,
         num_tokens=num_prompt,
         needs_last_token=spec.constraint is not None,
+        pooling=spec.pooling,
     )
+
+
+def num_source_tokens(spec: RequestSpec) -> int:
+    """How many tokens the model's encoder makes of what the request brings."""
+    return sum(feature.num_tokens for feature in spec.features if feature.offset is None)
+
+
+def features_to_send(request: Request) -> list[Feature]:
+    """The request's features as its worker needs them.
+
+    What an encoder has made of the same source for another request is not made again.
+    """
+    if not request.table.has_shared_source:
+        return request.features
+    return [
+        feature if feature.offset is not None else msgspec.structs.replace(feature, arrays={})
+        for feature in request.features
+    ]
 
 
 def refuse_what_never_fits(
@@ -45,6 +75,9 @@ def refuse_what_never_fits(
         raise RequestError(
             f"max_tokens is {spec.max_tokens}; it must be at least 1", param="max_tokens"
         )
+    if spec.pooling is not None:
+        _refuse_long_text(num_prompt, settings)
+        return
     if num_prompt >= settings.max_model_len:
         raise RequestError(
             f"the prompt has {num_prompt} tokens; with one token of output the context of "
@@ -59,9 +92,21 @@ def refuse_what_never_fits(
             param="prompt",
         )
     num_total = min(num_prompt + spec.max_tokens, settings.max_model_len)
-    if not cache.can_ever_hold(num_total - 1, settings.max_num_batched_tokens):
+    num_source = num_source_tokens(spec)
+    if not cache.can_ever_hold(num_total - 1, settings.max_num_batched_tokens, num_source):
         raise RequestError(
             f"prompt and output of {num_total} tokens need more blocks than the whole KV cache "
             "has; shorten the prompt or max_tokens, or give the cache more memory",
+            param="prompt",
+        )
+
+
+def _refuse_long_text(num_tokens: int, settings: SchedulerSettings) -> None:
+    """A text that becomes numbers is computed whole in one step."""
+    limit = min(settings.max_model_len, settings.max_num_batched_tokens)
+    if num_tokens > limit:
+        raise RequestError(
+            f"the text has {num_tokens} tokens; it is computed whole, and at most {limit} fit; "
+            "shorten it, or set truncate_prompt_tokens",
             param="prompt",
         )

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from quire.core.interface.worker import PositionLogprobs, SamplingSpec
+from quire.core.interface.worker import (
+    Feature,
+    PooledNumbers,
+    PoolingSpec,
+    PositionLogprobs,
+    SamplingSpec,
+)
 from quire.core.kv_cache.block_table import BlockTable
 from quire.core.structured.spec import ConstraintSpec
 
@@ -30,6 +36,10 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     constraint: ConstraintSpec | None = None
     """What the output must look like."""
+    pooling: PoolingSpec | None = None
+    """Given: the text becomes numbers, and no token is sampled."""
+    features: list[Feature] = []
+    """What it brings besides tokens."""
 
 
 class FinishReason(enum.StrEnum):
@@ -76,6 +86,10 @@ class Request:
     arrival_index: int
     """Counts up in the order of arrival."""
     table: BlockTable
+    features: list[Feature]
+    """What it brings besides tokens; handed to the worker whenever it comes as new."""
+    pooling: PoolingSpec | None = None
+    """Given: the text is computed whole in one step, which brings numbers instead of a token."""
     needs_last_token: bool = False
     """The next step needs the value of the last token, as a grammar does: it is never run ahead."""
     order_key: tuple[int, ...] = ()
@@ -133,3 +147,5 @@ class RequestUpdate(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Why it failed, where `finish_reason` is `ERROR`."""
     is_whole: bool = False
     """It ended since its grammar allows no more: the last token is no stop token, but text."""
+    pooled: PooledNumbers | None = None
+    """What became of the text of a request that asked for numbers."""

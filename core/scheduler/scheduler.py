@@ -18,7 +18,11 @@ from quire.core.errors import RequestError
 from quire.core.interface.worker import NewRequest, StepBatch, StepResult
 from quire.core.kv_cache.block_table import PrefixHit
 from quire.core.kv_cache.manager import KVCacheManager
-from quire.core.scheduler.intake import make_request, refuse_what_never_fits
+from quire.core.scheduler.intake import (
+    features_to_send,
+    make_request,
+    refuse_what_never_fits,
+)
 from quire.core.scheduler.outcome import end_at, new_prompt_logprobs, progress
 from quire.core.scheduler.policy import SchedulingPolicy, make_policy
 from quire.core.scheduler.request import (
@@ -193,7 +197,7 @@ class Scheduler:
             self._book.waiting.push(request)
 
     def _admit(self, request: Request, hit: PrefixHit, num_missing: int, draft: StepDraft) -> bool:
-        num_new = self._first_chunk(num_missing, draft)
+        num_new = self._first_chunk(request, num_missing, draft)
         if num_new == 0 or not self._cache.admit(
             request.table,
             hit,
@@ -210,13 +214,16 @@ class Scheduler:
         return self._policy.num_spare_blocks(num_running) if num_running else 0
 
     def _find_prefix(self, request: Request) -> PrefixHit:
-        if request.wants_prompt_logprobs:
+        if request.wants_prompt_logprobs or request.pooling is not None:
             return self._cache.no_prefix()
         return self._cache.find_prefix(request.table, request.token_ids)
 
-    def _first_chunk(self, num_missing: int, draft: StepDraft) -> int:
+    def _first_chunk(self, request: Request, num_missing: int, draft: StepDraft) -> int:
         """Tokens of an admitted request's first step; 0: it waits."""
         settings = self.settings
+        if request.pooling is not None:
+            fits = num_missing <= draft.budget or not draft.requests
+            return num_missing if fits else 0
         if settings.enable_chunked_prefill or num_missing > settings.max_num_batched_tokens:
             return self._policy.chunk_size(self._at_most_a_chunk(num_missing), draft.budget, 0)
         fits = num_missing <= draft.budget or not draft.requests
@@ -236,6 +243,8 @@ class Scheduler:
                 num_computed_tokens=hit.num_tokens,
                 block_ids=[block_ids.copy() for block_ids in request.table.block_ids],
                 sampling=request.sampling,
+                pooling=request.pooling,
+                features=features_to_send(request),
             )
         )
         draft.add(request, num_new, None)
@@ -307,6 +316,8 @@ class Scheduler:
         tokens = result.sampled_token_ids[index]
         samples = batch.samples[index]
         error = result.errors.get(request.request_id)
+        if request.pooling is not None:
+            return self._end_pooled(request, result, error)
         if error is None and bool(tokens) != samples:
             error = (
                 f"the worker returned {len(tokens)} tokens where {int(samples)} was to be sampled"
@@ -331,6 +342,17 @@ class Scheduler:
             logprobs=logprobs[: len(update.new_token_ids)] if logprobs else None,
             prompt_logprobs=prompt_logprobs,
         )
+
+    def _end_pooled(
+        self, request: Request, result: StepResult, error: str | None
+    ) -> RequestUpdate:
+        """The end of a request whose text was computed whole, for numbers."""
+        pooled = result.pooled.get(request.request_id)
+        if error is None and pooled is None:
+            error = "the worker returned no numbers for a text that is pooled"
+        if error is not None:
+            return self._book.finish(request, FinishReason.ERROR, error=error)
+        return replace(self._book.finish(request, FinishReason.STOP), pooled=pooled)
 
     def _append_output(self, request: Request, tokens: list[int]) -> RequestUpdate:
         """Appends what was sampled, up to the token that ends the request, if one does."""

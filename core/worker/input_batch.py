@@ -7,8 +7,9 @@ numpy calls. A step that fails is undone: the batch is then as if it had never c
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from quire.core.interface import NULL_BLOCK, NewRequest, StepBatch
 from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.request_state import RequestState, make_request_state
 from quire.core.worker.sampling_settings import READS_HISTORY, SamplingSettings
-from quire.core.worker.step_arrays import Array, Int64s, StepRows
+from quire.core.worker.step_arrays import Int64s, StepRows
 
 
 @dataclass(slots=True)
@@ -45,12 +46,21 @@ class InputBatch:
         vocab_size: int,
         processors: LogitsProcessors,
         index_dtype: str = "int32",
+        max_source_tokens: Sequence[int | None] = (),
     ) -> None:
+        """`max_source_tokens`: for each group, the most encoder tokens of a request, None where
+        blocks follow its own tokens; empty: they do in all.
+        """
+        self.source_groups = frozenset(
+            group for group, limit in enumerate(max_source_tokens) if limit is not None
+        )
+        limits = [max_model_len if limit is None else limit for limit in max_source_tokens]
+        limits = limits or [max_model_len] * len(block_sizes)
         self.block_sizes = tuple(block_sizes)
         self.settings = SamplingSettings(capacity, vocab_size)
         self.block_tables = [
-            np.full((capacity, -(-max_model_len // size)), NULL_BLOCK, index_dtype)
-            for size in block_sizes
+            np.full((capacity, -(-limit // size)), NULL_BLOCK, index_dtype)
+            for size, limit in zip(block_sizes, limits, strict=True)
         ]
         """[rows, blocks] for each cache group; NULL_BLOCK past a request's last block."""
         self._vocab_size = vocab_size
@@ -58,6 +68,7 @@ class InputBatch:
         self._num_blocks = np.zeros((len(self.block_sizes), capacity), np.int64)
         self._num_tokens = np.zeros(capacity, np.int64)
         self._num_prompt_tokens = np.zeros(capacity, np.int64)
+        self._num_source_tokens = np.zeros(capacity, np.int64)
         self._last_token = np.zeros(capacity, np.int64)
         self._is_on_its_way = np.zeros(capacity, np.bool_)
         """The last token was sampled by a step whose result has not been read."""
@@ -130,13 +141,19 @@ class InputBatch:
             state.tokens.append(0)
             state.num_on_their_way += 1
 
-    def fill_sampled(self, change: BatchChange, tokens: Array) -> None:
-        """Writes the values of the tokens that a step sampled. Steps settle in their order."""
-        values = tokens[: len(change.sampled)].tolist()
+    def fill_sampled(self, change: BatchChange, tokens: Sequence[Sequence[int]]) -> None:
+        """Writes the values of the tokens that a step sampled. Steps settle in their order.
+
+        Several for a request whose guesses were right; it has no other token on its way.
+        """
         settled_rows, settled_tokens = [], []
-        for state, token in zip(change.sampled, values, strict=True):
-            state.tokens[len(state.tokens) - state.num_on_their_way] = token
+        for state, values in zip(change.sampled, tokens, strict=True):
+            token = values[-1]
+            state.tokens[len(state.tokens) - state.num_on_their_way] = values[0]
             state.num_on_their_way -= 1
+            if len(values) > 1:
+                state.tokens.extend(values[1:])
+                self._num_tokens[state.row] += len(values) - 1
             if state.seen is not None:
                 state.seen.append(token)
             if not state.num_on_their_way and self._state_of_row[state.row] is state:
@@ -158,14 +175,27 @@ class InputBatch:
             num_new=np.array(batch.num_new_tokens, np.int64),
         )
         has = self._num_tokens[step.rows]
+        if batch.draft_token_ids:
+            drafts = batch.draft_token_ids
+            counts = [len(drafts.get(name, ())) for name in batch.request_ids]
+            has = has + np.array(counts, np.int64)
         reaches_end = step.ends == has
         is_wrong = (step.ends > has) | (step.num_new < 1) | (batch.samples & ~reaches_end)
         if is_wrong.any():
             raise QuireError(self._mismatch(batch, int(np.flatnonzero(is_wrong)[0])))
         return step
 
-    def token_ids(self, step: StepRows, last_tokens: Int64s, num_tokens: int) -> Int64s:
-        """The tokens that a step computes, flat [num_tokens]; 0 where unknown or padding."""
+    def token_ids(
+        self,
+        step: StepRows,
+        last_tokens: Int64s,
+        num_tokens: int,
+        drafts: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ) -> Int64s:
+        """The tokens that a step computes, flat [num_tokens]; 0 where unknown or padding.
+
+        `drafts`: what is guessed to follow the tokens of a request.
+        """
         flat = np.zeros(num_tokens, np.int64)
         is_decode = (step.num_new == 1) & (step.ends == self._num_tokens[step.rows])
         flat[last_tokens[is_decode]] = self._last_token[step.rows[is_decode]]
@@ -175,7 +205,10 @@ class InputBatch:
             begin = int(step.num_computed[request])
             end = begin + int(step.num_new[request])
             start = int(last_tokens[request]) + 1 - (end - begin)
-            flat[start : start + end - begin] = state.tokens[begin:end]
+            guesses = drafts.get(state.request_id, ())
+            known = end - len(guesses)
+            flat[start : start + known - begin] = state.tokens[begin:known]
+            flat[start + known - begin : start + end - begin] = guesses
         return flat
 
     def on_their_way(self, step: StepRows) -> Int64s:
@@ -195,6 +228,10 @@ class InputBatch:
     def output_indices(self, rows: Int64s) -> Int64s:
         """The place in the output of the next token of each row."""
         return self._num_tokens[rows] - self._num_prompt_tokens[rows]
+
+    def num_source_tokens(self, rows: Int64s) -> Int64s:
+        """What the model's encoder makes of that which each row brings."""
+        return self._num_source_tokens[rows]
 
     def states(self, rows: npt.NDArray[np.int64]) -> list[RequestState]:
         """The requests in `rows`."""
@@ -240,6 +277,7 @@ class InputBatch:
         self._row_of[new.request_id] = row
         change.added.append(state)
         self._num_prompt_tokens[row] = new.num_prompt_tokens
+        self._num_source_tokens[row] = state.num_source_tokens
         self._num_blocks[:, row] = 0
         for table in self.block_tables:
             table[row] = NULL_BLOCK

@@ -31,7 +31,9 @@ from quire.core.models.step_context import StepContext
 from quire.core.worker.buckets import Buckets
 from quire.core.worker.decode_graphs import make_decode_graphs
 from quire.core.worker.device_errors import device_errors
+from quire.core.worker.host_features import HostFeature, new_features
 from quire.core.worker.input_batch import BatchChange, InputBatch
+from quire.core.worker.logit_rows import LogitRows, make_logit_rows
 from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.prompt_logprobs import make_prompt_rows, run_prompt_logprobs
 from quire.core.worker.running_step import RunningStep
@@ -59,6 +61,8 @@ class StepWork:
     outline: StepOutline
     may_replay: bool
     """A decode step, padded so that a recording of it can be replayed."""
+    features: Sequence[HostFeature]
+    """What new requests bring besides tokens."""
     tensors: Mapping[str, Tensor]
     out: Mapping[str, Tensor]
 
@@ -106,12 +110,16 @@ class ModelRunner:
             vocab_size=model.description.vocab_size,
             processors=processors,
             index_dtype=claims.index_dtype,
+            max_source_tokens=[group.max_tokens for group in model.attention_groups],
         )
         self._sampler = Sampler(
             device,
             processors,
             vocab_size=model.description.vocab_size,
-            max_rows=max([config.max_num_seqs, *claims.request_buckets]),
+            # With guesses every token of a step may be sampled after.
+            max_rows=max(
+                [config.max_num_seqs, config.max_num_batched_tokens, *claims.request_buckets]
+            ),
         )
         # One more: where the tokens of padding rows go.
         self._last_tokens = torch.zeros(capacity + 1, dtype=torch.int64, device=device.torch_device)
@@ -198,23 +206,32 @@ class ModelRunner:
         graphs = self._graphs
         may_replay = graphs is not None and graphs.takes(step)
         buckets = graphs.buckets if graphs is not None and may_replay else self._buckets
-        arrays = make_step_arrays(step, requests.block_tables, requests.block_sizes, buckets)
+        arrays = make_step_arrays(
+            step,
+            requests.block_tables,
+            requests.block_sizes,
+            buckets,
+            requests.source_groups,
+            requests.num_source_tokens(step.rows) if requests.source_groups else None,
+        )
         sampled = np.flatnonzero(batch.samples)
-        sampled_rows = step.rows[sampled]
-        num_logits = len(sampled)
+        logits = make_logit_rows(batch, sampled, arrays.last_tokens)
+        sampled_rows = step.rows[logits.requests]
+        num_logits = len(sampled_rows)
         if num_logits and self._buckets.pads_requests:
-            num_logits = arrays.num_requests
-        sampling = make_sampling_arrays(requests, sampled_rows, num_logits)
+            num_logits = max(num_logits, arrays.num_requests)
+        sampling = make_sampling_arrays(requests, sampled_rows, num_logits, logits.places)
         if batch.token_masks:
-            add_token_masks(sampling, [batch.request_ids[i] for i in sampled], batch.token_masks)
+            names = [batch.request_ids[index] for index in logits.requests]
+            add_token_masks(sampling, names, batch.token_masks)
         outline = StepOutline(
             batch=batch,
             states=requests.states(step.rows),
-            sampled=sampled.tolist(),
+            sampled=logits.requests.tolist(),
             sampling=sampling,
             prompt=make_prompt_rows(requests, step, arrays.last_tokens),
         )
-        inputs = self._inputs(step, arrays, sampled, outline)
+        inputs = self._inputs(step, arrays, logits, outline)
         buffers = self._ring[0]
         fields = self._outputs(outline)
         work = StepWork(
@@ -222,6 +239,7 @@ class ModelRunner:
             arrays=arrays,
             outline=outline,
             may_replay=may_replay,
+            features=new_features(batch),
             tensors=buffers.inputs.upload(inputs),
             out=buffers.outputs.outputs(fields),
         )
@@ -230,8 +248,8 @@ class ModelRunner:
         result = buffers.outputs.download(fields)
         event = queue.record()
         self._ring.rotate(-1)
-        sampled_states = [outline.states[index] for index in outline.sampled]
-        requests.append_sampled(sampled_rows, sampled_states, change)
+        sampled_states = [outline.states[index] for index in sampled.tolist()]
+        requests.append_sampled(step.rows[sampled], sampled_states, change)
         return RunningStep(self, outline, change, result, event)
 
     def _outputs(self, outline: StepOutline) -> list[Field]:
@@ -241,23 +259,30 @@ class ModelRunner:
         return fields
 
     def _inputs(
-        self, step: StepRows, arrays: StepArrays, sampled: Int64s, outline: StepOutline
+        self, step: StepRows, arrays: StepArrays, logits: LogitRows, outline: StepOutline
     ) -> dict[str, Array]:
         """All that goes to the device, by name."""
         inputs: dict[str, Array] = {
-            "token_ids": self.requests.token_ids(step, arrays.last_tokens, arrays.num_tokens),
+            "token_ids": self.requests.token_ids(
+                step, arrays.last_tokens, arrays.num_tokens, outline.batch.draft_token_ids
+            ),
             "positions": arrays.positions,
             "query_start_loc": arrays.query_start_loc,
             "seq_lens": arrays.seq_lens,
         }
         for group, table in enumerate(arrays.block_tables):
             inputs[f"block_table.{group}"] = table
-            inputs[f"slot_mapping.{group}"] = arrays.slot_mappings[group]
+            if group not in self.requests.source_groups:
+                inputs[f"slot_mapping.{group}"] = arrays.slot_mappings[group]
+        if arrays.source_lens is not None:
+            inputs["source_lens"] = arrays.source_lens
         num_logits = outline.sampling.num_rows
-        inputs["logit_rows"] = _padded(arrays.last_tokens[sampled], num_logits, 0)
+        inputs["logit_rows"] = _padded(logits.flat, num_logits, 0)
         if len(self._ring) > 1:
             nobody = len(self._last_tokens) - 1
-            inputs["sampled_rows"] = _padded(step.rows[sampled], num_logits, nobody)
+            # What follows guesses is read on the host before its request runs again.
+            owners = np.where(logits.is_guessing, nobody, step.rows[logits.requests])
+            inputs["sampled_rows"] = _padded(owners, num_logits, nobody)
             waiting = self.requests.on_their_way(step)
             inputs["waiting_tokens"] = arrays.last_tokens[waiting]
             inputs["waiting_rows"] = step.rows[waiting]
@@ -296,9 +321,14 @@ class ModelRunner:
                 return hidden
         groups = range(len(self._model.attention_groups))
         batches = [_attention_batch(work.arrays, work.tensors, group) for group in groups]
-        return self._forward(work.tensors, batches)
+        return self._forward(work.tensors, batches, work.features)
 
-    def _forward(self, tensors: Mapping[str, Tensor], batches: Sequence[AttentionBatch]) -> Tensor:
+    def _forward(
+        self,
+        tensors: Mapping[str, Tensor],
+        batches: Sequence[AttentionBatch],
+        features: Sequence[HostFeature] = (),
+    ) -> Tensor:
         """Plans, and runs the model; `batches` has one for each cache group."""
         backends = self._model.attention_backends
         plans = [backend.plan(batch) for backend, batch in zip(backends, batches, strict=True)]
@@ -307,6 +337,7 @@ class ModelRunner:
             positions=tensors["positions"],
             caches=self._caches,
             plans=plans,
+            features=[feature.on(self._device.torch_device) for feature in features],
         )
         return self._model.forward(context)
 
@@ -314,6 +345,8 @@ class ModelRunner:
 def _attention_batch(
     arrays: StepArrays, tensors: Mapping[str, Tensor], group: int
 ) -> AttentionBatch:
+    if f"slot_mapping.{group}" not in tensors:
+        return _source_batch(arrays, tensors, group)
     return AttentionBatch(
         query_start_loc=tensors["query_start_loc"],
         seq_lens=tensors["seq_lens"],
@@ -325,6 +358,23 @@ def _attention_batch(
         num_tokens=arrays.num_tokens,
         max_query_len=arrays.max_query_len,
         max_seq_len=arrays.max_seq_len,
+    )
+
+
+def _source_batch(arrays: StepArrays, tensors: Mapping[str, Tensor], group: int) -> AttentionBatch:
+    """For a group whose blocks follow what requests bring: it has lengths, and no new slots."""
+    assert arrays.source_lens is not None, group
+    return AttentionBatch(
+        query_start_loc=tensors["query_start_loc"],
+        seq_lens=tensors["source_lens"],
+        block_table=tensors[f"block_table.{group}"],
+        slot_mapping=tensors["token_ids"][:0],
+        query_start_loc_host=arrays.query_start_loc.tolist(),
+        seq_lens_host=arrays.source_lens.tolist(),
+        num_requests=arrays.num_requests,
+        num_tokens=arrays.num_tokens,
+        max_query_len=arrays.max_query_len,
+        max_seq_len=int(arrays.source_lens.max()),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from quire.core.interface import NewRequest, SamplingSpec
+from quire.core.interface import Feature, NewRequest, SamplingSpec
 from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.penalties import SeenTokens
 
@@ -42,6 +42,8 @@ class RequestState:
     """`allowed_token_ids`, each once."""
     problem: str | None = None
     """Why it cannot be served; it runs with ids that are harmless until the engine drops it."""
+    features: list[Feature] = field(default_factory=list)
+    """What it brings besides tokens."""
     prompt_ids: list[int] = field(default_factory=list)
     """The prompt as a list, for those with custom processors."""
 
@@ -49,6 +51,11 @@ class RequestState:
     def num_output_tokens(self) -> int:
         """Tokens sampled so far, those on their way included."""
         return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_source_tokens(self) -> int:
+        """Tokens that the model's encoder makes of what it brings."""
+        return sum(feature.num_tokens for feature in self.features if feature.offset is None)
 
     def output_ids(self) -> list[int]:
         """The tokens of the output, as a new list."""
@@ -77,6 +84,7 @@ def make_request_state(
         num_prompt_tokens=new.num_prompt_tokens,
         sampling=SamplingSpec() if problems else sampling,
         problem="; ".join(problems) or None,
+        features=new.features,
     )
     if not problems:
         _prepare(state, token_ids[: new.num_prompt_tokens], token_ids[new.num_prompt_tokens :])

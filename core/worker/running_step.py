@@ -7,7 +7,7 @@ from typing import Protocol
 from quire.core.errors import DeviceError
 from quire.core.interface import Event, PendingStep, StepResult
 from quire.core.worker.input_batch import BatchChange, InputBatch
-from quire.core.worker.step_results import Arrays, StepOutline, make_step_result
+from quire.core.worker.step_results import Arrays, StepOutline, accepted_tokens, make_step_result
 
 
 class StepQueue(Protocol):
@@ -56,7 +56,8 @@ class RunningStep(PendingStep):
         self._event.wait()
         self._result = make_step_result(self._outline, self._arrays)
         requests = self._steps.requests
-        requests.fill_sampled(self._change, self._arrays["tokens"])
+        accepted = accepted_tokens(self._outline, self._arrays["tokens"])
+        requests.fill_sampled(self._change, [tokens for tokens in accepted if tokens])
         requests.settle(self._change)
 
     def cancel(self, cause: Exception, *, is_cause: bool) -> None:

@@ -51,13 +51,21 @@ class SamplingArrays:
         return bool(self.custom_rows) or any(name in self.arrays for name in forbidding)
 
 
-def make_sampling_arrays(requests: InputBatch, rows: Int64s, num_rows: int) -> SamplingArrays:
-    """Prepares the sampling of `rows` of the batch, padded with greedy rows to `num_rows`."""
+def make_sampling_arrays(
+    requests: InputBatch, rows: Int64s, num_rows: int, places: Int64s | None = None
+) -> SamplingArrays:
+    """Prepares the sampling of `rows` of the batch, padded with greedy rows to `num_rows`.
+
+    `places`: how many guessed tokens stand before each; None: none.
+    """
     sampling = SamplingArrays(num_rows=num_rows)
     features = requests.settings.features[rows]
     union = int(np.bitwise_or.reduce(features)) if len(rows) else 0
     if union & settings_of.SAMPLES:
-        _add_settings(sampling, requests, rows, has_filter=bool(union & settings_of.FILTERS))
+        indices = requests.output_indices(rows)
+        indices = indices if places is None else indices + places
+        has_filter = bool(union & settings_of.FILTERS)
+        _add_settings(sampling, requests, rows, indices, has_filter=has_filter)
     if union & ~(settings_of.SAMPLES | settings_of.FILTERS | settings_of.PROMPT_LOGPROBS):
         _add_features(sampling, requests, rows, features)
     return sampling
@@ -78,11 +86,16 @@ def add_token_masks(
 
 
 def _add_settings(
-    sampling: SamplingArrays, requests: InputBatch, rows: Int64s, *, has_filter: bool
+    sampling: SamplingArrays,
+    requests: InputBatch,
+    rows: Int64s,
+    indices: Int64s,
+    *,
+    has_filter: bool,
 ) -> None:
     columns = requests.settings.gather(rows, sampling.num_rows)
     numbers = np.zeros(sampling.num_rows, np.float32)
-    numbers[: len(rows)] = uniform(columns.seeds, requests.output_indices(rows))
+    numbers[: len(rows)] = uniform(columns.seeds, indices)
     sampling.arrays |= {"temperature": columns.temperature, "uniform": numbers}
     if has_filter:
         sampling.arrays |= {

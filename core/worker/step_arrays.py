@@ -59,6 +59,9 @@ class StepArrays:
     """[T] for each cache group."""
     max_query_len: int
     max_seq_len: int
+    source_lens: Int32s | None = None
+    """[R]: encoder tokens of each request; None: no group follows them. Such a group has no slots
+    here: its blocks are filled by the encoder."""
 
     @property
     def num_tokens(self) -> int:
@@ -76,8 +79,13 @@ def make_step_arrays(
     tables: Sequence[Array],
     block_sizes: Sequence[int],
     buckets: Buckets,
+    source_groups: frozenset[int] = frozenset(),
+    num_source_tokens: Int64s | None = None,
 ) -> StepArrays:
-    """The flat arrays of a step, padded to the next bucket. `tables` are [rows, blocks]."""
+    """The flat arrays of a step, padded to the next bucket. `tables` are [rows, blocks].
+
+    Blocks of `source_groups` follow `num_source_tokens` [R], the encoder's tokens.
+    """
     lengths = buckets.pad(step.num_new) if buckets.are_any else step.num_new
     num_computed = _extended(step.num_computed, len(lengths))
     query_start_loc = np.zeros(len(lengths) + 1, np.int64)
@@ -87,8 +95,16 @@ def make_step_arrays(
     positions = np.arange(query_start_loc[-1]) + (num_computed - query_start_loc[:-1])[owner]
     max_seq_len = int(seq_lens.max())
     num_tokens = step.num_tokens
+    source_lens = None
+    if num_source_tokens is not None:
+        source_lens = _extended(num_source_tokens, len(lengths)).astype(np.int32)
     block_tables, slot_mappings = [], []
-    for table, block_size in zip(tables, block_sizes, strict=True):
+    for group, (table, block_size) in enumerate(zip(tables, block_sizes, strict=True)):
+        if group in source_groups and source_lens is not None:
+            width = max(1, -(-int(source_lens.max()) // block_size))
+            block_tables.append(_gathered(table, step.rows, len(lengths), width))
+            slot_mappings.append(np.zeros(0, np.int64))
+            continue
         width = -(-max_seq_len // block_size)
         block_tables.append(_gathered(table, step.rows, len(lengths), width))
         slot_mappings.append(_slots(block_tables[-1], owner, positions, block_size))
@@ -102,6 +118,7 @@ def make_step_arrays(
         slot_mappings=slot_mappings,
         max_query_len=int(lengths.max()),
         max_seq_len=max_seq_len,
+        source_lens=source_lens,
     )
 
 

@@ -35,7 +35,8 @@ class StepOutline:
     states: Sequence[RequestState]
     """Of the batch's requests, in its order."""
     sampled: Sequence[int]
-    """Which of them are sampled: indices into the batch."""
+    """Of each sampled row, its request: an index into the batch. A request with n guesses has n + 1
+    rows in a run."""
     sampling: SamplingArrays
     prompt: PromptRows | None
     failures: CustomFailures = field(default_factory=CustomFailures)
@@ -49,9 +50,7 @@ def make_step_result(outline: StepOutline, arrays: Arrays) -> StepResult:
         if any(math.isnan(entry.logprob) for entry in entries):
             errors.setdefault(request_id, _BROKEN)
     batch = outline.batch
-    tokens: list[list[int]] = [[] for _ in batch.request_ids]
-    for index, token in zip(outline.sampled, arrays["tokens"].tolist(), strict=False):
-        tokens[index] = [token]
+    tokens = accepted_tokens(outline, arrays["tokens"])
     if errors:
         tokens = [
             [] if name in errors else mine
@@ -65,6 +64,23 @@ def make_step_result(outline: StepOutline, arrays: Arrays) -> StepResult:
         prompt_logprobs=prompt_logprobs,
         errors=errors,
     )
+
+
+def accepted_tokens(outline: StepOutline, sampled: Array) -> list[list[int]]:
+    """For each request of the batch, its tokens up to the first that its guess had otherwise."""
+    batch = outline.batch
+    tokens: list[list[int]] = [[] for _ in batch.request_ids]
+    for index, token in zip(outline.sampled, sampled.tolist(), strict=False):
+        tokens[index].append(token)
+    for index, request_id in enumerate(batch.request_ids):
+        guesses = batch.draft_token_ids.get(request_id)
+        if guesses and tokens[index]:
+            mine = tokens[index]
+            num_right = 0
+            while num_right < len(guesses) and mine[num_right] == guesses[num_right]:
+                num_right += 1
+            tokens[index] = mine[: num_right + 1]
+    return tokens
 
 
 def _errors(outline: StepOutline, arrays: Arrays) -> dict[str, str]:

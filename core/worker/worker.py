@@ -73,6 +73,8 @@ class DefaultWorker(Worker):
             weight_bytes=model.weight_bytes,
             dtype=description.dtype,
             implementation=description.implementation,
+            tasks=list(description.tasks),
+            encoder_input=description.encoder_input,
             providers=model.providers(),
         )
 
@@ -281,6 +283,7 @@ def _cache_groups(model: LanguageModel) -> list[CacheGroup]:
             block_size=group.spec.block_size,
             num_layers=len(group.layers),
             bytes_per_block=size,
+            max_tokens=group.max_tokens,
         )
         for group, size in zip(model.attention_groups, cache_bytes_per_block(model), strict=True)
     ]
