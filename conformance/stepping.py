@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,6 +74,11 @@ class Steps:
         self._finished: list[str] = []
         self._step_id = 0
 
+    @property
+    def num_steps(self) -> int:
+        """Steps so far."""
+        return self._step_id
+
     def add(
         self,
         request_id: str,
@@ -110,15 +115,21 @@ class Steps:
                 left -= work[name]
         return work
 
-    def batch(self, work: Mapping[str, int]) -> StepBatch:
-        """The step that computes so many tokens of each job; they count as computed from now."""
+    def batch(
+        self, work: Mapping[str, int], guesses: Mapping[str, list[int]] | None = None
+    ) -> StepBatch:
+        """The step that computes so many tokens of each job; they count as computed from now.
+
+        `guesses`: what may follow the last token of some of them; computed as well.
+        """
+        guesses = guesses or {}
         self._step_id += 1
         new_requests: list[NewRequest] = []
         new_blocks: list[list[list[int]] | None] = []
         for name, count in work.items():
             job = self.jobs[name]
             is_new = job.blocks is None
-            taken = self._grow(job, job.num_computed + count)
+            taken = self._grow(job, job.num_computed + count + len(guesses.get(name, ())))
             new_blocks.append(taken if any(taken) and not is_new else None)
             new_requests += [_new_request(job)] if is_new else []
         jobs = [self.jobs[name] for name in work]
@@ -135,10 +146,11 @@ class Steps:
             finished_request_ids=finished,
             new_requests=new_requests,
             request_ids=list(work),
-            num_new_tokens=counts,
+            num_new_tokens=[count + len(guesses.get(name, ())) for name, count in work.items()],
             num_computed_tokens=before,
             new_block_ids=new_blocks,
             samples=samples,
+            draft_token_ids=dict(guesses),
         )
 
     def receive(self, batch: StepBatch, result: StepResult) -> None:
@@ -147,7 +159,10 @@ class Steps:
         for index, name in enumerate(batch.request_ids):
             job = self.jobs[name]
             job.num_on_their_way -= batch.samples[index]
-            job.output += result.sampled_token_ids[index]
+            tokens = result.sampled_token_ids[index]
+            job.output += tokens
+            # A guess that was right has been computed.
+            job.num_computed += max(0, len(tokens) - 1)
             job.prompt_logprobs += result.prompt_logprobs.get(name, [])
             if result.logprobs is not None:
                 job.logprobs += result.logprobs[index] or []
@@ -160,6 +175,24 @@ class Steps:
             batch = self.batch(work)
             self.receive(batch, self.worker.execute(batch))
             max_steps -= 1
+        return {name: job.output for name, job in self.jobs.items()}
+
+    def run_guessing(
+        self, guess: Callable[[Job], list[int]], chunk: int = 64
+    ) -> dict[str, list[int]]:
+        """The same with guesses after the last token of every job that decodes."""
+        while work := self.plan(chunk):
+            guesses: dict[str, list[int]] = {}
+            left = self._max_tokens - sum(work.values())
+            for name, count in work.items():
+                job = self.jobs[name]
+                is_decoding = job.output and job.num_computed + count == job.num_tokens
+                room = min(left, job.max_tokens - len(job.output) - 1)
+                if is_decoding and room > 0:
+                    guesses[name] = guess(job)[:room]
+                    left -= len(guesses[name])
+            batch = self.batch(work, guesses)
+            self.receive(batch, self.worker.execute(batch))
         return {name: job.output for name, job in self.jobs.items()}
 
     def run_overlapped(self, chunk: int = 64) -> dict[str, list[int]]:
@@ -204,12 +237,24 @@ def _new_request(job: Job) -> NewRequest:
     )
 
 
+def _check_guesses(batch: StepBatch, result: StepResult) -> None:
+    """Tokens are those of the guesses, and one more that no guess had."""
+    for name, tokens in zip(batch.request_ids, result.sampled_token_ids, strict=True):
+        guessed = batch.draft_token_ids.get(name, [])
+        if tokens[:-1] != guessed[: len(tokens) - 1] or len(tokens) > len(guessed) + 1:
+            raise Finding(
+                f"step {batch.step_id} answers request {name} with {tokens} on the guesses "
+                f"{guessed}: all but the last token are guesses that were right"
+            )
+
+
 def _check_result(batch: StepBatch, result: StepResult) -> None:
     if result.step_id != batch.step_id:
         raise Finding(f"step {batch.step_id} was answered as step {result.step_id}")
     if result.errors:
         raise Finding(f"a plain step failed requests: {result.errors}")
-    counts = [len(tokens) for tokens in result.sampled_token_ids]
+    _check_guesses(batch, result)
+    counts = [min(1, len(tokens)) for tokens in result.sampled_token_ids]
     if counts != [int(samples) for samples in batch.samples]:
         raise Finding(
             f"step {batch.step_id} sampled {counts} tokens; its batch asks for "

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import torch
-from saboteurs import Saboteur, make_device
+from saboteurs import Saboteur, make_device, with_worker
 
 from quire.backends.reference import ReferenceAttention, ReferenceOps
 from quire.backends.reference.cache_codec import CacheCodec
+from quire.core.worker.worker import DefaultWorker
 
 CLAIMS = {
-    "features": frozenset({"moe", "recurrent"}),
+    "features": frozenset({"moe", "recurrent", "speculation"}),
     "quantizations": frozenset({"int8", "int4"}),
     "attention_kinds": frozenset({"causal", "sliding_window", "chunked", "mla"}),
     "cache_dtypes": ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8"),
@@ -139,6 +141,26 @@ class OneScaleForAllHeads(CacheCodec):
         scales[slots] = scales[slots].amax(-1, keepdim=True).expand(-1, scales.shape[-1])
 
 
+class BelievesEveryGuess(DefaultWorker):
+    def execute(self, batch):
+        result = super().execute(batch)
+        for name, tokens in zip(batch.request_ids, result.sampled_token_ids, strict=True):
+            guessed = batch.draft_token_ids.get(name)
+            if guessed and len(tokens) == 1:
+                tokens[:] = [guessed[0]]
+        return result
+
+
+class RefusesEveryGuess(DefaultWorker):
+    def submit(self, batch):
+        counts = [
+            count - len(batch.draft_token_ids.get(name, ()))
+            for name, count in zip(batch.request_ids, batch.num_new_tokens, strict=True)
+        ]
+        plain = msgspec.structs.replace(batch, draft_token_ids={}, num_new_tokens=counts)
+        return super().submit(plain)
+
+
 def _with_codec(codec: type[CacheCodec]) -> type[ReferenceAttention]:
     class Attention(ReferenceAttention):
         def __init__(self, spec, torch_device="cpu"):
@@ -214,6 +236,18 @@ EXTENSION_SABOTEURS: tuple[Saboteur, ...] = (
         device=lambda: make_device(attention=_with_codec(OneScaleForAllHeads), **CLAIMS),
         test=f"{_EXT}int8_cache_mixed_batch[float32]",
         words="the token's own scale",
+    ),
+    Saboteur(
+        name="BelievesEveryGuess",
+        device=lambda: with_worker(BelievesEveryGuess, **CLAIMS),
+        test=f"{_EXT}speculation_changes_no_token[wrong-greedy-float32]",
+        words="kept only where the worker would have",
+    ),
+    Saboteur(
+        name="RefusesEveryGuess",
+        device=lambda: with_worker(RefusesEveryGuess, **CLAIMS),
+        test=f"{_EXT}speculation_changes_no_token[right-greedy-float32]",
+        words="right guesses saved no step",
     ),
 )
 """Each is caught by its test, with its words."""

@@ -90,7 +90,7 @@ class Simulation:
         rows = step.rows[sampled]
         self.fast.append_sampled(rows, self.fast.states(rows), change)
         tokens = [self.random.randrange(VOCAB) for _ in sampled]
-        self.fast.fill_sampled(change, np.array(tokens, np.int64))
+        self.fast.fill_sampled(change, [[token] for token in tokens])
         self.fast.settle(change)
         for index, token in zip(sampled.tolist(), tokens, strict=True):
             self.slow.requests[batch.request_ids[index]].tokens.append(token)
@@ -355,7 +355,7 @@ def test_token_on_its_way_is_zero_until_it_is_filled_in():
     assert requests.on_their_way(step).tolist() == [0]
     assert requests.must_settle(["a", "unheard-of"])
     requests.append_sampled(rows, requests.states(rows), later)
-    requests.fill_sampled(change, np.array([42]))
+    requests.fill_sampled(change, [[42]])
     requests.settle(change)
     (state,) = requests.states(rows)
     assert state.tokens.tolist() == [7, 8, 42, 0]
