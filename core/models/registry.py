@@ -21,11 +21,13 @@ from quire.core.models.description import ModelDescription, describe_model
 from quire.core.models.families import Family, known_architectures
 from quire.core.models.families.registry import find_family
 from quire.core.models.model_config import read_json
+from quire.core.models.pooling_purpose import is_for_pooling
 
 if TYPE_CHECKING:
     from quire.core.interface.backend import Device
     from quire.core.interface.worker import WorkerConfig
     from quire.core.models.language_model import LanguageModel
+    from quire.core.models.pooling.model import PoolingModel
 
 NAMESPACE = "quire.models"
 NATIVE, TRANSFORMERS = "native", "transformers"
@@ -80,6 +82,24 @@ class NativeImplementation:
         return load_model(config, device, self.family)
 
 
+class Seq2SeqImplementation:
+    """Encoder-decoders, in transformers' own code."""
+
+    name = TRANSFORMERS
+
+    def describe(self, directory: Path, *, trust_remote_code: bool = False) -> ModelDescription:
+        """From a dry run without weights."""
+        from quire.core.models.seq2seq import describe_seq2seq
+
+        return describe_seq2seq(directory, trust_remote_code=trust_remote_code)
+
+    def load(self, config: WorkerConfig, device: Device) -> LanguageModel:
+        """Weights into transformers' modules, held against their own uncached forward."""
+        from quire.core.models.seq2seq import load_seq2seq
+
+        return load_seq2seq(config, device)
+
+
 class TransformersImplementation:
     """Every other architecture, in transformers' own code."""
 
@@ -98,14 +118,52 @@ class TransformersImplementation:
         return load_adapted(config, device)
 
 
+@dataclass(frozen=True, slots=True)
+class PoolingImplementation:
+    """Models that make vectors, labels or scores of texts, in transformers' own code."""
+
+    task: str = "auto"
+    name: str = TRANSFORMERS
+
+    def describe(self, directory: Path, *, trust_remote_code: bool = False) -> ModelDescription:
+        """From the JSON files and a model without weights."""
+        from quire.core.models.pooling import describe_pooling
+
+        return describe_pooling(directory, task=self.task, trust_remote_code=trust_remote_code)
+
+    def load(self, config: WorkerConfig, device: Device) -> PoolingModel:
+        """Weights into transformers' modules, held against their own run of each text alone."""
+        from quire.core.models.pooling import load_pooling
+
+        return load_pooling(config, device)
+
+
 def describe(
-    directory: Path, *, model_impl: str = "auto", trust_remote_code: bool = False
+    directory: Path,
+    *,
+    model_impl: str = "auto",
+    trust_remote_code: bool = False,
+    task: str = "auto",
 ) -> ModelDescription:
     """Describes the model in `directory`, whoever will run it. Loads no weights.
 
     Raises: CheckpointError, UnsupportedError, PluginError.
     """
+    if is_for_pooling(directory, read_json(directory / "config.json"), task):
+        pooling = PoolingImplementation(task)
+        return pooling.describe(directory, trust_remote_code=trust_remote_code)
     return _chosen(directory, model_impl, trust_remote_code)[1]
+
+
+def load_any_model(config: WorkerConfig, device: Device) -> LanguageModel | PoolingModel:
+    """Loads `config.model` for what it is for: `generate`, or numbers of texts.
+
+    Raises: as `load_language_model`.
+    """
+    directory = Path(config.model)
+    if is_for_pooling(directory, read_json(directory / "config.json"), config.task):
+        return PoolingImplementation(config.task).load(config, device)
+    return load_language_model(config, device)
 
 
 def load_language_model(config: WorkerConfig, device: Device) -> LanguageModel:
@@ -140,7 +198,7 @@ def _chosen(
     raw = read_json(directory / "config.json")
     native = _native_for(raw)
     if model_impl == TRANSFORMERS or (native is None and model_impl == "auto"):
-        return _described(TransformersImplementation(), directory, trust_remote_code)
+        return _described(_adapter_for(directory, trust_remote_code), directory, trust_remote_code)
     if native is None:
         raise CheckpointError(
             f"{directory} holds a model of architecture {_named(raw)}, of which there is no native "
@@ -157,6 +215,15 @@ def _chosen(
         )
         note = f"the native family does not serve this config: {error.reasons[0].need}"
         return adapted, replace(description, notes=(note, *description.notes))
+
+
+def _adapter_for(directory: Path, trust_remote_code: bool) -> ModelImplementation:
+    """Whose way of running transformers' code the checkpoint is for."""
+    from quire.core.models.seq2seq import is_seq2seq
+
+    if is_seq2seq(directory, trust_remote_code=trust_remote_code):
+        return Seq2SeqImplementation()
+    return TransformersImplementation()
 
 
 def _described(

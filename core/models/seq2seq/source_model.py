@@ -1,0 +1,123 @@
+"""An encoder-decoder of transformers behind a signature that is the same for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LayerKeys = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each [heads, n, size]."""
+TOKENS, AUDIO = "tokens", "audio"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderOutput:
+    """What a run of the decoder brought."""
+
+    logits: Tensor
+    """[n, V]."""
+    own: list[LayerKeys]
+    """Of each layer, over all tokens of the text so far."""
+    cross: list[LayerKeys]
+    """Of each layer, over the encoder's output."""
+
+
+class SourceModel:
+    """Encodes what a request brings, and decodes with or without kept keys and values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.encoder: Any = self.model.get_encoder()
+        self._output_class: Any = None
+        self.input_kind = AUDIO if self.model.main_input_name == "input_features" else TOKENS
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    @property
+    def input_name(self) -> str:
+        """What the encoder calls its input."""
+        return str(self.model.main_input_name)
+
+    def encode(self, arrays: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """The encoder's output [S, H] for each of several inputs.
+
+        Inputs of one shape run together; nothing is padded, so that none depends on another.
+        """
+        found: list[Tensor | None] = [None] * len(arrays)
+        together: dict[tuple[int, ...], list[int]] = {}
+        for index, given in enumerate(arrays):
+            together.setdefault(tuple(given[self.input_name].shape), []).append(index)
+        for indices in together.values():
+            batch = torch.stack([arrays[i][self.input_name] for i in indices])
+            if batch.is_floating_point():
+                batch = batch.to(self.dtype)
+            output = self.encoder(**{self.input_name: batch}, return_dict=True)
+            self._output_class = type(output)
+            hidden = output[0]
+            for index, rows in zip(indices, hidden, strict=True):
+                found[index] = rows
+        return [rows for rows in found if rows is not None]
+
+    def decode(
+        self,
+        token_ids: Tensor,
+        source: Tensor,
+        own: Sequence[LayerKeys] = (),
+        cross: Sequence[LayerKeys] = (),
+    ) -> DecoderOutput:
+        """Runs int64 [n] tokens after those of `own` over a source [S, H].
+
+        Given `cross`, the source's content does not count, only its length.
+        """
+        cache = _make_cache(own, cross)
+        output = self._run(token_ids, source, past_key_values=cache, use_cache=True)
+        return DecoderOutput(
+            logits=output.logits[0],
+            own=_layers(output.past_key_values.self_attention_cache),
+            cross=_layers(output.past_key_values.cross_attention_cache),
+        )
+
+    def whole_logits(self, token_ids: Tensor, source: Tensor) -> Tensor:
+        """Logits [n, V] of an uncached run."""
+        logits: Tensor = self._run(token_ids, source, use_cache=False).logits[0]
+        return logits
+
+    def _run(self, token_ids: Tensor, source: Tensor, **settings: Any) -> Any:
+        assert self._output_class is not None, "nothing was ever encoded"
+        return self.model(
+            decoder_input_ids=token_ids.unsqueeze(0),
+            encoder_outputs=self._output_class(last_hidden_state=source.unsqueeze(0)),
+            return_dict=True,
+            **settings,
+        )
+
+
+def _make_cache(own: Sequence[LayerKeys], cross: Sequence[LayerKeys]) -> Any:
+    """Nothing in it is thrown away behind a window: masks hide what must not be seen."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    caches = []
+    for layers in (own, cross):
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(layers):
+            cache.update(keys.unsqueeze(0), values.unsqueeze(0), index)
+        caches.append(cache)
+    return EncoderDecoderCache(*caches)
+
+
+def _layers(cache: Any) -> list[LayerKeys]:
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]

@@ -1,0 +1,104 @@
+"""Tiny random encoder-decoders of every architecture that transformers knows.
+
+    from tiny_seq2seq import make_tiny_seq2seq, seq2seq_architectures
+    model = make_tiny_seq2seq("t5")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tiny_architectures import VOCAB_SIZE, random_weight, tiny_config
+
+MAX_SOURCE_POSITIONS = 50
+"""Of a tiny Whisper: one second of sound."""
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "whisper": {
+        "max_source_positions": MAX_SOURCE_POSITIONS, "max_target_positions": 64,
+        "num_mel_bins": 16, "suppress_tokens": None, "begin_suppress_tokens": None,
+    },
+    "fsmt": {
+        "langs": ["en", "de"], "src_vocab_size": VOCAB_SIZE, "tgt_vocab_size": VOCAB_SIZE,
+        "is_decoder": False,
+    },
+    "led": {"attention_window": [16, 16], "max_encoder_position_embeddings": 256,
+            "max_decoder_position_embeddings": 256},
+    "bigbird_pegasus": {"attention_type": "original_full", "block_size": 16},
+    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},
+    "pegasus_x": {"block_size": 16},
+    "marian": {"pad_token_id": 2}, "nllb-moe": {"expert_capacity": 64},
+}  # fmt: skip
+
+
+def seq2seq_architectures() -> list[str]:
+    """The model types of transformers' text-to-text and speech-to-text mappings, sorted."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return sorted(
+        {
+            *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+            *auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        }
+    )
+
+
+def make_tiny_seq2seq(model_type: str, seed: int = 0) -> Any:
+    """A tiny random model of an architecture, in float32."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+
+    config = tiny_seq2seq_config(model_type)
+    mapping = AutoModelForSeq2SeqLM._model_mapping
+    auto = AutoModelForSeq2SeqLM if type(config) in mapping else AutoModelForSpeechSeq2Seq
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "sinusoid" not in type(parameter).__name__.lower() and parameter.requires_grad:
+                parameter.copy_(random_weight(name, parameter, seed))
+                if _is_last_norm(name):
+                    parameter.mul_(random_signs(parameter, seed))
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()
+    return model
+
+
+def _is_last_norm(name: str) -> bool:
+    """Whether logits follow it: with plain signs a tied model would repeat its last token."""
+    return "decoder" in name and "norm" in name and "layers." not in name and "block." not in name
+
+
+def random_signs(parameter: Any, seed: int) -> Any:
+    """1 or -1 for each element."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed + 17)
+    return torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1.0
+
+
+def tiny_seq2seq_config(model_type: str) -> Any:
+    """The shrunk default config of an architecture."""
+    from transformers import AutoConfig
+
+    if model_type == "encoder-decoder":
+        return _joined_config()
+    settings = {
+        name: value
+        for name, value in tiny_config(model_type).to_dict().items()
+        if name not in ("model_type", "transformers_version", "architectures")
+    }
+    settings.pop("is_decoder", None)
+    settings |= {"is_encoder_decoder": True, **_SETTINGS.get(model_type, {})}
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def _joined_config() -> Any:
+    from transformers import EncoderDecoderConfig
+
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        tiny_config("bert"), tiny_config("bert")
+    )
+    config.encoder.is_decoder = False
+    config.decoder.add_cross_attention = True
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 0, 2, 1
+    return config
