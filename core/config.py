@@ -10,6 +10,12 @@ from quire.core.errors import ConfigError
 from quire.core.interface.capabilities import Capabilities
 
 
+TASKS = (
+    "auto", "generate", "embed", "classify", "score", "reward", "token_embed", "token_classify",
+)  # fmt: skip
+"""What `EngineConfig.task` may be."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything a user can set. None and `auto` are filled in by `resolve`."""
@@ -34,6 +40,9 @@ class EngineConfig:
     model_impl: str = "auto"
     """Who runs the model: `native` (a family of Quire's own or of an installed package),
     `transformers` (its own code, with Quire's paged attention), `auto`: the first that knows it."""
+    task: str = "auto"
+    """What the model is for: `generate`, `embed`, `classify`, `score`, `reward`, `token_embed`,
+    `token_classify`, or `auto`: what its checkpoint was made for."""
     trust_remote_code: bool = False
     """Whether code that comes with a checkpoint may run."""
     max_model_len: int | None = None
@@ -116,6 +125,10 @@ class ModelFacts(Protocol):
     def max_model_len(self) -> int:
         """What the model was made for."""
 
+    @property
+    def pooling(self) -> object | None:
+        """What a model that makes numbers of texts does; None: it generates."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
@@ -153,6 +166,8 @@ def resolve(user: EngineConfig, capabilities: Capabilities, facts: ModelFacts) -
         change("block_size", capabilities.block_sizes[0], "the device's preferred")
     max_model_len = _max_model_len(user, facts)
     change("max_model_len", max_model_len, "what the model was made for")
+    if facts.pooling is not None and user.max_num_batched_tokens < max_model_len:
+        change("max_num_batched_tokens", max_model_len, "texts are computed whole")
     if not user.enable_chunked_prefill and user.max_num_batched_tokens < max_model_len:
         change("max_num_batched_tokens", max_model_len, "prompts are computed whole")
     if capabilities.request_buckets and user.max_num_seqs > capabilities.request_buckets[-1]:
@@ -238,6 +253,8 @@ def _problems(config: EngineConfig) -> list[str]:
         problems.append(
             f"model_impl is {config.model_impl!r}; choose auto, native or transformers"
         )
+    if config.task not in TASKS:
+        problems.append(f"task is {config.task!r}; choose one of {', '.join(TASKS)}")
     if not config.model:
         problems.append("model is empty; give a directory, a hub id, or demo")
     return problems

@@ -116,7 +116,10 @@ def make_plan(
     Raises: UnsupportedError with every reason; ConfigError; CheckpointError.
     """
     as_saved = describe(
-        directory, model_impl=user.model_impl, trust_remote_code=user.trust_remote_code
+        directory,
+        model_impl=user.model_impl,
+        trust_remote_code=user.trust_remote_code,
+        task=user.task,
     )
     resolved = resolve(user, device.capabilities, as_saved)
     config = resolved.config
@@ -176,6 +179,7 @@ def make_worker_config(config: EngineConfig, directory: Path) -> WorkerConfig:
         cache_memory_bytes=config.cache_memory_bytes,
         load_format=config.load_format,
         model_impl=config.model_impl,
+        task=config.task,
         trust_remote_code=config.trust_remote_code,
         quantization=config.quantization,
         seed=config.seed,
@@ -278,6 +282,8 @@ def _memory(
     per_token = sum(g.bytes_per_token(size_of_dtype) for g in description.attention_groups)
     useful = 2 * config.max_num_seqs * worker_config.max_model_len * per_token
     note = f"at most; {min(cache, useful) // max(per_token, 1):,} tokens"
+    if not description.attention_groups:
+        note = "none: texts are computed whole and nothing is kept"
     rows.append(MemoryRow(tag="cache", size_bytes=min(cache, useful), note=note))
     return tuple(rows)
 
@@ -294,6 +300,8 @@ def _weight_bytes(description: ModelDescription, config: EngineConfig) -> int:
 
 def _activation_bytes(description: ModelDescription, config: EngineConfig) -> int:
     tokens = config.max_num_batched_tokens * description.hidden_size * _ACTIVATION_COPIES
+    if description.pooling is not None:
+        return config.max_num_batched_tokens * description.row_elements * 4
     logits = config.max_num_seqs * description.vocab_size * _LOGIT_COPIES * 4
     return tokens * size_of_dtype(config.dtype) + logits
 
@@ -343,7 +351,8 @@ def _kernels(device: Device, cache: Sequence[CacheRow]) -> dict[str, str]:
         return {spec.name: "worker" for spec in OP_SPECS}
     ops = device.ops()
     kernels = {spec.name: ops.provider(spec.name) for spec in OP_SPECS if hasattr(ops, spec.name)}
-    kernels["paged_attention"] = ", ".join(sorted({row.attention for row in cache}))
+    if cache:
+        kernels["paged_attention"] = ", ".join(sorted({row.attention for row in cache}))
     return kernels
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from quire.core.engine.front import Front, make_front
 from quire.core.engine.messages import same_death
 from quire.core.engine.output_state import OutputKind
 from quire.core.engine.pooling import PoolingOutput, PoolingParams, check_task
+from quire.core.engine.pooling_desk import settle
 from quire.core.engine.prompts import Prompt, parse_prompt
 from quire.core.engine.request_stream import RequestStream
 from quire.core.engine.sampling_spec import check_token_ids
@@ -172,7 +174,22 @@ class AsyncEngine:
         """
         self._refuse_if_not_ready()
         check_task(params.task, self.facts.tasks, self.facts.served_model_name)
-        raise NotImplementedError(params.task)  # no core says that it can
+        desk = self._front.pooling
+        make = functools.partial(
+            desk.prepare, prompt, params, request_id,
+            pair=pair, add_special_tokens=add_special_tokens,
+        )  # fmt: skip
+        spec = await asyncio.to_thread(make) if desk.is_slow(prompt, pair) else make()
+        self._refuse_if_not_ready()
+        self._refuse_if_full(1)
+        future: asyncio.Future[PoolingOutput] = asyncio.get_running_loop().create_future()
+        desk.add(spec, functools.partial(settle, future))
+        self._client.add([spec])
+        try:
+            return await future
+        finally:
+            if desk.forget(request_id) and not self.errored:
+                self._client.abort([request_id])
 
     async def transcribe(
         self, clip: AudioClip, params: TranscriptionParams, request_id: str
@@ -257,7 +274,7 @@ class AsyncEngine:
     @property
     def num_unfinished(self) -> int:
         """Requests in flight."""
-        return self._front.outputs.num_unfinished
+        return self._front.outputs.num_unfinished + self._front.pooling.num_unfinished
 
     @property
     def default_sampling(self) -> Mapping[str, Any]:
@@ -291,6 +308,9 @@ class AsyncEngine:
                     await asyncio.sleep(_POLL_DRAIN_S)
         for request_id in self._front.outputs.request_ids:
             self._abort_in_core(request_id)
+        self._front.pooling.fail_all(
+            EngineDeadError("the engine is shutting down; send the request to another")
+        )
         self._receiver.cancel()
         await asyncio.gather(self._receiver, return_exceptions=True)
         await self._client.close()
@@ -311,6 +331,7 @@ class AsyncEngine:
         if limit is None:
             return
         num_there = self._front.outputs.num_unfinished_outputs
+        num_there += self._front.pooling.num_unfinished
         if num_there + num_new > limit + self.config.max_num_seqs:
             raise QueueFullError(
                 f"{num_there} requests are in flight; {self.config.max_num_seqs} run at once and "
@@ -350,9 +371,9 @@ class AsyncEngine:
                 for start in range(0, len(updates), _UPDATES_AT_ONCE):
                     if start:
                         await asyncio.sleep(0)
-                    to_abort = self._front.outputs.process(
-                        updates[start : start + _UPDATES_AT_ONCE]
-                    )
+                    some = updates[start : start + _UPDATES_AT_ONCE]
+                    self._front.pooling.process(some)
+                    to_abort = self._front.outputs.process(some)
                     if to_abort:
                         self._client.abort(to_abort)
         except EngineDeadError as error:
@@ -365,6 +386,7 @@ class AsyncEngine:
 
     def _fail_all(self, error: EngineDeadError) -> None:
         self._front.outputs.forget_all()
+        self._front.pooling.fail_all(error)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(error)

@@ -13,6 +13,7 @@ from quire.core.engine.grammars import constraint_of, front_checker
 from quire.core.engine.input_processor import InputProcessor, ModelLimits
 from quire.core.engine.feature_readers import make_reader
 from quire.core.engine.output_processor import OutputProcessor
+from quire.core.engine.pooling_desk import PoolingDesk
 from quire.core.engine.tokenizer import TextCodec, load_codec
 from quire.core.sampling_params import SamplingParams
 from quire.core.structured.compiler import GrammarChecker
@@ -25,6 +26,7 @@ class Front:
     codec: TextCodec | None
     inputs: InputProcessor
     outputs: OutputProcessor
+    pooling: PoolingDesk
     grammars: GrammarChecker
 
     def check_grammar(self, params: SamplingParams) -> None:
@@ -67,5 +69,6 @@ def make_front(
         codec=codec,
         inputs=inputs,
         outputs=OutputProcessor(),
+        pooling=PoolingDesk(facts, codec),
         grammars=front_checker(codec, facts.model, facts.vocab_size),
     )

@@ -22,6 +22,7 @@ from quire.core.engine.features import ModelInput
 from quire.core.engine.front import make_front
 from quire.core.engine.input_processor import PreparedRequest, make_params
 from quire.core.engine.interrupts import DeferredInterrupts
+from quire.core.engine.llm_pooling import PoolingMethods
 from quire.core.engine.output_state import OutputKind, Sink
 from quire.core.engine.progress import ProgressBar
 from quire.core.engine.prompts import Prompt, parse_prompt, split_prompts
@@ -34,7 +35,7 @@ ParamsLike = SamplingParams | Mapping[str, Any] | None
 """Sampling parameters, their fields as a dict, or None for the model's own defaults."""
 
 
-class LLM:
+class LLM(PoolingMethods):
     """A model, loaded and ready. Used from one thread; close it, or use it in a `with`."""
 
     def __init__(

@@ -37,9 +37,10 @@ class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
     dimensions: int | None = None
     """Of the vector, its first so many; then it is normalized again. None: all."""
     use_activation: bool = True
-    """Vectors of length one; probabilities instead of logits."""
+    """Vectors of length one, if the model's are meant to be; probabilities instead of logits."""
     truncate_prompt_tokens: int | None = None
-    """Keep the last so many tokens of the text; None: a text that is too long is refused."""
+    """Cut the text to so many tokens, on the side from which its tokenizer cuts; special tokens
+    stay. -1: to as many as the model takes. None: a text that is too long is refused."""
 
 
 class PoolingOutput(msgspec.Struct, frozen=True, kw_only=True):

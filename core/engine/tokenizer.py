@@ -60,6 +60,54 @@ class TextCodec:
             return [encoding.ids for encoding in found]
         return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
+    def encode_pair(
+        self,
+        text: str,
+        pair: str | None,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of one text or of two as the model reads them together, and their types.
+
+        `max_tokens`: more are cut from the text, of two from the longer, on the side from which the
+        model's tokenizer cuts; special tokens stay. Raises: ValueError if none would be left.
+        """
+        if self._backend is None:
+            return self._encode_slowly(text, pair, add_special_tokens, max_tokens)
+        texts = [text] if pair is None else [text, pair]
+        parts = [self._backend.encode(one, add_special_tokens=False) for one in texts]
+        if max_tokens is not None:
+            num_special = self._backend.num_special_tokens_to_add(pair is not None)
+            room = max_tokens - (num_special if add_special_tokens else 0)
+            self._cut(parts, room)
+        whole = self._backend.post_process(*parts, add_special_tokens=add_special_tokens)
+        return whole.ids, whole.type_ids
+
+    def _cut(self, parts: list[Any], room: int) -> None:
+        if room < len(parts):
+            raise ValueError(f"special tokens leave room for {max(room, 0)} tokens of text")
+        lengths = [len(part) for part in parts]
+        while sum(lengths) > room:
+            longest = lengths.index(max(lengths))
+            others = [n for i, n in enumerate(lengths) if i != longest]
+            floor = max([room - sum(others), *(n for n in others if n < lengths[longest])])
+            lengths[longest] = max(min(floor, lengths[longest] - 1), 1)
+        for part, length in zip(parts, lengths, strict=True):
+            part.truncate(length, direction=self.tokenizer.truncation_side)
+
+    def _encode_slowly(
+        self, text: str, pair: str | None, add_special_tokens: bool, max_tokens: int | None
+    ) -> tuple[list[int], list[int]]:
+        with self._lock:
+            found = self.tokenizer(
+                text, pair, add_special_tokens=add_special_tokens,
+                truncation="longest_first" if max_tokens is not None else False,
+                max_length=max_tokens,
+            )  # fmt: skip
+        ids = list(found["input_ids"])
+        return ids, list(found.get("token_type_ids") or [0] * len(ids))
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of all ids together; spaces are left as the tokens have them."""
         if self._backend is not None:

@@ -376,9 +376,12 @@ class KVCacheManager:
 
     def _check_table(self, table: BlockTable) -> None:
         capacity = min(
-            len(block_ids) * policy.block_size
-            for block_ids, policy in zip(table.block_ids, self._policies, strict=True)
-            if policy.follows_tokens
+            (
+                len(block_ids) * policy.block_size
+                for block_ids, policy in zip(table.block_ids, self._policies, strict=True)
+                if policy.follows_tokens
+            ),
+            default=NEVER,
         )
         assert table.capacity == capacity, f"capacity {table.capacity}, blocks for {capacity}"
         for group, num_dead in enumerate(table.num_dead):

@@ -61,6 +61,8 @@ class ModelDescription:
     """What it does."""
     encoder_input: str | None = None
     """What a request must bring for its encoder: `tokens`, `audio`; None: it has none."""
+    pooling: PoolingDescription | None = None
+    """Of a model that makes numbers of texts; None: it generates."""
     notes: tuple[str, ...] = ()
     """What a user should know of how it runs."""
 

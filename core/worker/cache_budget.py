@@ -5,6 +5,7 @@ from __future__ import annotations
 from quire.core.interface import NewRequest, SamplingSpec, StepBatch, WorkerConfig
 from quire.core.models.description import ModelDescription
 from quire.core.models.language_model import LanguageModel
+from quire.core.models.pooling.model import PoolingModel
 
 _LARGEST_SAMPLING = SamplingSpec(
     temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, num_logprobs=20
@@ -60,7 +61,7 @@ def estimate_step_bytes(model: ModelDescription, config: WorkerConfig) -> int:
     return config.max_num_batched_tokens * row + logits
 
 
-def cache_bytes_per_block(model: LanguageModel) -> list[int]:
+def cache_bytes_per_block(model: LanguageModel | PoolingModel) -> list[int]:
     """Bytes of one block of each cache group, all its layers together."""
     return [
         backend.cache_layout().bytes_per_block * len(group.layers)

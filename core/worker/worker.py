@@ -14,6 +14,7 @@ from quire.core.interface import (
     Device,
     LayerCache,
     ModelInfo,
+    PendingStep,
     SamplingSpec,
     StepBatch,
     StepResult,
@@ -21,7 +22,8 @@ from quire.core.interface import (
     WorkerConfig,
 )
 from quire.core.models.language_model import LanguageModel
-from quire.core.models.registry import load_language_model
+from quire.core.models.pooling.model import PoolingModel
+from quire.core.models.registry import load_any_model
 from quire.core.worker.cache_budget import (
     cache_bytes_per_block,
     estimate_step_bytes,
@@ -30,6 +32,7 @@ from quire.core.worker.cache_budget import (
 from quire.core.worker.device_errors import device_errors
 from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.model_runner import ModelRunner
+from quire.core.worker.pooling_runner import PoolingRunner
 from quire.core.worker.running_step import RunningStep
 
 _PROBE_TOKENS = 128
@@ -52,8 +55,8 @@ class DefaultWorker(Worker):
         self._device = device
         self._config = config
         self._free_at_start = device.memory().free_bytes
-        self._model: LanguageModel | None = None
-        self._runner: ModelRunner | None = None
+        self._model: LanguageModel | PoolingModel | None = None
+        self._runner: ModelRunner | PoolingRunner | None = None
         self._caches: list[LayerCache] = []
         self._activation_bytes = 0
 
@@ -62,8 +65,9 @@ class DefaultWorker(Worker):
     def load_model(self) -> ModelInfo:
         """Loads the weights and says what the layers need of the cache."""
         with device_errors("weights"):
-            model = self._model = load_language_model(self._config, self._device)
+            model = self._model = load_any_model(self._config, self._device)
         description = model.description
+        pooling = description.pooling
         return ModelInfo(
             architecture=description.architecture,
             vocab_size=description.vocab_size,
@@ -74,6 +78,8 @@ class DefaultWorker(Worker):
             dtype=description.dtype,
             implementation=description.implementation,
             tasks=list(description.tasks),
+            labels=list(pooling.labels) if pooling else [],
+            vector_size=pooling.vector_size if pooling else 0,
             encoder_input=description.encoder_input,
             providers=model.providers(),
         )
@@ -83,6 +89,11 @@ class DefaultWorker(Worker):
         if self._config.cache_memory_bytes is not None:
             return self._config.cache_memory_bytes
         model, config = self._loaded(), self._config
+        if isinstance(model, PoolingModel):
+            # Its steps run one after the other and keep nothing: there is nothing to divide.
+            row_bytes = 4 * model.description.row_elements
+            self._activation_bytes = config.max_num_batched_tokens * row_bytes
+            return 0
         if self._device.capabilities.copy_mode == "unified":
             # An allocator may serve the steps from memory that it kept: then shapes tell more.
             estimated = estimate_step_bytes(model.description, config)
@@ -119,7 +130,7 @@ class DefaultWorker(Worker):
         """Runs one step and waits for it."""
         return self.submit(batch).result()
 
-    def submit(self, batch: StepBatch) -> RunningStep:
+    def submit(self, batch: StepBatch) -> PendingStep:
         """Starts one step; on an asynchronous device it is not done on return."""
         return self._running().submit(batch)
 
@@ -203,20 +214,23 @@ class DefaultWorker(Worker):
 
     # --- parts ----------------------------------------------------------------------------------
 
-    def _loaded(self) -> LanguageModel:
+    def _loaded(self) -> LanguageModel | PoolingModel:
         if self._model is None:
             raise QuireError("the worker has no model; call load_model first")
         return self._model
 
-    def _running(self) -> ModelRunner:
+    def _running(self) -> ModelRunner | PoolingRunner:
         if self._runner is None:
             raise QuireError("the worker has no cache; call allocate_cache first")
         return self._runner
 
-    def _make_runner(self, caches: list[LayerCache]) -> ModelRunner:
+    def _make_runner(self, caches: list[LayerCache]) -> ModelRunner | PoolingRunner:
+        model = self._loaded()
+        if isinstance(model, PoolingModel):
+            return PoolingRunner(model, self._device)
         with device_errors("workspace"):
             return ModelRunner(
-                self._loaded(), self._device, caches, self._config, self.logits_processors
+                model, self._device, caches, self._config, self.logits_processors
             )
 
     def _make_caches(self, num_blocks: Sequence[int]) -> list[LayerCache]:
@@ -262,7 +276,9 @@ class DefaultWorker(Worker):
 
         return self._device.measure_peak_bytes(run)
 
-    def _run_dummy(self, runner: ModelRunner, num_tokens: int, num_requests: int) -> None:
+    def _run_dummy(
+        self, runner: ModelRunner | PoolingRunner, num_tokens: int, num_requests: int
+    ) -> None:
         batch = make_dummy_batch(
             self._config,
             num_tokens=num_tokens,
@@ -274,7 +290,7 @@ class DefaultWorker(Worker):
         runner.forget_all()
 
 
-def _cache_groups(model: LanguageModel) -> list[CacheGroup]:
+def _cache_groups(model: LanguageModel | PoolingModel) -> list[CacheGroup]:
     return [
         CacheGroup(
             name=group.name,

@@ -39,7 +39,9 @@ def test_extension_broken_backend_is_caught_and_told_what_is_wrong(saboteur, tmp
 def test_every_operator_of_an_extension_has_a_recipe_and_a_saboteur():
     """Nobody adds an operator to an extension that the suite does not hold."""
     names = {
-        spec.name for spec in OP_SPECS if spec.extension in {"mla", "moe", "recurrent", "quantization"}
+        spec.name
+        for spec in OP_SPECS
+        if spec.extension in {"mla", "moe", "recurrent", "quantization"}
     }
     assert names == set(EXTENSION_RECIPES)
     assert names <= {CASES[saboteur.test].op for saboteur in EXTENSION_SABOTEURS}

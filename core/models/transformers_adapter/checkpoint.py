@@ -88,11 +88,18 @@ def make_empty_model(model_class: Any, config: Any) -> nn.Module:
 
 
 def load_weights(
-    directory: Path, model_class: Any, config: Any, *, dtype: str, trust_remote_code: bool
+    directory: Path,
+    model_class: Any,
+    config: Any,
+    *,
+    dtype: str,
+    trust_remote_code: bool,
+    **arguments: Any,
 ) -> nn.Module:
     """The model with the checkpoint's weights, on the host.
 
     Reads safetensors (sharded, mapped), PyTorch files (weights alone, no code) and GGUF.
+    `arguments`: further ones of the model's class.
     Raises: CheckpointError that names what is missing or misshaped, and the nearest there is.
     """
     from transformers import AutoModelForCausalLM
@@ -108,6 +115,7 @@ def load_weights(
         "dtype": getattr(torch, dtype),
         "local_files_only": True,
         "output_loading_info": True,
+        **arguments,
     }
     if all(path.suffix == ".gguf" for path in found):
         settings["gguf_file"] = found[0].name
