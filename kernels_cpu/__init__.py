@@ -16,6 +16,12 @@ from quire.kernels_cpu.elementwise import (
     rotary,
     silu_and_mul,
 )
+from quire.kernels_cpu.experts import (
+    PackedExpertWeights,
+    head_linear,
+    pack_experts,
+    route_experts,
+)
 from quire.kernels_cpu.linear import PackedWeights, pack_codes, pack_dense
 from quire.kernels_cpu.native import (
     HAVE_NATIVE,
@@ -24,23 +30,42 @@ from quire.kernels_cpu.native import (
     isa,
     use_isa,
 )
+from quire.kernels_cpu.recurrence import (
+    causal_conv1d,
+    gated_delta_rule,
+    selective_scan,
+    ssd_scan,
+)
+from quire.kernels_cpu.vocabulary import logprobs, mask_tokens, most_likely, sample
 
 __all__ = [
     "HAVE_NATIVE",
     "WHY_NOT_NATIVE",
+    "PackedExpertWeights",
     "PackedWeights",
     "add_rms_norm",
     "available_isas",
+    "causal_conv1d",
     "gated_activation",
+    "gated_delta_rule",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
+    "head_linear",
     "isa",
+    "logprobs",
+    "mask_tokens",
+    "most_likely",
     "pack_codes",
     "pack_dense",
+    "pack_experts",
     "paged_attention",
     "rms_norm",
     "rotary",
+    "route_experts",
+    "sample",
+    "selective_scan",
     "silu_and_mul",
+    "ssd_scan",
     "use_isa",
     "write_cache",
 ]

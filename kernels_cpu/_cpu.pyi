@@ -91,3 +91,131 @@ class Linear:
     def multiply(
         self, dtype: int, x: int, out: int, rows: int, x_stride: int, out_stride: int, /
     ) -> None: ...
+
+class Experts:
+    def __init__(
+        self,
+        format_code: int,
+        gate_up: int,
+        gate_up_bias: int,
+        down: int,
+        down_bias: int,
+        count: int,
+        hidden_size: int,
+        inner_size: int,
+        gate: int,
+        alpha: float,
+        limit: float,
+        /,
+    ) -> None: ...
+    def run(
+        self,
+        dtype: int,
+        x: int,
+        shares: int,
+        chosen: int,
+        out: int,
+        tokens: int,
+        num_chosen: int,
+        x_stride: int,
+        out_stride: int,
+        weighs_input: bool,
+        /,
+    ) -> None: ...
+
+def route_experts(
+    logits: int,
+    bias: int,
+    weights: int,
+    ids: int,
+    sizes: Sequence[int],
+    scale: float,
+    is_sigmoid: bool,
+    is_renormalised: bool,
+    adds_two_best: bool,
+    /,
+) -> None: ...
+def head_linear(dtype: int, x: int, weight: int, out: int, sizes: Sequence[int], /) -> None: ...
+def causal_conv1d(
+    dtype: int,
+    x: int,
+    weight: int,
+    bias: int,
+    states: int,
+    out: int,
+    starts: int,
+    sizes: Sequence[int],
+    has_silu: bool,
+    /,
+) -> None: ...
+def selective_scan(
+    dtype: int,
+    x: int,
+    dt: int,
+    a: int,
+    b_dtype: int,
+    b: int,
+    c_dtype: int,
+    c: int,
+    d: int,
+    states: int,
+    out: int,
+    starts: int,
+    sizes: Sequence[int],
+    /,
+) -> None: ...
+def ssd_scan(
+    dtype: int,
+    x: int,
+    dt: int,
+    a: int,
+    b_dtype: int,
+    b: int,
+    c_dtype: int,
+    c: int,
+    d: int,
+    states: int,
+    out: int,
+    starts: int,
+    sizes: Sequence[int],
+    /,
+) -> None: ...
+def gated_delta_rule(
+    dtype: int,
+    v: int,
+    q_dtype: int,
+    q: int,
+    k_dtype: int,
+    k: int,
+    decay: int,
+    beta: int,
+    states: int,
+    out: int,
+    starts: int,
+    sizes: Sequence[int],
+    /,
+) -> None: ...
+def mask_tokens(logits: int, rows: int, mask: int, sizes: Sequence[int], /) -> None: ...
+def sample(
+    logits: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    uniform: int,
+    out: int,
+    sizes: Sequence[int],
+    is_all_greedy: bool,
+    needs_filter: bool,
+    /,
+) -> None: ...
+def logprobs(
+    logits: int,
+    chosen: int,
+    selected: int,
+    ranks: int,
+    top_ids: int,
+    top_logprobs: int,
+    sizes: Sequence[int],
+    /,
+) -> None: ...

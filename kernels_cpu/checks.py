@@ -68,6 +68,14 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, expected {shape}")
 
 
+def check_contiguous(name: str, tensor: Tensor, dtype: str, shape: tuple[int, ...]) -> None:
+    """A contiguous tensor on the CPU, of a dtype and a shape."""
+    if not _is_named(tensor.dtype, dtype):
+        raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}")
+    if tensor.shape != shape or not tensor.is_cpu or not tensor.is_contiguous():
+        raise ValueError(f"{name} {tuple(tensor.shape)}: expected contiguous {shape} on the CPU")
+
+
 def check_rotation(cos: Tensor, sin: Tensor, num_tokens: int, head_size: int) -> tuple[int, int]:
     """Cosines and sines float32 [T, F] with 2F <= head_size; returns the strides of their rows."""
     for name, table in (("cos", cos), ("sin", sin)):

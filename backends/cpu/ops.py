@@ -6,13 +6,39 @@ import torch
 from torch import Tensor
 
 from quire import kernels_cpu
-from quire.backends.cpu import linear, native_linear, sampling
+from quire.backends.cpu import linear, native_layers, native_linear, sampling
 from quire.backends.cpu.host import read_cpu
 from quire.backends.reference import ReferenceOps
 from quire.backends.reference.sampling import draw
-from quire.core.interface import PackedLinear, QuantizedWeight, SampledLogprobs, SamplingTensors
+from quire.core.interface import (
+    ExpertWeights,
+    PackedExperts,
+    PackedLinear,
+    QuantizedWeight,
+    RoutingSpec,
+    SampledLogprobs,
+    SamplingTensors,
+    Sequences,
+)
 
-_NATIVE_OPS = frozenset({"rms_norm", "add_rms_norm", "gated_activation", "rotary"})
+_NATIVE_OPS = frozenset(
+    {
+        "rms_norm",
+        "add_rms_norm",
+        "gated_activation",
+        "rotary",
+        "route_experts",
+        "experts",
+        "head_linear",
+        "causal_conv1d",
+        "selective_scan",
+        "ssd_scan",
+        "gated_delta_rule",
+        "apply_token_mask",
+        "sample",
+        "logprobs",
+    }
+)
 _NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _SHORTCUTS = frozenset({"sample", "logprobs"})
 
@@ -101,9 +127,134 @@ class CpuOps(ReferenceOps):
         """Whether the compiled norms take these dtypes."""
         return self._has_native and x.dtype in _NATIVE_DTYPES and weight.dtype == x.dtype
 
+    # --- experts and recurrence -----------------------------------------------------------------
+
+    def head_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not native_layers.takes(x) or weight.dtype != x.dtype:
+            return super().head_linear(x, weight)
+        return native_layers.head_linear(x, weight)
+
+    def route_experts(
+        self, logits: Tensor, spec: RoutingSpec, correction_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if not native_layers.takes(logits) or spec.score not in ("softmax", "sigmoid"):
+            return super().route_experts(logits, spec, correction_bias)
+        return native_layers.route(logits, spec, correction_bias)
+
+    def pack_experts(self, weights: ExpertWeights) -> PackedExperts:
+        if not native_layers.takes(weights.gate_up, weights.down):
+            return super().pack_experts(weights)
+        return native_layers.pack_experts(weights)
+
+    def experts(
+        self,
+        x: Tensor,
+        packed: PackedExperts,
+        weights: Tensor,
+        expert_ids: Tensor,
+        *,
+        weighs_input: bool = False,
+    ) -> Tensor:
+        payload = packed.payload
+        if not isinstance(payload, kernels_cpu.PackedExpertWeights):
+            return super().experts(x, packed, weights, expert_ids, weighs_input=weighs_input)
+        return native_layers.experts(x, payload, weights, expert_ids, weighs_input=weighs_input)
+
+    def causal_conv1d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        states: Tensor,
+        sequences: Sequences,
+        *,
+        activation: str = "",
+    ) -> Tensor:
+        operands = [t for t in (x, weight, bias, states) if t is not None]
+        is_uniform = len({t.dtype for t in operands}) == 1
+        if not (native_layers.takes(x) and is_uniform and activation in ("", "silu")):
+            return super().causal_conv1d(x, weight, bias, states, sequences, activation=activation)
+        return native_layers.causal_conv1d(
+            x, weight, bias, states, sequences, activation=activation
+        )
+
+    def selective_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor | None,
+        states: Tensor,
+        sequences: Sequences,
+    ) -> Tensor:
+        is_native = native_layers.takes(x, b, c) and _are_wide(dt, a, d, states)
+        serve = native_layers.selective_scan if is_native else super().selective_scan
+        return serve(x, dt, a, b, c, d, states, sequences)
+
+    def ssd_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor | None,
+        states: Tensor,
+        sequences: Sequences,
+    ) -> Tensor:
+        is_native = native_layers.takes(x, b, c) and _are_wide(dt, a, d, states)
+        serve = native_layers.ssd_scan if is_native else super().ssd_scan
+        return serve(x, dt, a, b, c, d, states, sequences)
+
+    def gated_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        states: Tensor,
+        sequences: Sequences,
+    ) -> Tensor:
+        is_native = native_layers.takes(q, k, v) and _are_wide(decay, beta, states)
+        serve = native_layers.gated_delta_rule if is_native else super().gated_delta_rule
+        return serve(q, k, v, decay, beta, states, sequences)
+
     # --- logits ---------------------------------------------------------------------------------
 
+    def apply_token_mask(self, logits: Tensor, rows: Tensor, mask: Tensor) -> None:
+        if self._has_native and logits.dtype == torch.float32 and logits.stride(-1) == 1:
+            kernels_cpu.mask_tokens(logits, rows.contiguous(), mask)
+        else:
+            super().apply_token_mask(logits, rows, mask)
+
     def sample(self, logits: Tensor, settings: SamplingTensors) -> Tensor:
+        if not self._takes_logits(logits):
+            return self._sample_in_torch(logits, settings)
+        out = torch.empty(logits.shape[0], dtype=torch.int64)
+        if settings.is_all_greedy:
+            kernels_cpu.most_likely(logits, out)
+            return out
+        kernels_cpu.sample(
+            logits,
+            settings.temperature.contiguous(),
+            settings.top_k.contiguous(),
+            settings.top_p.contiguous(),
+            settings.min_p.contiguous(),
+            settings.uniform.contiguous(),
+            out,
+            needs_filter=settings.needs_filter,
+        )
+        return out
+
+    def _takes_logits(self, logits: Tensor) -> bool:
+        """Whether the compiled kernels take these logits [R, V]."""
+        is_float = logits.dtype == torch.float32 and logits.stride(-1) == 1
+        return self._has_native and is_float and logits.shape[-1] > 0
+
+    def _sample_in_torch(self, logits: Tensor, settings: SamplingTensors) -> Tensor:
         if settings.is_all_greedy:
             return sampling.most_likely(logits)
         is_greedy = settings.temperature == 0
@@ -116,6 +267,8 @@ class CpuOps(ReferenceOps):
         return drawn if greedy is None else torch.where(is_greedy, greedy, drawn)
 
     def logprobs(self, logits: Tensor, token_ids: Tensor, num_top: int) -> SampledLogprobs:
+        if self._takes_logits(logits):
+            return _native_logprobs(logits, token_ids, num_top)
         # Not logsumexp: its sum over one row alone may be split in another way than among others.
         all_logprobs = torch.log_softmax(logits, dim=-1)
         chosen = token_ids.unsqueeze(-1)
@@ -126,3 +279,28 @@ class CpuOps(ReferenceOps):
             top_ids=top_ids,
             top_logprobs=all_logprobs.gather(-1, top_ids),
         )
+
+
+def _are_wide(*tensors: Tensor | None) -> bool:
+    """Whether all that are given are float32."""
+    return all(t is None or t.dtype == torch.float32 for t in tensors)
+
+
+def _native_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> SampledLogprobs:
+    num_rows = logits.shape[0]
+    num_top = min(num_top, logits.shape[-1])
+    result = SampledLogprobs(
+        selected=torch.empty(num_rows, dtype=torch.float32),
+        ranks=torch.empty(num_rows, dtype=torch.int64),
+        top_ids=torch.empty((num_rows, num_top), dtype=torch.int64),
+        top_logprobs=torch.empty((num_rows, num_top), dtype=torch.float32),
+    )
+    kernels_cpu.logprobs(
+        logits,
+        token_ids.contiguous(),
+        result.selected,
+        result.ranks,
+        result.top_ids,
+        result.top_logprobs,
+    )
+    return result

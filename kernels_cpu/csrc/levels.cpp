@@ -30,7 +30,8 @@ namespace quire {
 
 #define DECLARE(name, condition)     \
   extern const Table table_##name;   \
-  extern const LinearTable linear_##name;
+  extern const LinearTable linear_##name; \
+  extern const LayerTable layers_##name;
 QUIRE_LEVELS(DECLARE)
 #undef DECLARE
 
@@ -65,7 +66,7 @@ std::vector<Level> available_levels() {
 #endif
   std::vector<Level> levels;
 #define ADD(name, condition) \
-  if (condition) levels.push_back({#name, &table_##name, &linear_##name});
+  if (condition) levels.push_back({#name, &table_##name, &linear_##name, &layers_##name});
   QUIRE_LEVELS(ADD)
 #undef ADD
   return levels;

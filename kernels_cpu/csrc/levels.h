@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "linear.h"
+#include "layers.h"
 
 namespace quire {
 
@@ -11,6 +11,7 @@ struct Level {
   const char* name;
   const Table* kernels;
   const LinearTable* linear;
+  const LayerTable* layers;
 };
 
 // What this machine can run, best first. Never empty.

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "layers_module.h"
 #include "levels.h"
 #include "linear_module.h"
 
@@ -137,4 +138,5 @@ NB_MODULE(_cpu, m) {
   m.def("gated_activation", &quire::gated_activation);
   m.def("rotary", &quire::rotary);
   quire::bind_linear(m);
+  quire::bind_layers(m);
 }

@@ -1,0 +1,388 @@
+// Mixtures of experts. Only for layers.cpp to include.
+//
+// Pairs of token and expert are sorted by expert and taken WAVE at a time: gathered, multiplied by gate and up,
+// activated, multiplied by down, all panels of all experts of a wave shared among threads. A token adds up its experts
+// in the order of their ids, whatever the waves, so its result does not depend on the others.
+
+constexpr int64_t WAVE = 1024;            // pairs at a time: bounds the memory of a long prompt
+constexpr int64_t SHARE = TILE_ROWS * 32;  // pairs of one expert that meet a panel together
+
+static inline int threads_of(int64_t units, int64_t work) {
+#if defined(_OPENMP)
+  const int64_t useful = work / (1 << 17) + 1;  // a thread should have some microseconds to do
+  int64_t threads = omp_get_max_threads();
+  if (threads > units) threads = units;
+  if (threads > useful) threads = useful;
+  return int(threads < 1 ? 1 : threads);
+#else
+  (void)units, (void)work;
+  return 1;
+#endif
+}
+
+struct Piece {  // pairs [first, end) of one expert
+  int64_t expert, first, end;
+};
+
+struct Sorted {
+  int64_t* token;   // [n]: of each pair, in the order of experts
+  float* share;     // [n]
+  int64_t* places;  // [T, k]: where a token's pairs are, ascending
+  int64_t* cursor;  // [T]: how many of them are added already
+  int64_t* first;   // [E + 1]
+  void* block;
+};
+
+static bool sort_pairs(const ExpertArgs& a, Sorted& s) {
+  const int64_t n = a.tokens * a.num_chosen;
+  const size_t count = size_t(2 * n + a.tokens + a.num_experts + 1);
+  s.block = __builtin_malloc(count * sizeof(int64_t) + size_t(n) * sizeof(float));
+  if (!s.block) return false;
+  s.token = static_cast<int64_t*>(s.block);
+  s.places = s.token + n, s.cursor = s.places + n, s.first = s.cursor + a.tokens;
+  s.share = reinterpret_cast<float*>(s.first + a.num_experts + 1);
+  for (int64_t e = 0; e <= a.num_experts; ++e) s.first[e] = 0;
+  for (int64_t i = 0; i < n; ++i) ++s.first[a.chosen[i] + 1];
+  for (int64_t e = 0; e < a.num_experts; ++e) s.first[e + 1] += s.first[e];
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    s.cursor[t] = 0;
+    for (int64_t j = 0; j < a.num_chosen; ++j) {
+      const int64_t place = s.first[a.chosen[t * a.num_chosen + j]]++;
+      s.token[place] = t, s.share[place] = a.shares[t * a.num_chosen + j];
+      int64_t* places = s.places + t * a.num_chosen;
+      int64_t at = j;
+      for (; at > 0 && places[at - 1] > place; --at) places[at] = places[at - 1];
+      places[at] = place;
+    }
+  }
+  for (int64_t e = a.num_experts; e > 0; --e) s.first[e] = s.first[e - 1];
+  s.first[0] = 0;
+  return true;
+}
+
+// The pieces of the pairs [begin, end), or only their number where `pieces` is null.
+static int64_t list_pieces(const ExpertArgs& a, const Sorted& s, int64_t begin, int64_t end, Piece* pieces) {
+  int64_t count = 0;
+  for (int64_t e = 0; e < a.num_experts; ++e) {
+    int64_t first = s.first[e] > begin ? s.first[e] : begin;
+    const int64_t last = s.first[e + 1] < end ? s.first[e + 1] : end;
+    for (; first < last; first += SHARE, ++count)
+      if (pieces) pieces[count] = {e, first, first + SHARE < last ? first + SHARE : last};
+  }
+  return count;
+}
+
+static inline vf gate_of(const ExpertArgs& a, vf gate, vf up) {
+  switch (a.gate) {
+    case ExpertGate::silu: return activate<Gate::silu>(gate) * up;
+    case ExpertGate::gelu_tanh: return activate<Gate::gelu_tanh>(gate) * up;
+    case ExpertGate::gelu: return activate<Gate::gelu>(gate) * up;
+    default: break;
+  }
+  const vf limit = splat(a.limit);
+  gate = gate > limit ? limit : gate;
+  up = up > limit ? limit : up;
+  up = up < -limit ? -limit : up;
+  return gate * sigmoid_of(splat(a.alpha) * gate) * (up + splat(1.0f));
+}
+
+// The rows that the tiles read: float32, or bfloat16 where the unit multiplies pairs of it. Values are rounded to T.
+template <class T, bool IS_PAIRS>
+static inline void put(uint32_t* row, int64_t i, vf x, int n) {
+  T rounded[W];
+  store(rounded, x);
+  if constexpr (IS_PAIRS) {
+    __builtin_memcpy(reinterpret_cast<char*>(row) + i * 2, rounded, size_t(n) * 2);
+  } else {
+    float wide[W];
+    store(wide, load(rounded));
+    __builtin_memcpy(row + i, wide, size_t(n) * 4);
+  }
+}
+
+template <bool IS_PAIRS>
+static inline void put_end(uint32_t* row, int64_t n, int64_t stride) {
+  constexpr int64_t SIZE = IS_PAIRS ? 2 : 4;
+  __builtin_memset(reinterpret_cast<char*>(row) + n * SIZE, 0, size_t(stride * 4 - n * SIZE));
+}
+
+template <class T>
+static inline vf load_up_to(const T* p, int64_t left) {
+  return left >= W ? load(p) : load_part(p, int(left));
+}
+
+template <class T>
+static inline void store_up_to(T* p, vf x, int64_t left) {
+  if (left >= W) store(p, x);
+  else store_part(p, x, int(left));
+}
+
+static inline int at_most_w(int64_t left) { return left < W ? int(left) : W; }
+
+template <class T, bool IS_PAIRS>
+static void gather_pair(const ExpertArgs& a, const Sorted& s, int64_t pair, uint32_t* row, int64_t stride) {
+  const int64_t width = a.down->num_outputs;
+  const T* x = static_cast<const T*>(a.x) + s.token[pair] * a.x_stride;
+  const vf factor = splat(a.weighs_input ? s.share[pair] : 1.0f);
+  for (int64_t i = 0; i < width; i += W) put<T, IS_PAIRS>(row, i, load_up_to(x + i, width - i) * factor, at_most_w(width - i));
+  put_end<IS_PAIRS>(row, width, stride);
+}
+
+template <class T, bool IS_PAIRS>
+static void activate_pair(const ExpertArgs& a, const float* both, uint32_t* row, int64_t stride) {
+  const int64_t width = a.down->num_inputs;
+  for (int64_t i = 0; i < width; i += W) {
+    const vf gate = load_up_to(both + i, width - i), up = load_up_to(both + width + i, width - i);
+    put<T, IS_PAIRS>(row, i, gate_of(a, gate, up), at_most_w(width - i));
+  }
+  put_end<IS_PAIRS>(row, width, stride);
+}
+
+// Adds the pairs of a wave that ends at `end` to one token's sum.
+static void add_pairs(const ExpertArgs& a, const Sorted& s, int64_t token, int64_t begin, int64_t end,
+                      const float* results, float* sum) {
+  const int64_t width = a.down->num_outputs;
+  const int64_t* places = s.places + token * a.num_chosen;
+  int64_t& cursor = s.cursor[token];
+  for (; cursor < a.num_chosen && places[cursor] < end; ++cursor) {
+    const float* result = results + (places[cursor] - begin) * width;
+    const vf share = splat(a.weighs_input ? 1.0f : s.share[places[cursor]]);
+    for (int64_t i = 0; i < width; i += W) {
+      const int64_t left = width - i;
+      store_up_to(sum + i, load_up_to(sum + i, left) + share * load_up_to(result + i, left), left);
+    }
+  }
+}
+
+// What a wave works in. Pair p of it lies at p - begin.
+struct Wave {
+  int64_t begin, end;
+  const Piece* pieces;
+  int64_t num_pieces;
+  uint32_t *rows, *inner;
+  int64_t rows_stride, inner_stride;
+  float *both, *results, *sums;
+};
+
+// One layer of all experts: `from` [pairs, stride] times the weights gives `to` in float32.
+template <class Kind>
+static void multiply_piece(const Wave& w, const LinearWeights* experts, const uint32_t* from, int64_t stride, float* to,
+                           int64_t unit) {
+  const int64_t panels = (experts->num_outputs + PANEL - 1) / PANEL;
+  const Piece& piece = w.pieces[unit / panels];
+  const LinearWeights& weights = experts[piece.expert];
+  const LinearArgs product{&weights, DType::f32, nullptr, to, 0, 0, weights.num_outputs};
+  const Prepared prepared{from, stride, nullptr, nullptr, 1};
+  panel_of_chunk<Kind, float>(product, prepared, piece.first - w.begin, piece.end - w.begin, unit % panels);
+}
+
+template <class Kind, class T, bool IS_PAIRS>
+static void run_wave(const ExpertArgs& a, const Sorted& s, const Wave& w, int threads) {
+  const int64_t units_up = w.num_pieces * ((a.gate_up->num_outputs + PANEL - 1) / PANEL);
+  const int64_t units_down = w.num_pieces * ((a.down->num_outputs + PANEL - 1) / PANEL);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t p = w.begin; p < w.end; ++p)
+      gather_pair<T, IS_PAIRS>(a, s, p, w.rows + (p - w.begin) * w.rows_stride, w.rows_stride);
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = 0; unit < units_up; ++unit)
+      multiply_piece<Kind>(w, a.gate_up, w.rows, w.rows_stride, w.both, unit);
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < w.end - w.begin; ++p)
+      activate_pair<T, IS_PAIRS>(a, w.both + p * a.gate_up->num_outputs, w.inner + p * w.inner_stride, w.inner_stride);
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = 0; unit < units_down; ++unit)
+      multiply_piece<Kind>(w, a.down, w.inner, w.inner_stride, w.results, unit);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < a.tokens; ++t)
+      add_pairs(a, s, t, w.begin, w.end, w.results, w.sums + t * a.down->num_outputs);
+  }
+}
+
+template <class T>
+static void write_sums(const ExpertArgs& a, const float* sums) {
+  const int64_t width = a.down->num_outputs;
+  for (int64_t t = 0; t < a.tokens; ++t)
+    for (int64_t i = 0; i < width; i += W) {
+      T* out = static_cast<T*>(a.out) + t * a.out_stride + i;
+      store_up_to(out, load_up_to(sums + t * width + i, width - i), width - i);
+    }
+}
+
+template <class Kind, class T, bool IS_PAIRS>
+static bool run_experts(const ExpertArgs& a) {
+  Sorted s;
+  if (!sort_pairs(a, s)) return false;
+  const int64_t n = a.tokens * a.num_chosen, most = n < WAVE ? n : WAVE;
+  const int64_t per_word = IS_PAIRS ? 2 : 1, width = a.down->num_outputs;
+  Wave w{};
+  w.rows_stride = a.gate_up->num_slots * inputs_of(a.gate_up->format) / per_word;
+  w.inner_stride = a.down->num_slots * inputs_of(a.down->format) / per_word;
+  const int64_t words = most * (w.rows_stride + w.inner_stride + a.gate_up->num_outputs + width) + a.tokens * width;
+  const size_t pieces_bytes = size_t(a.num_experts + most / SHARE + 1) * sizeof(Piece);
+  char* block = static_cast<char*>(__builtin_malloc(pieces_bytes + size_t(words) * 4));
+  if (block) {
+    Piece* pieces = reinterpret_cast<Piece*>(block);
+    w.pieces = pieces;
+    w.rows = reinterpret_cast<uint32_t*>(block + pieces_bytes);
+    w.inner = w.rows + most * w.rows_stride;
+    w.both = reinterpret_cast<float*>(w.inner + most * w.inner_stride);
+    w.results = w.both + most * a.gate_up->num_outputs;
+    w.sums = w.results + most * width;
+    __builtin_memset(w.sums, 0, size_t(a.tokens * width) * sizeof(float));
+    for (w.begin = 0; w.begin < n; w.begin = w.end) {
+      w.end = w.begin + WAVE < n ? w.begin + WAVE : n;
+      w.num_pieces = list_pieces(a, s, w.begin, w.end, pieces);
+      const int64_t panels = (a.gate_up->num_outputs + PANEL - 1) / PANEL;
+      const int64_t work = (w.end - w.begin) * a.gate_up->num_outputs * a.gate_up->num_inputs;
+      run_wave<Kind, T, IS_PAIRS>(a, s, w, threads_of(w.num_pieces * panels, work));
+    }
+    write_sums<T>(a, w.sums);
+    __builtin_free(block);
+  }
+  __builtin_free(s.block);
+  return block != nullptr;
+}
+
+static bool experts(const ExpertArgs& a) {
+  if (a.tokens == 0) return true;
+  if (a.dtype == DType::f32) return run_experts<Widened<Format::f32>, float, false>(a);
+#if defined(__AVX512BF16__)
+  if (a.dtype == DType::bf16) return run_experts<Pairs, bf16, true>(a);
+#else
+  if (a.dtype == DType::bf16) return run_experts<Widened<Format::bf16>, bf16, false>(a);
+#endif
+  return run_experts<Widened<Format::f16>, f16, false>(a);
+}
+
+// --- routing ---------------------------------------------------------------------------------------------------------
+
+static void score_experts(const RouteArgs& a, const float* logits, float* scores) {
+  const int64_t n = a.num_experts;
+  float most = -__builtin_inff();
+  for (int64_t e = 0; e < n; ++e) most = logits[e] > most ? logits[e] : most;
+  vf sum{};
+  for (int64_t e = 0; e < n; e += W) {
+    vf x = load_up_to(logits + e, n - e);
+    vf y = a.is_sigmoid ? sigmoid_of(x) : exp_of(x - splat(most));
+    store_up_to(scores + e, y, n - e);
+    if (n - e >= W) sum += y;
+    else sum += load_part(scores + e, int(n - e));
+  }
+  if (a.is_sigmoid) return;
+  const float total = sum_of(sum);
+  for (int64_t e = 0; e < n; ++e) scores[e] /= total;
+}
+
+// The place of the largest that is not yet taken, the lowest on a tie.
+static inline int64_t largest_left(const float* values, const bool* is_taken, int64_t n) {
+  int64_t best = -1;
+  for (int64_t i = 0; i < n; ++i)
+    if (!is_taken[i] && (best < 0 || values[i] > values[best])) best = i;
+  return best;
+}
+
+static void drop_groups(const RouteArgs& a, const float* choosing, float* groups, bool* is_kept, bool* is_taken) {
+  const int64_t size = a.num_experts / a.num_groups;
+  for (int64_t g = 0; g < a.num_groups; ++g) {
+    float first = -__builtin_inff(), second = first;
+    for (int64_t e = g * size; e < (g + 1) * size; ++e)
+      if (choosing[e] > first) second = first, first = choosing[e];
+      else if (choosing[e] > second) second = choosing[e];
+    groups[g] = a.adds_two_best ? first + second : first;
+    is_kept[g] = false;
+  }
+  for (int64_t i = 0; i < a.num_kept_groups; ++i) is_kept[largest_left(groups, is_kept, a.num_groups)] = true;
+  for (int64_t e = 0; e < a.num_experts; ++e) is_taken[e] = !is_kept[e / size];
+}
+
+static bool route(const RouteArgs& a) {
+  const int64_t n = a.num_experts;
+  const int threads = threads_of(a.tokens, a.tokens * n * (a.num_chosen + 8));
+  bool has_memory = true;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : has_memory)
+  {
+    float* memory = static_cast<float*>(__builtin_malloc(size_t(3 * n) * sizeof(float) + size_t(2 * n)));
+    has_memory = memory != nullptr;
+    float *scores = memory, *choosing = memory + n, *groups = memory + 2 * n;
+    bool *is_taken = reinterpret_cast<bool*>(memory + 3 * n), *is_kept = is_taken + n;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < a.tokens; ++t) {
+      if (!memory) continue;
+      score_experts(a, a.logits + t * a.logits_stride, scores);
+      for (int64_t e = 0; e < n; ++e) choosing[e] = scores[e] + (a.bias ? a.bias[e] : 0.0f), is_taken[e] = false;
+      if (a.num_kept_groups < a.num_groups) drop_groups(a, choosing, groups, is_kept, is_taken);
+      float sum = 0;
+      for (int64_t j = 0; j < a.num_chosen; ++j) {
+        int64_t best = largest_left(choosing, is_taken, n);
+        if (best < 0) best = 0;  // NaN alone, or more experts wanted than remain
+        is_taken[best] = true;
+        a.ids[t * a.num_chosen + j] = best;
+        sum += a.weights[t * a.num_chosen + j] = scores[best];
+      }
+      const float factor = a.is_renormalised ? 1.0f / (sum + 1e-20f) : 1.0f;
+      for (int64_t j = 0; j < a.num_chosen; ++j) a.weights[t * a.num_chosen + j] *= factor * a.scale;
+    }
+    __builtin_free(memory);
+  }
+  return has_memory;
+}
+
+// --- projections of single heads -------------------------------------------------------------------------------------
+
+// ROWS tokens times COLUMNS outputs of one head: dot products along the inputs, each in one order.
+template <class T, int ROWS, int COLUMNS>
+static inline void dot_tile(const HeadLinearArgs& a, const T* x, const T* weight, T* out) {
+  vf sums[ROWS][COLUMNS] = {};
+  for (int64_t i = 0; i < a.num_inputs; i += W) {
+    const int64_t left = a.num_inputs - i;
+    vf columns[COLUMNS];
+#pragma GCC unroll 8
+    for (int n = 0; n < COLUMNS; ++n) columns[n] = load_up_to(weight + n * a.weight_row_stride + i, left);
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) {
+      const vf row = load_up_to(x + m * a.x_token_stride + i, left);
+#pragma GCC unroll 8
+      for (int n = 0; n < COLUMNS; ++n) sums[m][n] += row * columns[n];
+    }
+  }
+  for (int m = 0; m < ROWS; ++m)
+    for (int n = 0; n < COLUMNS; ++n) {
+      const vf sum = splat(sum_of(sums[m][n]));
+      store_part(out + m * a.heads * a.num_outputs + n, sum, 1);
+    }
+}
+
+template <class T, int ROWS>
+static void dot_rows(const HeadLinearArgs& a, const T* x, const T* weight, T* out, int64_t first, int64_t end) {
+  int64_t n = first;
+  for (; n + 4 <= end; n += 4) dot_tile<T, ROWS, 4>(a, x, weight + n * a.weight_row_stride, out + n);
+  for (; n < end; ++n) dot_tile<T, ROWS, 1>(a, x, weight + n * a.weight_row_stride, out + n);
+}
+
+template <class T>
+static void head_linear_of(const HeadLinearArgs& a) {
+  constexpr int64_t STEP = 32;  // outputs of a unit of work
+  const int64_t steps = (a.num_outputs + STEP - 1) / STEP;
+  const int threads = threads_of(a.heads * steps, a.tokens * a.heads * a.num_outputs * a.num_inputs);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t unit = 0; unit < a.heads * steps; ++unit) {
+    const int64_t head = unit / steps, first = unit % steps * STEP;
+    const int64_t end = first + STEP < a.num_outputs ? first + STEP : a.num_outputs;
+    const T* x = static_cast<const T*>(a.x) + head * a.x_head_stride;
+    const T* weight = static_cast<const T*>(a.weight) + head * a.weight_head_stride;
+    T* out = static_cast<T*>(a.out) + head * a.num_outputs;
+    int64_t t = 0;
+    for (; t + 4 <= a.tokens; t += 4)
+      dot_rows<T, 4>(a, x + t * a.x_token_stride, weight, out + t * a.heads * a.num_outputs, first, end);
+    for (; t < a.tokens; ++t)
+      dot_rows<T, 1>(a, x + t * a.x_token_stride, weight, out + t * a.heads * a.num_outputs, first, end);
+  }
+}
+
+static void head_linear(const HeadLinearArgs& a) {
+  if (a.dtype == DType::f32) return head_linear_of<float>(a);
+  if (a.dtype == DType::bf16) return head_linear_of<bf16>(a);
+  head_linear_of<f16>(a);
+}

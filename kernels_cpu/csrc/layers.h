@@ -1,0 +1,156 @@
+// The kernels beside linear layers and attention: experts, recurrences, and what is done over a whole vocabulary.
+// All strides count elements; the last dimension of every tensor is dense.
+#pragma once
+#include <cstdint>
+
+#include "linear.h"
+
+namespace quire {
+
+// --- experts ---------------------------------------------------------------------------------------------------------
+
+enum class ExpertGate : int { silu = 0, gelu_tanh = 1, gelu = 2, clamped_swiglu = 3 };
+
+struct ExpertArgs {
+  const LinearWeights* gate_up;  // [E], each [2I, H]
+  const LinearWeights* down;     // [E], each [H, I]
+  int64_t num_experts;
+  ExpertGate gate;
+  float alpha, limit;  // of clamped_swiglu
+  DType dtype;         // of x and out
+  const void* x;       // [T, H]
+  const float* shares;    // [T, k]
+  const int64_t* chosen;  // [T, k], in [0, E)
+  void* out;              // [T, H]
+  int64_t tokens, num_chosen, x_stride, out_stride;
+  bool weighs_input;
+};
+
+struct RouteArgs {
+  const float* logits;  // [T, E]
+  const float* bias;    // [E], or null: added to the scores for the choice alone
+  float* weights;       // [T, k]
+  int64_t* ids;         // [T, k]
+  int64_t tokens, num_experts, num_chosen, num_groups, num_kept_groups, logits_stride;
+  float scale;
+  bool is_sigmoid, is_renormalised, adds_two_best;  // the last: a group's score is the sum of its two best
+};
+
+struct HeadLinearArgs {
+  DType dtype;         // of x, weight and out
+  const void* x;       // [T, M, K]
+  const void* weight;  // [M, N, K]
+  void* out;           // [T, M, N], contiguous
+  int64_t tokens, heads, num_outputs, num_inputs;
+  int64_t x_token_stride, x_head_stride, weight_head_stride, weight_row_stride;
+};
+
+// --- recurrences -----------------------------------------------------------------------------------------------------
+
+struct Rows {
+  const int32_t* starts;  // [S + 1]: sequence s owns rows [starts[s], starts[s + 1])
+  int64_t num_sequences;
+};
+
+struct ConvArgs {
+  DType dtype;         // of everything
+  const void* x;       // [T, C]
+  const void* weight;  // [C, taps]
+  const void* bias;    // [C], or null
+  void* states;        // [S, C, taps - 1], contiguous
+  void* out;           // [T, C], contiguous
+  Rows rows;
+  int64_t channels, taps, x_stride;
+  bool has_silu;
+};
+
+// A matrix of the step whose dtype may differ from x's: [T, groups, size], the last two dense.
+struct Operand {
+  DType dtype;
+  const void* data;
+  int64_t stride;  // of a token
+};
+
+struct SelectiveArgs {
+  DType dtype;      // of x and out
+  const void* x;    // [T, C]
+  const float* dt;  // [T, C]
+  const float* a;   // [C, N]
+  Operand b, c;     // [T, N]
+  const float* d;   // [C], or null
+  float* states;    // [S, C, N]
+  void* out;        // [T, C]
+  Rows rows;
+  int64_t channels, size, x_stride, dt_stride;
+};
+
+struct SsdArgs {
+  DType dtype;      // of x and out
+  const void* x;    // [T, M, P]
+  const float* dt;  // [T, M]
+  const float* a;   // [M]
+  Operand b, c;     // [T, G, N]
+  const float* d;   // [M], or null
+  float* states;    // [S, M, P, N]
+  void* out;        // [T, M, P]
+  Rows rows;
+  int64_t heads, channels, groups, size, x_stride, dt_stride;
+};
+
+struct DeltaArgs {
+  DType dtype;         // of v and out
+  const void* v;       // [T, M, Dv]
+  Operand q, k;        // [T, G, D]
+  const float* decay;  // [T, M]
+  const float* beta;   // [T, M]
+  float* states;       // [S, M, D, Dv]
+  void* out;           // [T, M, Dv]
+  Rows rows;
+  int64_t heads, v_size, groups, size, v_stride, decay_stride, beta_stride;
+};
+
+// --- vocabulary ------------------------------------------------------------------------------------------------------
+
+struct MaskArgs {
+  float* logits;        // [R, V]
+  const int64_t* rows;  // [K]
+  const uint32_t* mask;  // [K, words]
+  int64_t num_rows, vocab_size, stride, mask_stride;
+};
+
+struct SampleArgs {
+  const float* logits;       // [R, V]
+  const float* temperature;  // [R]; 0: the most likely
+  const int64_t* top_k;      // [R]
+  const float* top_p;        // [R]
+  const float* min_p;        // [R]
+  const float* uniform;      // [R]
+  int64_t* out;              // [R]
+  int64_t num_rows, vocab_size, stride;
+  bool is_all_greedy, needs_filter;
+};
+
+struct LogprobArgs {
+  const float* logits;    // [R, V]
+  const int64_t* chosen;  // [R]
+  float* selected;        // [R]
+  int64_t* ranks;         // [R]
+  int64_t* top_ids;       // [R, n]
+  float* top_logprobs;    // [R, n]
+  int64_t num_rows, vocab_size, stride, num_top;
+};
+
+struct LayerTable {  // false: out of memory
+  bool (*experts)(const ExpertArgs&);
+  bool (*route)(const RouteArgs&);
+  void (*head_linear)(const HeadLinearArgs&);
+  bool (*conv)(const ConvArgs&);
+  bool (*selective_scan)(const SelectiveArgs&);
+  bool (*ssd_scan)(const SsdArgs&);
+  bool (*delta_rule)(const DeltaArgs&);
+  void (*mask)(const MaskArgs&);
+  bool (*sample)(const SampleArgs&);
+  bool (*logprobs)(const LogprobArgs&);
+};
+
+}  // namespace quire

@@ -1,0 +1,223 @@
+// Experts, recurrences and the vocabulary for Python. Shapes, dtypes and strides are checked in Python; what only the
+// contents can tell, here.
+#include "layers_module.h"
+
+#include <nanobind/stl/vector.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "levels.h"
+#include "linear_pack.h"
+
+namespace nb = nanobind;
+
+namespace quire {
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Runs a kernel without the interpreter's lock.
+template <class Args>
+void call(bool (*kernel)(const Args&), const Args& args) {
+  bool has_memory;
+  {
+    nb::gil_scoped_release released;
+    has_memory = kernel(args);
+  }
+  if (!has_memory) throw std::bad_alloc();
+}
+
+template <class Args>
+void call(void (*kernel)(const Args&), const Args& args) {
+  nb::gil_scoped_release released;
+  kernel(args);
+}
+
+const LayerTable& kernels() { return *chosen_level().layers; }
+
+void check_count(const Sizes& sizes, size_t count) {
+  if (sizes.size() != count) throw std::invalid_argument("expected " + std::to_string(count) + " sizes");
+}
+
+// --- experts ---------------------------------------------------------------------------------------------------------
+
+// The weights of E equal layers, one behind the other; biases [E, panels * PANEL] or 0.
+std::vector<LinearWeights> layers_of(int format, uintptr_t lanes, uintptr_t bias, int64_t count, int64_t num_outputs,
+                                     int64_t num_inputs) {
+  const int64_t size = num_lanes(Format(format), num_outputs, num_inputs);
+  const int64_t padded = (num_outputs + PANEL - 1) / PANEL * PANEL;
+  std::vector<LinearWeights> layers(static_cast<size_t>(count));
+  for (int64_t e = 0; e < count; ++e) {
+    LinearWeights& w = layers[size_t(e)];
+    w.format = Format(format), w.rounding = Rounding::none;
+    w.lanes = at<const uint32_t>(lanes) + e * size;
+    if (bias) w.bias = at<const float>(bias) + e * padded;
+    set_sizes(w, num_outputs, num_inputs, 0);
+  }
+  return layers;
+}
+
+class Experts {
+ public:
+  Experts(int format, uintptr_t gate_up, uintptr_t gate_up_bias, uintptr_t down, uintptr_t down_bias, int64_t count,
+          int64_t hidden_size, int64_t inner_size, int gate, float alpha, float limit)
+      : gate_up_(layers_of(format, gate_up, gate_up_bias, count, 2 * inner_size, hidden_size)),
+        down_(layers_of(format, down, down_bias, count, hidden_size, inner_size)),
+        gate_(ExpertGate(gate)), alpha_(alpha), limit_(limit) {}
+
+  void run(int dtype, uintptr_t x, uintptr_t shares, uintptr_t chosen, uintptr_t out, int64_t tokens, int64_t num_chosen,
+           int64_t x_stride, int64_t out_stride, bool weighs_input) const {
+    ExpertArgs a{};
+    a.gate_up = gate_up_.data(), a.down = down_.data(), a.num_experts = int64_t(gate_up_.size());
+    a.gate = gate_, a.alpha = alpha_, a.limit = limit_;
+    a.dtype = DType(dtype), a.x = at<const void>(x), a.shares = at<const float>(shares);
+    a.chosen = at<const int64_t>(chosen), a.out = at<void>(out);
+    a.tokens = tokens, a.num_chosen = num_chosen, a.x_stride = x_stride, a.out_stride = out_stride;
+    a.weighs_input = weighs_input;
+    for (int64_t i = 0; i < tokens * num_chosen; ++i)
+      if (a.chosen[i] < 0 || a.chosen[i] >= a.num_experts)
+        throw std::out_of_range("expert " + std::to_string(a.chosen[i]) + " was chosen; there are " +
+                                std::to_string(a.num_experts));
+    call(kernels().experts, a);
+  }
+
+ private:
+  std::vector<LinearWeights> gate_up_, down_;
+  ExpertGate gate_;
+  float alpha_, limit_;
+};
+
+// sizes: tokens, experts, chosen, groups, kept groups, stride of the logits.
+void route(uintptr_t logits, uintptr_t bias, uintptr_t weights, uintptr_t ids, const Sizes& sizes, float scale,
+           bool is_sigmoid, bool is_renormalised, bool adds_two_best) {
+  check_count(sizes, 6);
+  const RouteArgs a{at<const float>(logits), at<const float>(bias), at<float>(weights), at<int64_t>(ids), sizes[0],
+                    sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], scale, is_sigmoid, is_renormalised, adds_two_best};
+  call(kernels().route, a);
+}
+
+// sizes: tokens, heads, outputs, inputs; strides of x (token, head) and weight (head, row).
+void head_linear(int dtype, uintptr_t x, uintptr_t weight, uintptr_t out, const Sizes& sizes) {
+  check_count(sizes, 8);
+  const HeadLinearArgs a{DType(dtype), at<const void>(x), at<const void>(weight), at<void>(out), sizes[0], sizes[1],
+                         sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
+  call(kernels().head_linear, a);
+}
+
+// --- recurrences -----------------------------------------------------------------------------------------------------
+
+Rows rows_of(uintptr_t starts, int64_t num_sequences, int64_t num_rows) {
+  const Rows rows{at<const int32_t>(starts), num_sequences};
+  if (rows.starts[0] < 0 || rows.starts[num_sequences] > num_rows)
+    throw std::invalid_argument("the starts of the sequences leave the " + std::to_string(num_rows) + " rows");
+  for (int64_t s = 0; s < num_sequences; ++s)
+    if (rows.starts[s + 1] < rows.starts[s])
+      throw std::invalid_argument("the starts of the sequences decrease at " + std::to_string(s));
+  return rows;
+}
+
+// sizes: sequences, rows, channels, taps, stride of x.
+void conv(int dtype, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t states, uintptr_t out, uintptr_t starts,
+          const Sizes& sizes, bool has_silu) {
+  check_count(sizes, 5);
+  const ConvArgs a{DType(dtype), at<const void>(x), at<const void>(weight), at<const void>(bias), at<void>(states),
+                   at<void>(out), rows_of(starts, sizes[0], sizes[1]), sizes[2], sizes[3], sizes[4], has_silu};
+  call(kernels().conv, a);
+}
+
+// sizes: sequences, rows, channels, size, strides of x, dt, b, c.
+void selective_scan(int dtype, uintptr_t x, uintptr_t dt, uintptr_t a_, int b_dtype, uintptr_t b, int c_dtype,
+                    uintptr_t c, uintptr_t d, uintptr_t states, uintptr_t out, uintptr_t starts, const Sizes& sizes) {
+  check_count(sizes, 8);
+  const SelectiveArgs a{DType(dtype), at<const void>(x), at<const float>(dt), at<const float>(a_),
+                        {DType(b_dtype), at<const void>(b), sizes[6]}, {DType(c_dtype), at<const void>(c), sizes[7]},
+                        at<const float>(d), at<float>(states), at<void>(out), rows_of(starts, sizes[0], sizes[1]),
+                        sizes[2], sizes[3], sizes[4], sizes[5]};
+  call(kernels().selective_scan, a);
+}
+
+// sizes: sequences, rows, heads, channels, groups, size, strides of x, dt, b, c.
+void ssd_scan(int dtype, uintptr_t x, uintptr_t dt, uintptr_t a_, int b_dtype, uintptr_t b, int c_dtype, uintptr_t c,
+              uintptr_t d, uintptr_t states, uintptr_t out, uintptr_t starts, const Sizes& sizes) {
+  check_count(sizes, 10);
+  const SsdArgs a{DType(dtype), at<const void>(x), at<const float>(dt), at<const float>(a_),
+                  {DType(b_dtype), at<const void>(b), sizes[8]}, {DType(c_dtype), at<const void>(c), sizes[9]},
+                  at<const float>(d), at<float>(states), at<void>(out), rows_of(starts, sizes[0], sizes[1]), sizes[2],
+                  sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
+  call(kernels().ssd_scan, a);
+}
+
+// sizes: sequences, rows, heads, size of values, groups, size, strides of v, q, k, decay, beta.
+void delta_rule(int dtype, uintptr_t v, int q_dtype, uintptr_t q, int k_dtype, uintptr_t k, uintptr_t decay,
+                uintptr_t beta, uintptr_t states, uintptr_t out, uintptr_t starts, const Sizes& sizes) {
+  check_count(sizes, 11);
+  const DeltaArgs a{DType(dtype), at<const void>(v), {DType(q_dtype), at<const void>(q), sizes[7]},
+                    {DType(k_dtype), at<const void>(k), sizes[8]}, at<const float>(decay), at<const float>(beta),
+                    at<float>(states), at<void>(out), rows_of(starts, sizes[0], sizes[1]), sizes[2], sizes[3], sizes[4],
+                    sizes[5], sizes[6], sizes[9], sizes[10]};
+  call(kernels().delta_rule, a);
+}
+
+// --- vocabulary ------------------------------------------------------------------------------------------------------
+
+void check_ids(const int64_t* ids, int64_t count, int64_t limit, const char* what) {
+  for (int64_t i = 0; i < count; ++i)
+    if (ids[i] < 0 || ids[i] >= limit)
+      throw std::out_of_range(std::string(what) + " " + std::to_string(ids[i]) + ": there are " + std::to_string(limit));
+}
+
+// sizes: masks, rows of the logits, vocabulary, strides of logits and mask.
+void mask_tokens(uintptr_t logits, uintptr_t rows, uintptr_t mask, const Sizes& sizes) {
+  check_count(sizes, 5);
+  const MaskArgs a{at<float>(logits), at<const int64_t>(rows), at<const uint32_t>(mask), sizes[0], sizes[2], sizes[3],
+                   sizes[4]};
+  check_ids(a.rows, a.num_rows, sizes[1], "row");
+  call(kernels().mask, a);
+}
+
+// sizes: rows, vocabulary, stride of the logits.
+void sample(uintptr_t logits, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p,
+            uintptr_t uniform, uintptr_t out, const Sizes& sizes, bool is_all_greedy, bool needs_filter) {
+  check_count(sizes, 3);
+  const SampleArgs a{at<const float>(logits), at<const float>(temperature), at<const int64_t>(top_k),
+                     at<const float>(top_p), at<const float>(min_p), at<const float>(uniform), at<int64_t>(out),
+                     sizes[0], sizes[1], sizes[2], is_all_greedy, needs_filter};
+  call(kernels().sample, a);
+}
+
+// sizes: rows, vocabulary, stride of the logits, number of the best.
+void logprobs(uintptr_t logits, uintptr_t chosen, uintptr_t selected, uintptr_t ranks, uintptr_t top_ids,
+              uintptr_t top_logprobs, const Sizes& sizes) {
+  check_count(sizes, 4);
+  const LogprobArgs a{at<const float>(logits), at<const int64_t>(chosen), at<float>(selected), at<int64_t>(ranks),
+                      at<int64_t>(top_ids), at<float>(top_logprobs), sizes[0], sizes[1], sizes[2], sizes[3]};
+  check_ids(a.chosen, a.num_rows, a.vocab_size, "token");
+  call(kernels().logprobs, a);
+}
+
+}  // namespace
+
+void bind_layers(nb::module_& m) {
+  nb::class_<Experts>(m, "Experts")
+      .def(nb::init<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int, float, float>())
+      .def("run", &Experts::run);
+  m.def("route_experts", &route);
+  m.def("head_linear", &head_linear);
+  m.def("causal_conv1d", &conv);
+  m.def("selective_scan", &selective_scan);
+  m.def("ssd_scan", &ssd_scan);
+  m.def("gated_delta_rule", &delta_rule);
+  m.def("mask_tokens", &mask_tokens);
+  m.def("sample", &sample);
+  m.def("logprobs", &logprobs);
+}
+
+}  // namespace quire

@@ -1,0 +1,374 @@
+// Convolutions and scans over sequences. Only for layers.cpp to include.
+//
+// Each scan is one pass in time with its state in registers and the first cache, vector lanes along channels, threads
+// along sequences, heads and channels. The chunked forms of the papers turn the pass into matrix products, but their
+// sums depend on where a chunk begins; here every step of time is computed alone, so a token's result is bitwise the
+// same however its prompt was cut. Holding a tile of the state in registers over many steps costs three operations for
+// each of its numbers and step, which is what the products of a chunked form take too.
+
+static inline vf load_operand(const Operand& o, int64_t index, int64_t left) {
+  if (o.dtype == DType::bf16) return load_up_to(static_cast<const bf16*>(o.data) + index, left);
+  if (o.dtype == DType::f16) return load_up_to(static_cast<const f16*>(o.data) + index, left);
+  return load_up_to(static_cast<const float*>(o.data) + index, left);
+}
+
+// An operand [T, groups, size] in float32 with its rows padded by zeros: [T, groups, padded].
+static inline void widen_operand(const Operand& o, int64_t token, int64_t groups, int64_t size, int64_t padded, float* to) {
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t i = 0; i < padded; i += W) {
+      const int64_t left = size - i;
+      store(to + (token * groups + g) * padded + i, left > 0 ? load_operand(o, token * o.stride + g * size + i, left) : vf{});
+    }
+}
+
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+static inline int64_t num_rows(const Rows& rows) { return rows.starts[rows.num_sequences]; }
+
+// --- convolution -----------------------------------------------------------------------------------------------------
+
+template <class T>
+static void conv_lanes(const ConvArgs& a, int64_t first, float* taps, float* before) {
+  const int64_t left = a.channels - first, kept = a.taps - 1;
+  const int lanes = at_most_w(left);
+  const T* weight = static_cast<const T*>(a.weight) + first * a.taps;
+  T one[W] = {};
+  for (int64_t j = 0; j < a.taps; ++j) {
+    for (int c = 0; c < lanes; ++c) one[c] = weight[c * a.taps + j];
+    store(taps + j * W, load(one));
+  }
+  const vf bias = a.bias ? load_up_to(static_cast<const T*>(a.bias) + first, left) : vf{};
+  for (int64_t s = 0; s < a.rows.num_sequences; ++s) {
+    const int64_t start = a.rows.starts[s], length = a.rows.starts[s + 1] - start;
+    T* state = static_cast<T*>(a.states) + (s * a.channels + first) * kept;
+    const T* x = static_cast<const T*>(a.x) + start * a.x_stride + first;
+    T* out = static_cast<T*>(a.out) + start * a.channels + first;
+    for (int64_t j = 0; j < kept; ++j) {
+      for (int c = 0; c < lanes; ++c) one[c] = state[c * kept + j];
+      store(before + j * W, load(one));
+    }
+    for (int64_t t = 0; t < length; ++t) {
+      vf sum = bias;
+      for (int64_t j = 0; j < a.taps; ++j) {
+        const int64_t from = t - kept + j;
+        const vf input = from < 0 ? load(before + (from + kept) * W) : load_up_to(x + from * a.x_stride, left);
+        sum += input * load(taps + j * W);
+      }
+      store_up_to(out + t * a.channels, a.has_silu ? activate<Gate::silu>(sum) : sum, left);
+    }
+    for (int64_t j = 0; j < kept; ++j) {  // the last inputs; older ones move down where few are new
+      const int64_t from = length - kept + j;
+      for (int c = 0; c < lanes; ++c)
+        state[c * kept + j] = from < 0 ? state[c * kept + kept + from] : x[from * a.x_stride + c];
+    }
+  }
+}
+
+template <class T>
+static bool conv_of(const ConvArgs& a) {
+  const int64_t units = (a.channels + W - 1) / W;
+  const int threads = threads_of(units, num_rows(a.rows) * a.channels * (a.taps + 4) * 4);
+  bool has_memory = true;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : has_memory)
+  {
+    float* memory = static_cast<float*>(__builtin_malloc(size_t(2 * a.taps * W) * sizeof(float)));
+    has_memory = memory != nullptr;
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < units; ++unit)
+      if (memory) conv_lanes<T>(a, unit * W, memory, memory + a.taps * W);
+    __builtin_free(memory);
+  }
+  return has_memory;
+}
+
+static bool conv(const ConvArgs& a) {
+  if (a.dtype == DType::f32) return conv_of<float>(a);
+  if (a.dtype == DType::bf16) return conv_of<bf16>(a);
+  return conv_of<f16>(a);
+}
+
+// --- transposed copies of a state ------------------------------------------------------------------------------------
+
+// to[n][lane] = from[lane][n] for `lanes` rows of `size` numbers at `stride`; other lanes are zero.
+static void take_lanes(const float* from, int64_t stride, int64_t size, int lanes, float* to) {
+  int64_t n = 0;
+  if (lanes == W)
+    for (; n + W <= size; n += W) {
+      vf square[W];
+      for (int i = 0; i < W; ++i) square[i] = load(from + i * stride + n);
+      transpose(square);
+      for (int i = 0; i < W; ++i) store(to + (n + i) * W, square[i]);
+    }
+  for (; n < size; ++n)
+    for (int i = 0; i < W; ++i) to[n * W + i] = i < lanes ? from[i * stride + n] : 0.0f;
+}
+
+static void give_lanes(const float* from, int64_t stride, int64_t size, int lanes, float* to) {
+  int64_t n = 0;
+  if (lanes == W)
+    for (; n + W <= size; n += W) {
+      vf square[W];
+      for (int i = 0; i < W; ++i) square[i] = load(from + (n + i) * W);
+      transpose(square);
+      for (int i = 0; i < W; ++i) store(to + i * stride + n, square[i]);
+    }
+  for (; n < size; ++n)
+    for (int i = 0; i < lanes; ++i) to[i * stride + n] = from[n * W + i];
+}
+
+// --- Mamba -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+static void selective_lanes(const SelectiveArgs& a, int64_t first, const float* b, const float* c, int64_t padded,
+                            float* memory) {
+  const int64_t left = a.channels - first;
+  const int lanes = at_most_w(left);
+  float *rates = memory, *h = memory + a.size * W;
+  take_lanes(a.a + first * a.size, a.size, a.size, lanes, rates);
+  const vf d = a.d ? load_up_to(a.d + first, left) : vf{};
+  for (int64_t s = 0; s < a.rows.num_sequences; ++s) {
+    float* state = a.states + (s * a.channels + first) * a.size;
+    take_lanes(state, a.size, a.size, lanes, h);
+    for (int64_t t = a.rows.starts[s]; t < a.rows.starts[s + 1]; ++t) {
+      const vf x = load_up_to(static_cast<const T*>(a.x) + t * a.x_stride + first, left);
+      const vf dt = load_up_to(a.dt + t * a.dt_stride + first, left);
+      const vf added = dt * x;
+      vf out = d * x;
+      for (int64_t n = 0; n < a.size; ++n) {
+        const vf next = exp_of(dt * load(rates + n * W)) * load(h + n * W) + added * splat(b[t * padded + n]);
+        store(h + n * W, next);
+        out += next * splat(c[t * padded + n]);
+      }
+      store_up_to(static_cast<T*>(a.out) + t * a.channels + first, out, left);
+    }
+    give_lanes(h, a.size, a.size, lanes, state);
+  }
+}
+
+template <class T>
+static bool selective_of(const SelectiveArgs& a) {
+  const int64_t tokens = num_rows(a.rows), padded = round_up(a.size, W), units = (a.channels + W - 1) / W;
+  const int threads = threads_of(units, tokens * a.channels * a.size * 8);
+  float* b = static_cast<float*>(__builtin_malloc(size_t(2 * tokens * padded) * sizeof(float)));
+  if (!b) return false;
+  float* c = b + tokens * padded;
+  bool has_memory = true;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : has_memory)
+  {
+    float* memory = static_cast<float*>(__builtin_malloc(size_t(2 * a.size * W) * sizeof(float)));
+    has_memory = memory != nullptr;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t) {
+      widen_operand(a.b, t, 1, a.size, padded, b);
+      widen_operand(a.c, t, 1, a.size, padded, c);
+    }
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < units; ++unit)
+      if (memory) selective_lanes<T>(a, unit * W, b, c, padded, memory);
+    __builtin_free(memory);
+  }
+  __builtin_free(b);
+  return has_memory;
+}
+
+static bool selective_scan(const SelectiveArgs& a) {
+  if (a.dtype == DType::f32) return selective_of<float>(a);
+  if (a.dtype == DType::bf16) return selective_of<bf16>(a);
+  return selective_of<f16>(a);
+}
+
+// --- Mamba-2 ---------------------------------------------------------------------------------------------------------
+
+constexpr int HELD = W == 16 ? 16 : 8;  // numbers of a lane's state in registers at a time
+constexpr int64_t TIMES = 32;           // steps for which they stay there
+
+// Steps [0, times) of HELD numbers of each lane's state: h is read and written, out[t] is added to.
+static inline void hold_state(float* h, const float* b, const float* c, int64_t step, const float* decay,
+                              const float* added, float* out, int64_t times) {
+  vf held[HELD];
+#pragma GCC unroll 16
+  for (int n = 0; n < HELD; ++n) held[n] = load(h + n * W);
+  for (int64_t t = 0; t < times; ++t, b += step, c += step) {
+    const vf keep = splat(decay[t]), add = load(added + t * W);
+    vf sums[2] = {};
+#pragma GCC unroll 16
+    for (int n = 0; n < HELD; ++n) {
+      held[n] = keep * held[n] + add * splat(b[n]);
+      sums[n & 1] += held[n] * splat(c[n]);
+    }
+    store(out + t * W, load(out + t * W) + (sums[0] + sums[1]));
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < HELD; ++n) store(h + n * W, held[n]);
+}
+
+static void decays_of(const SsdArgs& a, int64_t head, int64_t begin, int64_t times, float* decay) {
+  float scaled[TIMES + W] = {};
+  for (int64_t t = 0; t < times; ++t) scaled[t] = a.dt[(begin + t) * a.dt_stride + head] * a.a[head];
+  for (int64_t t = 0; t < times; t += W) store(decay + t, exp_of(load(scaled + t)));
+}
+
+template <class T>
+static void ssd_unit(const SsdArgs& a, int64_t sequence, int64_t head, int64_t first, const float* b, const float* c,
+                     int64_t padded, float* memory) {
+  const int64_t left = a.channels - first, group = head / (a.heads / a.groups);
+  const int lanes = at_most_w(left);
+  float *h = memory, *added = h + padded * W, *out = added + TIMES * W, *decay = out + TIMES * W;
+  float* state = a.states + ((sequence * a.heads + head) * a.channels + first) * a.size;
+  take_lanes(state, a.size, a.size, lanes, h);
+  for (int64_t i = a.size * W; i < padded * W; i += W) store(h + i, vf{});
+  const vf d = splat(a.d ? a.d[head] : 0.0f);
+  const int64_t end = a.rows.starts[sequence + 1];
+  for (int64_t begin = a.rows.starts[sequence]; begin < end; begin += TIMES) {
+    const int64_t times = end - begin < TIMES ? end - begin : TIMES;
+    decays_of(a, head, begin, times, decay);
+    for (int64_t t = 0; t < times; ++t) {
+      const T* row = static_cast<const T*>(a.x) + (begin + t) * a.x_stride + head * a.channels + first;
+      const vf x = load_up_to(row, left);
+      store(added + t * W, x * splat(a.dt[(begin + t) * a.dt_stride + head]));
+      store(out + t * W, d * x);
+    }
+    for (int64_t n = 0; n < padded; n += HELD) {
+      const int64_t at = (begin * a.groups + group) * padded + n;
+      hold_state(h + n * W, b + at, c + at, a.groups * padded, decay, added, out, times);
+    }
+    for (int64_t t = 0; t < times; ++t)
+      store_up_to(static_cast<T*>(a.out) + ((begin + t) * a.heads + head) * a.channels + first, load(out + t * W), left);
+  }
+  give_lanes(h, a.size, a.size, lanes, state);
+}
+
+template <class T>
+static bool ssd_of(const SsdArgs& a) {
+  const int64_t tokens = num_rows(a.rows), padded = round_up(a.size, HELD > W ? HELD : W);
+  const int64_t blocks = (a.channels + W - 1) / W, units = a.rows.num_sequences * a.heads * blocks;
+  const int threads = threads_of(units, tokens * a.heads * a.channels * a.size);
+  const int64_t width = a.groups * padded;
+  float* b = static_cast<float*>(__builtin_malloc(size_t(2 * tokens * width) * sizeof(float)));
+  if (!b) return false;
+  float* c = b + tokens * width;
+  bool has_memory = true;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : has_memory)
+  {
+    const int64_t floats = padded * W + 2 * TIMES * W + TIMES + W;
+    float* memory = static_cast<float*>(__builtin_malloc(size_t(floats) * sizeof(float)));
+    has_memory = memory != nullptr;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t) {
+      widen_operand(a.b, t, a.groups, a.size, padded, b);
+      widen_operand(a.c, t, a.groups, a.size, padded, c);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = 0; unit < units; ++unit)
+      if (memory)
+        ssd_unit<T>(a, unit / blocks / a.heads, unit / blocks % a.heads, unit % blocks * W, b, c, padded, memory);
+    __builtin_free(memory);
+  }
+  __builtin_free(b);
+  return has_memory;
+}
+
+static bool ssd_scan(const SsdArgs& a) {
+  if (a.dtype == DType::f32) return ssd_of<float>(a);
+  if (a.dtype == DType::bf16) return ssd_of<bf16>(a);
+  return ssd_of<f16>(a);
+}
+
+// --- the gated delta rule --------------------------------------------------------------------------------------------
+
+// VECS vectors of values of one head: h [D, VECS * W] stays in the first cache. With h' = keep * h, what is recalled is
+// h'^T k = keep * (h^T k), and h_new^T q = keep * (h^T q) + (k . q) * change: two passes over h are enough for a step.
+template <class T, int VECS>
+static void delta_unit(const DeltaArgs& a, int64_t sequence, int64_t head, int64_t first, const float* q, const float* k,
+                       const float* dots, int64_t padded, float* h) {
+  const int64_t group = head / (a.heads / a.groups);
+  float* state = a.states + (sequence * a.heads + head) * a.size * a.v_size + first;
+  for (int64_t i = 0; i < a.size; ++i)
+    for (int v = 0; v < VECS; ++v) {
+      const int64_t left = a.v_size - first - v * W;
+      store(h + (i * VECS + v) * W, left > 0 ? load_up_to(state + i * a.v_size + v * W, left) : vf{});
+    }
+  for (int64_t t = a.rows.starts[sequence]; t < a.rows.starts[sequence + 1]; ++t) {
+    const float* key = k + (t * a.groups + group) * padded;
+    const float* query = q + (t * a.groups + group) * padded;
+    const vf keep = splat(exp_of(splat(a.decay[t * a.decay_stride + head]))[0]);
+    const vf rate = splat(a.beta[t * a.beta_stride + head]), dot = splat(dots[t * a.groups + group]);
+    vf recalled[2][VECS] = {}, asked[2][VECS] = {};
+    for (int64_t i = 0; i < padded; i += 2)  // h and keys are padded by zeros to an even number
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECS; ++v) {
+          const vf value = load(h + ((i + j) * VECS + v) * W);
+          recalled[j][v] += value * splat(key[i + j]);
+          asked[j][v] += value * splat(query[i + j]);
+        }
+    vf change[VECS];
+    for (int v = 0; v < VECS; ++v) {
+      const int64_t left = a.v_size - first - v * W;
+      if (left <= 0) {
+        change[v] = vf{};
+        continue;
+      }
+      const T* value = static_cast<const T*>(a.v) + t * a.v_stride + head * a.v_size + first + v * W;
+      change[v] = rate * (load_up_to(value, left) - keep * (recalled[0][v] + recalled[1][v]));
+      T* out = static_cast<T*>(a.out) + (t * a.heads + head) * a.v_size + first + v * W;
+      store_up_to(out, keep * (asked[0][v] + asked[1][v]) + dot * change[v], left);
+    }
+    for (int64_t i = 0; i < a.size; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) {
+        float* at = h + (i * VECS + v) * W;
+        store(at, keep * load(at) + splat(key[i]) * change[v]);
+      }
+  }
+  for (int64_t i = 0; i < a.size; ++i)
+    for (int v = 0; v < VECS; ++v) {
+      const int64_t left = a.v_size - first - v * W;
+      if (left > 0) store_up_to(state + i * a.v_size + v * W, load(h + (i * VECS + v) * W), left);
+    }
+}
+
+static inline float dot_of(const float* a, const float* b, int64_t n) {
+  vf sum{};
+  for (int64_t i = 0; i < n; i += W) sum += load(a + i) * load(b + i);
+  return sum_of(sum);
+}
+
+template <class T>
+static bool delta_of(const DeltaArgs& a) {
+  constexpr int VECS = W == 16 ? 2 : 4;
+  const int64_t tokens = num_rows(a.rows), padded = round_up(a.size, W), width = a.groups * padded;
+  const int64_t blocks = (a.v_size + VECS * W - 1) / (VECS * W), units = a.rows.num_sequences * a.heads * blocks;
+  const int threads = threads_of(units, tokens * a.heads * a.v_size * a.size * 2);
+  float* q = static_cast<float*>(__builtin_malloc(size_t(tokens * (2 * width + a.groups)) * sizeof(float)));
+  if (!q) return false;
+  float *k = q + tokens * width, *dots = k + tokens * width;
+  bool has_memory = true;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : has_memory)
+  {
+    float* h = static_cast<float*>(__builtin_calloc(size_t(padded * VECS * W), sizeof(float)));
+    has_memory = h != nullptr;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t) {
+      widen_operand(a.q, t, a.groups, a.size, padded, q);
+      widen_operand(a.k, t, a.groups, a.size, padded, k);
+      for (int64_t g = 0; g < a.groups; ++g)
+        dots[t * a.groups + g] = dot_of(q + t * width + g * padded, k + t * width + g * padded, padded);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = 0; unit < units; ++unit)
+      if (h)
+        delta_unit<T, VECS>(a, unit / blocks / a.heads, unit / blocks % a.heads, unit % blocks * VECS * W, q, k, dots,
+                            padded, h);
+    __builtin_free(h);
+  }
+  __builtin_free(q);
+  return has_memory;
+}
+
+static bool delta_rule(const DeltaArgs& a) {
+  if (a.dtype == DType::f32) return delta_of<float>(a);
+  if (a.dtype == DType::bf16) return delta_of<bf16>(a);
+  return delta_of<f16>(a);
+}
