@@ -110,14 +110,3 @@ def _refuse_long_text(num_tokens: int, settings: SchedulerSettings) -> None:
             "shorten it, or set truncate_prompt_tokens",
             param="prompt",
         )
-
-
-def _refuse_long_text(num_tokens: int, settings: SchedulerSettings) -> None:
-    """A text that becomes numbers is computed whole in one step."""
-    limit = min(settings.max_model_len, settings.max_num_batched_tokens)
-    if num_tokens > limit:
-        raise RequestError(
-            f"the text has {num_tokens} tokens; it is computed whole, and at most {limit} fit; "
-            "shorten it, or set truncate_prompt_tokens",
-            param="prompt",
-        )
