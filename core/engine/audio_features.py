@@ -102,9 +102,7 @@ def _checked(clip: AudioClip) -> npt.NDArray[np.float32]:
     return samples
 
 
-def resample(
-    samples: npt.NDArray[np.float32], rate: int, wanted: int
-) -> npt.NDArray[np.float32]:
+def resample(samples: npt.NDArray[np.float32], rate: int, wanted: int) -> npt.NDArray[np.float32]:
     """Samples float32 [n] at another rate: a sum of sincs under a Hann window.
 
     Source: J. O. Smith, Digital Audio Resampling, section "Theory of Ideal Bandlimited

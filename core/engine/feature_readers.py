@@ -40,9 +40,7 @@ class TextPairReader:
         self._defaults = defaults
         self._model = model
 
-    def read(
-        self, parsed: ParsedPrompt, encode: Encode, *, add_special_tokens: bool
-    ) -> ModelInput:
+    def read(self, parsed: ParsedPrompt, encode: Encode, *, add_special_tokens: bool) -> ModelInput:
         """The encoder's text as a feature, and the tokens with which the decoder starts."""
         if parsed.data:
             raise RequestError(
@@ -75,9 +73,7 @@ class AudioReader:
         self.audio = audio
         self.defaults = defaults
 
-    def read(
-        self, parsed: ParsedPrompt, encode: Encode, *, add_special_tokens: bool
-    ) -> ModelInput:
+    def read(self, parsed: ParsedPrompt, encode: Encode, *, add_special_tokens: bool) -> ModelInput:
         """One window of sound as a feature, and the tokens with which the decoder starts.
 
         Whisper's own tokens are written in the prompt, so that none are added.

@@ -44,9 +44,7 @@ class ModelInput:
 class FeatureReader(Protocol):
     """Reads the prompts of one kind of model."""
 
-    def read(
-        self, parsed: ParsedPrompt, encode: Encode, *, add_special_tokens: bool
-    ) -> ModelInput:
+    def read(self, parsed: ParsedPrompt, encode: Encode, *, add_special_tokens: bool) -> ModelInput:
         """Token ids and features of a prompt; safe in another thread.
 
         Raises: RequestError naming what is missing, broken or too much.

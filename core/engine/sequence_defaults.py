@@ -26,8 +26,7 @@ class SequenceDefaults:
     """Whether a decoder's prompt without the first token gets it."""
 
     def start_of(self, target: Sequence[int] | None) -> list[int]:
-        """The decoder's prompt: `target` as `generate` would have it, or where nothing was given,
-        its start."""
+        """The decoder's prompt: `target` as `generate` has it; where none was given, its start."""
         if not target:
             return list(self.start_ids)
         if self.prepends_start and target[0] != self.start_ids[0]:

@@ -23,4 +23,4 @@ def is_for_pooling(directory: Path, raw: dict[str, Any], task: str) -> bool:
 
 
 def _generates(name: str) -> bool:
-    return name.endswith(("LMHeadModel", "DoubleHeadsModel"))
+    return name.endswith(("LMHeadModel", "DoubleHeadsModel", "MTModel", "EncoderDecoderModel"))

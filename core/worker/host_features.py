@@ -26,7 +26,7 @@ class HostFeature:
 
 
 def new_features(batch: StepBatch) -> list[HostFeature]:
-    """Features of the requests that are new in a step, as far as they bring arrays."""
+    """What the requests that are new in a step bring for an encoder, where they bring arrays."""
     features_of = {new.request_id: new.features for new in batch.new_requests if new.features}
     if not features_of:
         return []
@@ -34,7 +34,7 @@ def new_features(batch: StepBatch) -> list[HostFeature]:
         HostFeature(request=index, feature=feature)
         for index, request_id in enumerate(batch.request_ids)
         for feature in features_of.get(request_id, ())
-        if feature.arrays
+        if feature.arrays and feature.offset is None
     ]
 
 

@@ -1,7 +1,7 @@
 """Tiny random encoder-decoders of every architecture that transformers knows.
 
-    from tiny_seq2seq import make_tiny_seq2seq, seq2seq_architectures
-    model = make_tiny_seq2seq("t5")
+from tiny_seq2seq import make_tiny_seq2seq, seq2seq_architectures
+model = make_tiny_seq2seq("t5")
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def seq2seq_architectures() -> list[str]:
     )
 
 
-def make_tiny_seq2seq(model_type: str, seed: int = 0) -> Any:
+def make_tiny_seq2seq(model_type: str, seed: int = 0, **changes: Any) -> Any:
     """A tiny random model of an architecture, in float32."""
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
-    config = tiny_seq2seq_config(model_type)
+    config = tiny_seq2seq_config(model_type, **changes)
     mapping = AutoModelForSeq2SeqLM._model_mapping
     auto = AutoModelForSeq2SeqLM if type(config) in mapping else AutoModelForSpeechSeq2Seq
     model = auto.from_config(config, dtype=torch.float32).eval()
@@ -76,7 +76,7 @@ def random_signs(parameter: Any, seed: int) -> Any:
     return torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1.0
 
 
-def tiny_seq2seq_config(model_type: str) -> Any:
+def tiny_seq2seq_config(model_type: str, **changes: Any) -> Any:
     """The shrunk default config of an architecture."""
     from transformers import AutoConfig
 
@@ -88,7 +88,7 @@ def tiny_seq2seq_config(model_type: str) -> Any:
         if name not in ("model_type", "transformers_version", "architectures")
     }
     settings.pop("is_decoder", None)
-    settings |= {"is_encoder_decoder": True, **_SETTINGS.get(model_type, {})}
+    settings |= {"is_encoder_decoder": True, **_SETTINGS.get(model_type, {}), **changes}
     return AutoConfig.for_model(model_type, **settings)
 
 

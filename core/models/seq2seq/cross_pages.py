@@ -76,7 +76,9 @@ def page_group(
     )
 
 
-def read_layers(cache: LayerCache, num_layers: int, slots: Tensor, dtype: torch.dtype) -> list[LayerKeys]:
+def read_layers(
+    cache: LayerCache, num_layers: int, slots: Tensor, dtype: torch.dtype
+) -> list[LayerKeys]:
     """Keys and values of each layer at the slots, [heads, n, size]."""
     return [
         (

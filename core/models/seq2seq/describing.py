@@ -66,9 +66,7 @@ def describe_seq2seq(directory: Path, *, trust_remote_code: bool = False) -> Mod
     use_attention(source_model.model, "eager")
     form = find_form(source_model, config)
     dtype = dtype_of(config)
-    groups = groups_of(
-        form, config, None, dtype=dtype, cache_dtype=dtype, block_size=16
-    )
+    groups = groups_of(form, config, None, dtype=dtype, cache_dtype=dtype, block_size=16)
     return describe_form(source_model, form, groups, config, directory, dtype=dtype)
 
 
@@ -110,7 +108,11 @@ def example_source(source_model: SourceModel, config: Any, length: int, seed: in
     if source_model.input_kind == AUDIO:
         if config.model_type != "whisper":
             raise UnsupportedError(
-                [_reason(f"the sound that {config.model_type} takes", "log-mel windows of Whisper")],
+                [
+                    _reason(
+                        f"the sound that {config.model_type} takes", "log-mel windows of Whisper"
+                    )
+                ],
                 what="its encoder",
             )
         shape = (int(config.num_mel_bins), 2 * int(config.max_source_positions))
@@ -200,9 +202,7 @@ def _is_plain(layers: Sequence[LayerKeys], length: int) -> bool:
 
 def _shapes(layers: Sequence[LayerKeys]) -> tuple[LayerShape, ...]:
     return tuple(
-        LayerShape(
-            num_heads=keys.shape[0], head_size=keys.shape[2], v_head_size=values.shape[2]
-        )
+        LayerShape(num_heads=keys.shape[0], head_size=keys.shape[2], v_head_size=values.shape[2])
         for keys, values in layers
     )
 

@@ -20,7 +20,8 @@ from quire.core.models.seq2seq.describing import (
 )
 from quire.core.models.seq2seq.self_check import deviation_of
 from quire.core.models.seq2seq.seq2seq_model import Seq2SeqModel
-from quire.core.models.seq2seq.source_model import SourceModel
+from quire.core.models.seq2seq.source_model import AUDIO, SourceModel
+from quire.core.models.seq2seq.timestamps import timestamp_rules
 from quire.core.models.transformers_adapter.checkpoint import (
     load_weights,
     make_dummy_model,
@@ -65,9 +66,7 @@ def load_seq2seq(config: WorkerConfig, device: Device) -> Seq2SeqModel:
         cache_dtype=config.cache_dtype,
         block_size=config.block_size,
     )
-    described = describe_form(
-        source_model, form, groups, hf_config, directory, dtype=config.dtype
-    )
+    described = describe_form(source_model, form, groups, hf_config, directory, dtype=config.dtype)
     backends = [
         (OwnPages if group.max_tokens is None else CrossPages)(group, device.torch_device)
         for group in groups
@@ -78,6 +77,7 @@ def load_seq2seq(config: WorkerConfig, device: Device) -> Seq2SeqModel:
         backends,
         max_model_len=config.max_model_len,
         max_encoded_tokens=max(config.max_num_batched_tokens, groups[1].max_tokens or 0),
+        logits_processors=timestamp_rules(directory) if source_model.input_kind == AUDIO else {},
     )
     _check(model, hf_config)
     return model

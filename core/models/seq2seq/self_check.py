@@ -85,9 +85,7 @@ class _Run:
         self._tables = [[2 * i + 1 + text for i in range(count)] for text in range(len(texts))]
         self._caches = [
             backend.allocate(2 * count + 1)
-            for group, backend in zip(
-                model.attention_groups, model.attention_backends, strict=True
-            )
+            for group, backend in zip(model.attention_groups, model.attention_backends, strict=True)
             for _ in group.layers
         ]
 

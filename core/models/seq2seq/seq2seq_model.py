@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,8 +37,10 @@ class Seq2SeqModel:
         *,
         max_model_len: int,
         max_encoded_tokens: int,
+        logits_processors: Mapping[str, Callable[..., Tensor]] | None = None,
     ) -> None:
         """`max_encoded_tokens`: as many encoder tokens run together at most."""
+        self.logits_processors = dict(logits_processors or {})
         self.description = description
         self.attention_groups: tuple[AttentionGroup, ...] = description.attention_groups
         self.attention_backends = tuple(backends)
@@ -78,8 +80,7 @@ class Seq2SeqModel:
         while begin < len(features):
             end, total = begin, 0
             while end < len(features) and (
-                end == begin
-                or total + features[end].feature.num_tokens <= self._max_encoded_tokens
+                end == begin or total + features[end].feature.num_tokens <= self._max_encoded_tokens
             ):
                 total += features[end].feature.num_tokens
                 end += 1
