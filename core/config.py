@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from quire.core.errors import ConfigError
 from quire.core.interface.capabilities import Capabilities
 
-
 TASKS = (
     "auto", "generate", "embed", "classify", "score", "reward", "token_embed", "token_classify",
 )  # fmt: skip
@@ -59,6 +58,9 @@ class EngineConfig:
     """`fcfs`, or `priority` (a lower number goes first)."""
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    num_speculative_tokens: int = 0
+    """The most tokens that a step guesses ahead for one request, looked up in its own text; what is
+    said stays the same, and repetitive text comes faster. 0: none."""
     device_memory_fraction: float = 0.85
     """Of the memory that is free at start, what weights, activations and cache may take together.
     """
@@ -77,6 +79,14 @@ class EngineConfig:
     """Name to `module:attribute` of custom logits processors."""
     chat_template: str | None = None
     """A Jinja template, or a file that holds one; None: the tokenizer's."""
+    limit_mm_per_prompt: Mapping[str, int] = field(default_factory=dict)
+    """The most that one prompt may bring, by kind; 16 images where nothing is said."""
+    allowed_media_domains: tuple[str, ...] = ()
+    """Names from which images may be fetched, with those under them; empty: any public one."""
+    allow_private_media: bool = False
+    """Whether images may be fetched from private networks and from this machine."""
+    allowed_local_media_path: str | None = None
+    """The folder under which `file:` addresses may be read; None: none may."""
     options: Mapping[str, str] = field(default_factory=dict)
     """The backend's own, `name.key` to value."""
 
@@ -168,7 +178,12 @@ def resolve(user: EngineConfig, capabilities: Capabilities, facts: ModelFacts) -
     change("max_model_len", max_model_len, "what the model was made for")
     if facts.pooling is not None and user.max_num_batched_tokens < max_model_len:
         change("max_num_batched_tokens", max_model_len, "texts are computed whole")
-    if not user.enable_chunked_prefill and user.max_num_batched_tokens < max_model_len:
+    is_whole = not user.enable_chunked_prefill
+    # Not every description knows of images.
+    if getattr(facts, "needs_whole_prompts", False):
+        change("enable_chunked_prefill", False, "tokens of an image see each other")
+        is_whole = True
+    if is_whole and user.max_num_batched_tokens < max_model_len:
         change("max_num_batched_tokens", max_model_len, "prompts are computed whole")
     if capabilities.request_buckets and user.max_num_seqs > capabilities.request_buckets[-1]:
         change(
@@ -241,6 +256,10 @@ def _problems(config: EngineConfig) -> list[str]:
         problems.append(
             f"device_memory_fraction is {config.device_memory_fraction}; it must be in (0, 1]"
         )
+    if config.num_speculative_tokens < 0:
+        problems.append(
+            f"num_speculative_tokens is {config.num_speculative_tokens}; it must be at least 0"
+        )
     if config.step_timeout_s is not None and not config.step_timeout_s > 0:
         problems.append(f"step_timeout_s is {config.step_timeout_s}; it must be above 0")
     if config.scheduling_policy not in ("fcfs", "priority"):
@@ -250,9 +269,7 @@ def _problems(config: EngineConfig) -> list[str]:
     if config.load_format not in ("auto", "dummy"):
         problems.append(f"load_format is {config.load_format!r}; choose auto or dummy")
     if config.model_impl not in ("auto", "native", "transformers"):
-        problems.append(
-            f"model_impl is {config.model_impl!r}; choose auto, native or transformers"
-        )
+        problems.append(f"model_impl is {config.model_impl!r}; choose auto, native or transformers")
     if config.task not in TASKS:
         problems.append(f"task is {config.task!r}; choose one of {', '.join(TASKS)}")
     if not config.model:

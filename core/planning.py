@@ -132,7 +132,8 @@ def make_plan(
         block_size=worker_config.block_size,
     )
     memory = _memory(description, config, worker_config, device)
-    _refuse(_model_reasons(description, memory, worker_config, device), what)
+    reasons = _model_reasons(description, memory, worker_config, device)
+    _refuse([*reasons, *_speculation_reasons(config, description, device.capabilities)], what)
     cache = _cache_rows(description, device)
     kernels = _kernels(device, cache)
     plan = Plan(
@@ -225,6 +226,24 @@ def _model_reasons(
     yield from _extension_reasons(description, device.capabilities)
     yield from device.reasons_against(worker_config)
     yield from _memory_reasons(memory, device)
+
+
+def _speculation_reasons(
+    config: EngineConfig, description: ModelDescription, capabilities: Capabilities
+) -> Iterator[Reason]:
+    """A wrong guess is written over in a cache of tokens; a state it has changed for good."""
+    if not config.num_speculative_tokens:
+        return
+    need = f"num_speculative_tokens {config.num_speculative_tokens}"
+    remedy = "leave num_speculative_tokens out"
+    if "speculation" not in capabilities.features:
+        have = ", ".join(sorted(capabilities.features)) or "no feature"
+        yield Reason(code="feature.speculation", need=need, have=have, remedy=remedy)
+    if any(
+        group.is_own or group.spec.kind == "recurrent" for group in description.attention_groups
+    ):
+        have = "a model that keeps more than keys and values, which a wrong guess may change"
+        yield Reason(code="model.speculation", need=need, have=have, remedy=remedy)
 
 
 def _extension_reasons(

@@ -63,8 +63,8 @@ class ReferenceAttention(AttentionBackend):
             )
         reasons += [
             _reason("dtype", name, "torch's floating dtypes", "choose another dtype")
-            for name in {spec.dtype, spec.cache_dtype} - set(NARROW)
-            if not _is_float(name)
+            for name in {spec.dtype, spec.cache_dtype}
+            if not _is_float(name) and (name == spec.dtype or name not in NARROW)
         ]
         return reasons
 

@@ -14,6 +14,7 @@ from quire.core.engine.constraints import Constraints
 from quire.core.engine.facts import EngineFacts, EngineStatistics
 from quire.core.engine.grammars import core_compiler
 from quire.core.engine.messages import same_death
+from quire.core.engine.pooling import refuse_text
 from quire.core.errors import (
     DeviceError,
     DeviceLost,
@@ -108,6 +109,8 @@ class EngineCore:
         """Takes a request in. One that is refused ends with an update at the next step."""
         self._num_added += 1
         try:
+            if spec.pooling is None:
+                refuse_text(self.facts.tasks, self.facts.served_model_name)
             if spec.constraint is None:
                 self.scheduler.add(spec)
             else:
@@ -324,6 +327,7 @@ def make_core(
         policy=config.scheduling_policy,
         enable_chunked_prefill=config.enable_chunked_prefill,
         max_num_queued=config.max_num_queued,
+        num_guessed_tokens=config.num_speculative_tokens,
     )
     scheduler = Scheduler(settings, cache)
     return EngineCore(
@@ -360,6 +364,7 @@ def make_facts(
         labels=list(info.labels),
         vector_size=info.vector_size,
         encoder_input=info.encoder_input,
+        accepts=list(info.accepts),
         max_source_tokens=max((group.max_tokens or 0 for group in info.cache_groups), default=0),
         startup_s=startup_s,
     )

@@ -7,16 +7,19 @@ import msgspec
 from quire.core.errors import RequestError
 from quire.core.interface.worker import Feature
 from quire.core.kv_cache.manager import KVCacheManager
+from quire.core.scheduler.guessing import PromptLookup, may_guess
 from quire.core.scheduler.request import Request, RequestSpec
 from quire.core.scheduler.settings import SchedulerSettings
 
 
 def make_request(
-    spec: RequestSpec, arrival_index: int, max_model_len: int, cache: KVCacheManager
+    spec: RequestSpec, arrival_index: int, settings: SchedulerSettings, cache: KVCacheManager
 ) -> Request:
     """A request that waits for its first step. Owns a copy of the prompt."""
     num_prompt = len(spec.prompt_token_ids)
     eos = frozenset(spec.eos_token_ids)
+    is_free = spec.constraint is None and spec.pooling is None and may_guess(spec.sampling)
+    guesses = settings.num_guessed_tokens > 0 and is_free
     return Request(
         request_id=spec.request_id,
         token_ids=list(spec.prompt_token_ids),
@@ -24,7 +27,7 @@ def make_request(
         # What is pooled ends with its last token: the one that counts as sampled never comes.
         max_total_tokens=num_prompt + 1
         if spec.pooling is not None
-        else min(num_prompt + spec.max_tokens, max_model_len),
+        else min(num_prompt + spec.max_tokens, settings.max_model_len),
         min_total_tokens=num_prompt + spec.sampling.min_tokens,
         eos_token_ids=eos,
         end_token_ids=eos.union(spec.stop_token_ids),
@@ -38,7 +41,8 @@ def make_request(
         ),
         features=spec.features,
         num_tokens=num_prompt,
-        needs_last_token=spec.constraint is not None,
+        needs_last_token=spec.constraint is not None or guesses,
+        lookup=PromptLookup() if guesses else None,
         pooling=spec.pooling,
     )
 

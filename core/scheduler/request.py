@@ -15,6 +15,7 @@ from quire.core.interface.worker import (
     SamplingSpec,
 )
 from quire.core.kv_cache.block_table import BlockTable
+from quire.core.scheduler.guessing import PromptLookup
 from quire.core.structured.spec import ConstraintSpec
 
 
@@ -92,6 +93,8 @@ class Request:
     """Given: the text is computed whole in one step, which brings numbers instead of a token."""
     needs_last_token: bool = False
     """The next step needs the value of the last token, as a grammar does: it is never run ahead."""
+    lookup: PromptLookup | None = None
+    """Guesses what follows; None: nothing is guessed for it."""
     order_key: tuple[int, ...] = ()
     """The policy's; smaller goes first."""
     status: RequestStatus = RequestStatus.WAITING

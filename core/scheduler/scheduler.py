@@ -34,6 +34,7 @@ from quire.core.scheduler.request import (
 )
 from quire.core.scheduler.request_book import RequestBook
 from quire.core.scheduler.settings import SchedulerSettings
+from quire.core.scheduler.speculation import guess_ahead
 from quire.core.scheduler.statistics import SchedulerStatistics, StepCounts
 from quire.core.scheduler.step import StepDraft, StepInFlight
 
@@ -75,7 +76,7 @@ class Scheduler:
             )
         refuse_what_never_fits(spec, self.settings, self._cache)
         self._refuse_when_full()
-        request = make_request(spec, self._num_arrived, self.settings.max_model_len, self._cache)
+        request = make_request(spec, self._num_arrived, self.settings, self._cache)
         request.order_key = self._policy.order_key(request)
         self._num_arrived += 1
         self._book.enter(request)
@@ -125,6 +126,7 @@ class Scheduler:
         self._in_flight.append(StepInFlight(batch, draft.requests))
         counts.num_steps += 1
         counts.num_scheduled_tokens += batch.num_tokens
+        counts.num_guesses += sum(map(len, batch.draft_token_ids.values()))
         return batch
 
     def _schedule_running(self, draft: StepDraft) -> None:
@@ -145,6 +147,8 @@ class Scheduler:
                 if blocks is None:
                     continue
             draft.add(request, num_new, blocks)
+            if request.lookup is not None and num_new == 1:
+                guess_ahead(request, draft, self._cache, self.settings.num_guessed_tokens)
             if draft.budget <= 0:
                 break
 
@@ -262,7 +266,7 @@ class Scheduler:
             f"step {step.batch.step_id} is next; got batch {batch.step_id}, result {result.step_id}"
         )
         updates: list[RequestUpdate] = []
-        is_plain = not (result.errors or result.prompt_logprobs)
+        is_plain = not (result.errors or result.prompt_logprobs or batch.draft_token_ids)
         logprobs = result.logprobs
         columns = zip(
             step.requests,
@@ -326,6 +330,10 @@ class Scheduler:
             self._cache.distrust(request.table)
             return self._book.finish(request, FinishReason.ERROR, error=error)
         num_computed = batch.num_computed_tokens[index] + batch.num_new_tokens[index]
+        guesses = batch.draft_token_ids.get(request.request_id)
+        if guesses:
+            num_computed += len(tokens) - 1 - len(guesses)
+            return self._take_in_guessed(request, tokens, num_computed)
         if num_computed >= request.table.next_settle_at:
             self._cache.settle(request.table, request.token_ids, num_computed)
         prompt_logprobs = new_prompt_logprobs(request, batch.num_computed_tokens[index], result)
@@ -343,9 +351,7 @@ class Scheduler:
             prompt_logprobs=prompt_logprobs,
         )
 
-    def _end_pooled(
-        self, request: Request, result: StepResult, error: str | None
-    ) -> RequestUpdate:
+    def _end_pooled(self, request: Request, result: StepResult, error: str | None) -> RequestUpdate:
         """The end of a request whose text was computed whole, for numbers."""
         pooled = result.pooled.get(request.request_id)
         if error is None and pooled is None:
@@ -353,6 +359,16 @@ class Scheduler:
         if error is not None:
             return self._book.finish(request, FinishReason.ERROR, error=error)
         return replace(self._book.finish(request, FinishReason.STOP), pooled=pooled)
+
+    def _take_in_guessed(
+        self, request: Request, tokens: list[int], num_computed: int
+    ) -> RequestUpdate:
+        """What was guessed right is computed already; the slots of the rest are written again."""
+        request.num_computed_tokens = num_computed
+        self._counts.num_right_guesses += len(tokens) - 1
+        if num_computed >= request.table.next_settle_at:
+            self._cache.settle(request.table, [*request.token_ids, *tokens[:-1]], num_computed)
+        return self._append_output(request, tokens)
 
     def _append_output(self, request: Request, tokens: list[int]) -> RequestUpdate:
         """Appends what was sampled, up to the token that ends the request, if one does."""
@@ -459,6 +475,8 @@ class Scheduler:
             num_sampled_tokens=counts.num_sampled_tokens,
             num_preemptions=counts.num_preemptions,
             num_failed_steps=counts.num_failed_steps,
+            num_guesses=counts.num_guesses,
+            num_right_guesses=counts.num_right_guesses,
             num_prefix_query_tokens=prefix.num_query_tokens,
             num_prefix_hit_tokens=prefix.num_hit_tokens,
         )

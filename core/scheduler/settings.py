@@ -24,3 +24,5 @@ class SchedulerSettings:
     """The most requests that wait, beyond those for whom seats are free; None: no limit."""
     max_chunk_tokens: int | None = None
     """The most tokens of one request in a step, so that prompts share it; None: no limit."""
+    num_guessed_tokens: int = 0
+    """The most tokens that a step guesses ahead for one request; 0: none."""

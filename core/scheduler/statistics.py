@@ -19,6 +19,9 @@ class SchedulerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     num_sampled_tokens: int
     num_preemptions: int
     num_failed_steps: int
+    num_guesses: int = 0
+    """Tokens that were guessed ahead, and below those of them that were right."""
+    num_right_guesses: int = 0
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
 
@@ -31,3 +34,5 @@ class StepCounts(msgspec.Struct, kw_only=True):
     num_sampled_tokens: int = 0
     num_preemptions: int = 0
     num_failed_steps: int = 0
+    num_guesses: int = 0
+    num_right_guesses: int = 0

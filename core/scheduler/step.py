@@ -21,6 +21,7 @@ class StepDraft:
     num_computed_tokens: list[int] = field(default_factory=list)
     new_block_ids: list[list[list[int]] | None] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
+    guesses: dict[str, list[int]] = field(default_factory=dict)
     is_short_of_blocks: bool = False
     """Somebody who runs found too few: nobody is admitted."""
     is_waiting_for_blocks: bool = False
@@ -42,6 +43,17 @@ class StepDraft:
         request.num_computed_tokens = end
         request.num_in_flight += 1
 
+    def add_blocks(self, blocks: list[list[int]]) -> None:
+        """More blocks for the request that was added last."""
+        had = self.new_block_ids[-1] or [[] for _ in blocks]
+        self.new_block_ids[-1] = [[*a, *b] for a, b in zip(had, blocks, strict=True)]
+
+    def guess(self, request: Request, tokens: list[int]) -> None:
+        """Lets the request that was added last be computed beyond its last token, by guesses."""
+        self.guesses[request.request_id] = tokens
+        self.num_new_tokens[-1] += len(tokens)
+        self.budget -= len(tokens)
+
     def batch(self, step_id: int, finished_request_ids: list[str]) -> StepBatch:
         """The record that goes to the worker."""
         return StepBatch(
@@ -53,6 +65,7 @@ class StepDraft:
             num_computed_tokens=self.num_computed_tokens,
             new_block_ids=self.new_block_ids,
             samples=self.samples,
+            draft_token_ids=self.guesses,
         )
 
 

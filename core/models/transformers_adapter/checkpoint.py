@@ -56,8 +56,17 @@ def model_class_of(config: Any, directory: Path, *, trust_remote_code: bool) -> 
         if named is not None and hasattr(named, "generate") and _has_a_head(name):
             return _refuse_encoder_decoder(named, config, directory)
     mapped = AutoModelForCausalLM._model_mapping.get(type(config), None)  # noqa: SLF001 - no public way
-    if mapped is not None:
+    names = config.architectures or ()
+    is_known = not names or any(hasattr(transformers, name) for name in names)
+    if mapped is not None and is_known:
         return mapped
+    if mapped is not None:
+        # A class of somebody's own may compute something else of the same tensors.
+        raise _unsupported(
+            "architecture", ", ".join(names),
+            f"no such class in transformers, whose {config.model_type} is {mapped.__name__}",
+            "install the package that brings it, or correct config.json", directory,
+        )  # fmt: skip
     if trust_remote_code and getattr(config, "auto_map", None):
         return None
     asked = ", ".join(config.architectures or ()) or config.model_type

@@ -115,6 +115,7 @@ class RecordingDevice:
         self.slots = [defaultdict(lambda: GARBAGE) for _ in groups]
         self.num_sampled = 0
         self.num_touched = 0
+        self.num_guessed_right = 0
         self.may_be_unknown: set[str] = set()
         self.cached_tokens_seen: list[int] = []
 
@@ -150,7 +151,9 @@ class RecordingDevice:
             if entries:
                 prompt_logprobs[request_id] = entries
             before = len(request.tokens)
-            tokens = self._sample(request) if batch.samples[index] else []
+            guesses = batch.draft_token_ids.get(request_id, [])
+            tokens = self._sample(request, guesses) if batch.samples[index] else []
+            request.num_computed += max(0, len(tokens) - 1) if guesses else 0
             sampled.append(tokens)
             logprobs.append(
                 [logprob_at(request.tokens[: before + i], token) for i, token in enumerate(tokens)]
@@ -207,18 +210,21 @@ class RecordingDevice:
                 assert request_id not in new_ids
                 for table, added in zip(request.tables, blocks, strict=True):
                     table.extend(added)
-            end = num_computed + num_new
+            guesses = batch.draft_token_ids.get(request_id, [])
+            end = num_computed + num_new - len(guesses)
             if not request.is_off_track:
                 assert end <= len(request.tokens), "tokens are computed that nobody knows"
                 assert samples == (end == len(request.tokens))
+                assert samples or not guesses
             request.num_computed = end
 
     def _write(self, batch: StepBatch, index: int, *, spoil: bool = False) -> None:
         request_id = batch.request_ids[index]
         request = self.requests[request_id]
         start = batch.num_computed_tokens[index]
+        text = request.tokens + batch.draft_token_ids.get(request_id, [])
         for position in range(start, start + batch.num_new_tokens[index]):
-            content = (bytes(request.tokens[: position + 1]), self.salts[request_id])
+            content = (bytes(text[: position + 1]), self.salts[request_id])
             for group, table, slots in zip(self.groups, request.tables, self.slots, strict=True):
                 block = table[position // group.block_size]
                 assert block != NULL_BLOCK, f"{request_id} writes to nobody's block"
@@ -245,7 +251,8 @@ class RecordingDevice:
             if group.kind == "recurrent":
                 continue
             first = max(0, start - group.window + 1) if group.window is not None else 0
-            for position in range(first, start + batch.num_new_tokens[index]):
+            guesses = len(batch.draft_token_ids.get(request_id, []))
+            for position in range(first, start + batch.num_new_tokens[index] - guesses):
                 block = table[position // group.block_size]
                 found = slots[block, position % group.block_size]
                 wanted = (bytes(request.tokens[: position + 1]), self.salts[request_id])
@@ -254,7 +261,9 @@ class RecordingDevice:
                     f"not {wanted}"
                 )
 
-    def _sample(self, request: KnownRequest) -> list[int]:
+    def _sample(self, request: KnownRequest, guesses: list[int]) -> list[int]:
+        if guesses:
+            return self._judge(request, guesses)
         self.num_sampled += 1
         every = self.mischief.speculate_every
         count = 3 if every and self.num_sampled % every == 0 else 1
@@ -263,6 +272,17 @@ class RecordingDevice:
         for _ in range(count):
             tokens.append(sample(request.tokens, request.sampling.seed))
             request.tokens.append(tokens[-1])
+        return tokens
+
+    def _judge(self, request: KnownRequest, guesses: list[int]) -> list[int]:
+        """Tokens as long as they are what was guessed, and the first that is not."""
+        tokens = []
+        for guess in [*guesses, None]:
+            tokens.append(sample(request.tokens, request.sampling.seed))
+            request.tokens.append(tokens[-1])
+            if tokens[-1] != guess:
+                break
+        self.num_guessed_right += len(tokens) - 1
         return tokens
 
     def _prompt_logprobs(self, batch: StepBatch, index: int) -> list[PositionLogprobs]:
@@ -297,6 +317,23 @@ class Story:
         self.logprobs += update.logprobs or []
         self.prompt_logprobs += update.prompt_logprobs or []
         self.last = update
+
+
+class Prophet:
+    """Guesses what will be sampled, now and then with one guess that is wrong."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def guess(self, token_ids: list[int], limit: int) -> list[int]:
+        text = list(token_ids)
+        guesses = []
+        for number in range(limit):
+            token = sample(text, self.seed)
+            is_wrong = (len(token_ids) + number) % 5 == 3
+            guesses.append((token + 1) % VOCAB_SIZE if is_wrong else token)
+            text.append(guesses[-1])
+        return guesses
 
 
 class House:
@@ -335,6 +372,9 @@ class House:
             self.closed_stories.append(self.stories[spec.request_id])
         self.stories[spec.request_id] = Story(spec)
         self.device.salts[spec.request_id] = spec.cache_salt
+        request = self.scheduler._book.live[spec.request_id]
+        if request.lookup is not None:
+            request.lookup = Prophet(spec.sampling.seed)
 
     def abort(self, *request_ids: str) -> list[RequestUpdate]:
         updates = self.scheduler.abort(request_ids)

@@ -64,6 +64,7 @@ class Scenario:
     resets_at: int | None
     is_patient: bool
     """Requests wait for any prefix that another one computes, however short."""
+    num_guessed_tokens: int
     victim: int
     """Which of the candidates is preempted."""
 
@@ -128,6 +129,7 @@ def scenarios(draw, *, with_mischief: bool):
         speculate_every=draw(st.integers(0, 4)) if mischief else 0,
         resets_at=draw(none_or(st.integers(0, 12))) if mischief else None,
         is_patient=draw(st.booleans()),
+        num_guessed_tokens=draw(st.sampled_from([0, 0, 1, 3])),
         victim=draw(st.sampled_from([-1, -1, 0, 1])),
     )
 
@@ -186,6 +188,7 @@ def build(kit, scenario: Scenario):
         max_num_batched_tokens=scenario.max_num_batched_tokens,
         max_chunk_tokens=scenario.max_chunk_tokens,
         enable_chunked_prefill=scenario.enable_chunked_prefill,
+        num_guessed_tokens=0 if "recurrent" in scenario.windows else scenario.num_guessed_tokens,
         policy=scenario.policy,
         policy_object=OddPolicy(scenario),
     )

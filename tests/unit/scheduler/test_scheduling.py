@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from quire.core.interface.worker import SamplingSpec
 from quire.core.scheduler.policy import SchedulingPolicy
 from quire.core.scheduler.request import FinishReason
 
@@ -382,3 +383,27 @@ def test_integrity_check_finds_books_that_disagree(kit):
     house.scheduler._book.running.clear()
     with pytest.raises(AssertionError, match="placed"):
         house.check()
+
+
+def test_right_guesses_save_steps_and_wrong_ones_change_nothing(kit):
+    """A request that is guessed for says what it says alone, in fewer steps."""
+    spec = kit.spec("a", prompt=range(1, 9), max_tokens=20)
+    steps = []
+    for num_guessed in (0, 3):
+        house = kit.house(num_guessed_tokens=num_guessed)
+        house.add(spec)
+        house.run()
+        house.check_output(house.stories["a"])
+        house.check_empty()
+        steps.append(house.scheduler.statistics())
+    assert steps[1].num_steps < steps[0].num_steps * 0.6
+    assert 0 < steps[1].num_right_guesses < steps[1].num_guesses
+
+
+def test_guesses_are_for_those_whose_sampling_allows_them(kit):
+    """Log-probabilities and penalties depend on what a guess does not bring."""
+    for sampling in (SamplingSpec(num_logprobs=1), SamplingSpec(frequency_penalty=0.1)):
+        house = kit.house(num_guessed_tokens=3)
+        house.add(kit.spec("a", max_tokens=8, sampling=sampling))
+        house.run()
+        assert house.scheduler.statistics().num_guesses == 0
