@@ -20,7 +20,9 @@ from quire.core.errors import CheckpointError, UnsupportedError  # noqa: E402
 from quire.core.interface import DeviceInfo  # noqa: E402
 from quire.core.models.registry import describe  # noqa: E402
 from quire.core.models.transformers_adapter import load_adapted  # noqa: E402
+from quire.core.models.transformers_adapter import paged as adapted_paged  # noqa: E402
 from quire.core.models.transformers_adapter.masks import OTHER, Visibility, recognize  # noqa: E402
+from quire.core.models.transformers_adapter.routing import Watch  # noqa: E402
 from quire.core.models.transformers_adapter.self_check import deviation, run_own  # noqa: E402
 from quire.core.models.transformers_adapter.text_model import set_attention  # noqa: E402
 
@@ -95,6 +97,48 @@ def test_self_check_sees_a_wrong_scale(saved):
     for backend in model.attention_backends:
         backend.spec = replace(backend.spec, scale=backend.spec.scale * 1.5)
     assert deviation(model, own) > 0.01
+
+
+def test_paged_way_that_differs_is_left_for_the_next_and_told(saved, monkeypatch):
+    """A wrong way is never kept: the next one serves the model, and the user learns why."""
+    directory = saved("gpt2")
+    assert load(directory).way == "paged"
+    attend = adapted_paged._StepAttention.attend
+    wrong = lambda self, q, k, v, sinks: attend(self, q * 1.5, k, v, sinks)  # noqa: E731
+    monkeypatch.setattr(adapted_paged._StepAttention, "attend", wrong)
+    model = load(directory)
+    assert model.way == "cached"
+    assert any("paged: its logits are off by" in note for note in model.description.notes)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
+def test_model_that_chooses_what_it_sees_is_refused(name, saved):
+    """A choice that matters in long texts alone would pass the check and give wrong tokens."""
+    directory = saved(name)
+    with pytest.raises(UnsupportedError, match="depends on their content"):
+        load(directory)
+    with pytest.raises(UnsupportedError, match="depends on their content"):
+        describe(directory, model_impl="transformers")
+
+
+def test_layers_are_taken_over_without_a_second_copy(saved):
+    """The device multiplies, and the weights that it packed are no longer held by the modules."""
+    model = load(saved("olmo2"))
+    assert {"linear", "rms_norm", "gated_activation"} <= model.providers().keys()
+    linears = [m for m in model._text_model.model.modules() if isinstance(m, torch.nn.Linear)]
+    assert linears
+    assert all(linear.weight.untyped_storage().nbytes() <= 4 for linear in linears)
+
+
+def test_linear_layer_whose_weight_others_read_is_left_alone():
+    """A weight that a model multiplies with itself must stay where it is."""
+    model = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+    watch = Watch(model)
+    with watch.watching():
+        model[0](torch.ones(1, 4))
+        model[1](torch.ones(1, 4)) + model[1].weight.sum()
+    assert watch.free() == {model[0]}
+    assert type(model[1]) is torch.nn.Linear
 
 
 def test_model_whose_generation_adds_tokens_is_refused(saved):

@@ -34,6 +34,8 @@ class AdaptedModel:
         self.max_model_len = max_model_len
         self.num_parameters = description.num_parameters
         self.weight_bytes = sum(p.nbytes for p in text_model.model.parameters())
+        self.routed_providers: dict[str, str] = {}
+        """Operator to who serves it, for layers that the device computes."""
         self._text_model = text_model
 
     def forward(self, step: StepContext) -> Tensor:
@@ -45,12 +47,12 @@ class AdaptedModel:
         return self._text_model.logits(hidden)
 
     def providers(self) -> dict[str, str]:
-        """Everything is transformers' but paged attention."""
+        """Everything is transformers' but paged attention and the layers taken over."""
         by_group = {
             group.name: backend.provider()
             for group, backend in zip(self.attention_groups, self.attention_backends, strict=True)
         }
-        served = {"forward": f"transformers ({self.way})"}
+        served = {"forward": f"transformers ({self.way})", **self.routed_providers}
         if len(set(by_group.values())) == 1:
             return {**served, "paged_attention": next(iter(by_group.values()))}
         return {**served, **{f"paged_attention[{name}]": who for name, who in by_group.items()}}

@@ -25,6 +25,11 @@ from quire.core.models.transformers_adapter.checkpoint import (
 from quire.core.models.transformers_adapter.paged import paged_groups
 from quire.core.models.transformers_adapter.probing import Probe, probe
 from quire.core.models.transformers_adapter.recomputed import recomputed_groups
+from quire.core.models.transformers_adapter.seeing import sight_of
+from quire.core.models.transformers_adapter.selection import (
+    indexers_of,
+    refuse_unseen_selection,
+)
 from quire.core.models.transformers_adapter.text_model import TextModel, use_attention
 
 IMPLEMENTATION = "transformers"
@@ -65,13 +70,20 @@ def describe_adapted(directory: Path, *, trust_remote_code: bool = False) -> Mod
 def find_ways(
     text_model: TextModel, *, dtype: str, cache_dtype: str, block_size: int
 ) -> tuple[list[Way], Probe]:
-    """The ways that may be right, best first; the last always may."""
+    """The ways that may be right, best first; the last always may.
+
+    Raises: UnsupportedError if no check could tell.
+    """
     settings: dict[str, Any] = {
         "dtype": dtype, "cache_dtype": cache_dtype, "block_size": block_size,
     }  # fmt: skip
     found = probe(text_model)
+    refuse_unseen_selection(text_model.model, found.selections)
     ways = []
     objections = list(found.objections)
+    if indexers_of(text_model.model):
+        note = "the whole text is computed anew for every token, since tokens choose what they see"
+        return [Way(name="recomputed", groups=recomputed_groups(**settings), note=note)], found
     if not objections:
         ways.append(Way(name="paged", groups=paged_groups(found, **settings), note=""))
     why = "; ".join(objections) or "the paged way gives other logits"
@@ -99,6 +111,7 @@ def describe_way(
     text_config = config.get_text_config(decoder=True)
     hidden_size = int(_first(text_config, ("hidden_size", "n_embd", "d_model", "dim")) or 1)
     vocab_size = int(found.logits_size or text_config.vocab_size)
+    sight = sight_of(config) if way.name == "paged" else None
     parameters = {id(p): p.numel() for p in text_model.model.parameters()}
     return ModelDescription(
         architecture=type(text_model.model).__name__,
@@ -116,6 +129,8 @@ def describe_way(
         row_elements=24 * hidden_size + (vocab_size if not text_model.is_parted else 0),
         implementation=IMPLEMENTATION,
         notes=(way.note,) if way.note else (),
+        accepts=() if sight is None else ("image",),
+        needs_whole_prompts=sight is not None and sight.is_bidirectional,
     )
 
 

@@ -23,8 +23,11 @@ from quire.core.models.transformers_adapter.checkpoint import (
 from quire.core.models.transformers_adapter.describing import Way, describe_way, find_ways
 from quire.core.models.transformers_adapter.paged import PagedModel
 from quire.core.models.transformers_adapter.pages import OwnPages
+from quire.core.models.transformers_adapter.probing import Probe
 from quire.core.models.transformers_adapter.recomputed import RecomputedModel
 from quire.core.models.transformers_adapter.ropes import fix_frequencies
+from quire.core.models.transformers_adapter.routing import Watch, route_layers
+from quire.core.models.transformers_adapter.selection import choosing_few
 from quire.core.models.transformers_adapter.self_check import OwnRun, deviation, run_own, tolerance
 from quire.core.models.transformers_adapter.text_model import TextModel
 
@@ -55,13 +58,38 @@ def load_adapted(config: WorkerConfig, device: Device) -> LanguageModel:
         cache_dtype=config.cache_dtype,
         block_size=config.block_size,
     )
+    with choosing_few(text_model.model):
+        return _first_right_way(text_model, ways, found, hf_config, config, device)
+
+
+def _first_right_way(
+    text_model: TextModel,
+    ways: list[Way],
+    found: Probe,
+    hf_config: Any,
+    config: WorkerConfig,
+    device: Device,
+) -> LanguageModel:
+    """Layers handed to the device, and the first way whose logits are the model's own.
+
+    Raises: UnsupportedError with why each way was left.
+    """
+    directory = Path(config.model)
     rejected: list[Reason] = []
-    own = _own_run(text_model, found.logits_size or int(text_model.config.vocab_size))
+    watch = Watch(text_model.model)
+    with watch.watching():
+        own = _own_run(text_model, found.logits_size or int(text_model.config.vocab_size))
+    # The self-check of every way sees what the device computes in place of the model's layers.
+    routed = route_layers(text_model, device.ops(), watch.free())
     for way in ways:
         description = describe_way(text_model, way, found, hf_config, directory, dtype=config.dtype)
         description = replace(description, cache_dtype=config.cache_dtype)
         model = _first_right(_made(way, text_model, description, config, device), own, rejected)
         if model is not None:
+            told = (reason.have for reason in rejected)
+            notes = (*model.description.notes, *(f"left aside: {what}" for what in told))
+            model.description = replace(model.description, notes=notes)
+            model.routed_providers = routed.providers()
             return model
     raise UnsupportedError(rejected, what=f"running {type(text_model.model).__name__}")
 

@@ -21,9 +21,10 @@ from quire.core.models.transformers_adapter.text_model import TextModel, set_att
 
 PROBE = "quire_probe"
 _NUM_TOKENS = 6
-_MEANINGLESS = {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal"}
 _FATAL = ("position_bias", "indices", "relative_position_bias", "block_indices", "alibi")
 """Arguments that change what attention computes and that no plan of ours knows."""
+_SELECTIONS = ("indices", "block_indices")
+"""Those of them that depend on what the tokens are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,8 @@ class Probe:
     objections: tuple[str, ...]
     """Why the paged way cannot be right; empty: it may be, and is tried at load."""
     logits_size: int | None
+    selections: tuple[str, ...] = ()
+    """Arguments by which the model tells its attention what to see, by content."""
 
 
 class _Recorder:
@@ -57,6 +60,7 @@ class _Recorder:
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []
         self.objections: list[str] = []
+        self.selections: list[str] = []
 
     def attend(
         self,
@@ -98,6 +102,7 @@ class _Recorder:
         return make_marked_mask(visibility, int(length), torch.device(device))
 
     def _object(self, arguments: dict[str, Any], module: nn.Module) -> None:
+        self.selections += [name for name in _SELECTIONS if arguments.get(name) is not None]
         for name in _FATAL:
             if arguments.get(name) is not None:
                 self.objections.append(f"{type(module).__name__} passes {name} to its attention")
@@ -132,7 +137,12 @@ def probe(text_model: TextModel) -> Probe:
     if not recorder.calls:
         recorder.objections.append("it never calls the attention interface")
     objections = tuple(dict.fromkeys(recorder.objections))
-    return Probe(calls=tuple(recorder.calls), objections=objections, logits_size=size)
+    return Probe(
+        calls=tuple(recorder.calls),
+        objections=objections,
+        logits_size=size,
+        selections=tuple(dict.fromkeys(recorder.selections)),
+    )
 
 
 @contextmanager
