@@ -35,6 +35,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the model does: see `quire.core.engine.pooling.Task`."""
     encoder_input: str | None = None
     """What every request must bring for the model's encoder: `tokens`, `audio`; None: nothing."""
+    accepts: list[str] = []
+    """What a prompt may bring besides text: `image`."""
     max_source_tokens: int = 0
     """The most tokens that the encoder makes of what a request brings."""
     labels: list[str] = []

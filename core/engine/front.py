@@ -10,6 +10,7 @@ from quire.core.config import EngineConfig
 from quire.core.engine.facts import EngineFacts
 from quire.core.engine.generation_defaults import read_generation_defaults
 from quire.core.engine.grammars import constraint_of, front_checker
+from quire.core.engine.image_reader import make_image_reader
 from quire.core.engine.input_processor import InputProcessor, ModelLimits
 from quire.core.engine.feature_readers import make_reader
 from quire.core.engine.output_processor import OutputProcessor
@@ -63,7 +64,7 @@ def make_front(
         defaults=read_generation_defaults(facts.model_directory),
         seed=config.seed,
         name_function=name_function,
-        reader=make_reader(facts),
+        reader=make_reader(facts) or make_image_reader(config, facts),
     )
     return Front(
         codec=codec,

@@ -252,6 +252,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Of a model that makes vectors: how many numbers one has."""
     encoder_input: str | None = None
     """What a request must bring for the model's encoder, as `Feature.kind`; None: it has none."""
+    accepts: list[str] = []
+    """What a prompt may bring besides text, as `Feature.kind`."""
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -61,8 +61,10 @@ class ModelDescription:
     """What it does."""
     encoder_input: str | None = None
     """What a request must bring for its encoder: `tokens`, `audio`; None: it has none."""
-    pooling: PoolingDescription | None = None
-    """Of a model that makes numbers of texts; None: it generates."""
+    accepts: tuple[str, ...] = ()
+    """What a prompt may bring besides text: `image`."""
+    needs_whole_prompts: bool = False
+    """Whether a prompt may not be cut into chunks, since tokens see later ones."""
     notes: tuple[str, ...] = ()
     """What a user should know of how it runs."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quire.core.interface.attention import AttentionPlan, LayerCache
 from quire.core.interface.worker import Feature
+from quire.core.models.step_images import RequestImages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,3 +38,5 @@ class StepContext:
     features: Sequence[StepFeature] = ()
     """In the order of the step's requests; those whose arrays are in the cache already are left
     out."""
+    images: Sequence[RequestImages] = ()
+    """Of every request in the step that brings images, whether this step needs them or not."""

@@ -28,6 +28,7 @@ from quire.core.interface import (
 )
 from quire.core.models.language_model import LanguageModel
 from quire.core.models.step_context import StepContext
+from quire.core.models.step_images import RequestImages
 from quire.core.worker.buckets import Buckets
 from quire.core.worker.decode_graphs import make_decode_graphs
 from quire.core.worker.device_errors import device_errors
@@ -36,6 +37,7 @@ from quire.core.worker.input_batch import BatchChange, InputBatch
 from quire.core.worker.logit_rows import LogitRows, make_logit_rows
 from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.prompt_logprobs import make_prompt_rows, run_prompt_logprobs
+from quire.core.worker.request_state import RequestState
 from quire.core.worker.running_step import RunningStep
 from quire.core.worker.sampler import Sampler
 from quire.core.worker.sampling_arrays import add_token_masks, make_sampling_arrays
@@ -63,6 +65,8 @@ class StepWork:
     """A decode step, padded so that a recording of it can be replayed."""
     features: Sequence[HostFeature]
     """What new requests bring besides tokens."""
+    images: Sequence[RequestImages]
+    """Of the requests whose prompts show images."""
     tensors: Mapping[str, Tensor]
     out: Mapping[str, Tensor]
 
@@ -240,6 +244,7 @@ class ModelRunner:
             outline=outline,
             may_replay=may_replay,
             features=new_features(batch),
+            images=self._images(step, arrays, outline.states),
             tensors=buffers.inputs.upload(inputs),
             out=buffers.outputs.outputs(fields),
         )
@@ -251,6 +256,27 @@ class ModelRunner:
         sampled_states = [outline.states[index] for index in sampled.tolist()]
         requests.append_sampled(step.rows[sampled], sampled_states, change)
         return RunningStep(self, outline, change, result, event)
+
+    def _images(
+        self, step: StepRows, arrays: StepArrays, states: Sequence[RequestState]
+    ) -> list[RequestImages]:
+        """What the model is told of the requests whose prompts show images."""
+        found = []
+        for index, state in enumerate(states):
+            shown = state.shown
+            if shown:
+                row, begin = state.row, int(arrays.query_start_loc[index])
+                images = RequestImages(
+                    begin=begin,
+                    num_computed=int(step.num_computed[index]),
+                    num_new=int(step.num_new[index]),
+                    prompt_ids=state.tokens[: state.num_prompt_tokens],
+                    features=shown,
+                    block_ids=[table[row].copy() for table in self.requests.block_tables],
+                    memo=state.memo,
+                )
+                found.append(images)
+        return found
 
     def _outputs(self, outline: StepOutline) -> list[Field]:
         fields = self._sampler.outputs(outline.sampling)
@@ -321,13 +347,13 @@ class ModelRunner:
                 return hidden
         groups = range(len(self._model.attention_groups))
         batches = [_attention_batch(work.arrays, work.tensors, group) for group in groups]
-        return self._forward(work.tensors, batches, work.features)
+        return self._forward(work.tensors, batches, work)
 
     def _forward(
         self,
         tensors: Mapping[str, Tensor],
         batches: Sequence[AttentionBatch],
-        features: Sequence[HostFeature] = (),
+        work: StepWork | None = None,
     ) -> Tensor:
         """Plans, and runs the model; `batches` has one for each cache group."""
         backends = self._model.attention_backends
@@ -337,7 +363,8 @@ class ModelRunner:
             positions=tensors["positions"],
             caches=self._caches,
             plans=plans,
-            features=[feature.on(self._device.torch_device) for feature in features],
+            features=[f.on(self._device.torch_device) for f in (work.features if work else ())],
+            images=work.images if work else (),
         )
         return self._model.forward(context)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,8 @@ class RequestState:
     """Why it cannot be served; it runs with ids that are harmless until the engine drops it."""
     features: list[Feature] = field(default_factory=list)
     """What it brings besides tokens."""
+    memo: dict[str, Any] = field(default_factory=dict)
+    """What the model keeps for it: encoded images, positions."""
     prompt_ids: list[int] = field(default_factory=list)
     """The prompt as a list, for those with custom processors."""
 
@@ -56,6 +59,11 @@ class RequestState:
     def num_source_tokens(self) -> int:
         """Tokens that the model's encoder makes of what it brings."""
         return sum(feature.num_tokens for feature in self.features if feature.offset is None)
+
+    @property
+    def shown(self) -> list[Feature]:
+        """Features that stand for tokens of its prompt."""
+        return [f for f in self.features if f.offset is not None] if self.features else []
 
     def output_ids(self) -> list[int]:
         """The tokens of the output, as a new list."""

@@ -81,6 +81,7 @@ class DefaultWorker(Worker):
             labels=list(pooling.labels) if pooling else [],
             vector_size=pooling.vector_size if pooling else 0,
             encoder_input=description.encoder_input,
+            accepts=list(description.accepts),
             providers=model.providers(),
         )
 

@@ -17,7 +17,14 @@ from quire.core.models.attention_groups import AttentionGroup
 from quire.core.models.description import ModelDescription
 from quire.core.models.step_context import StepContext
 from quire.core.models.transformers_adapter.adapted_model import AdaptedModel, layers_in_order
+from quire.core.models.transformers_adapter.both_ways import Span, attend_both_ways
 from quire.core.models.transformers_adapter.probing import AttentionCall, Probe
+from quire.core.models.transformers_adapter.seeing import (
+    Eyes,
+    sight_of,
+    spans_of,
+    use_text_attention,
+)
 from quire.core.models.transformers_adapter.text_model import TextModel, attention_of, use_attention
 
 NAME = "quire"
@@ -44,6 +51,13 @@ class PagedModel(AdaptedModel):
         self._own_attention = attention_of(text_model.model)
         register_attention()
         use_attention(text_model.model, NAME)
+        self._eyes: Eyes | None = None
+        sight = sight_of(text_model.model.config) if description.accepts else None
+        if sight is not None:
+            self._eyes = Eyes(text_model, sight)
+            self._attention.eyes = self._eyes
+            use_attention(text_model.model, self._own_attention)
+            use_text_attention(text_model, sight, NAME)
         for module in text_model.model.modules():
             object.__setattr__(module, _BINDING, self._attention)
 
@@ -54,6 +68,8 @@ class PagedModel(AdaptedModel):
     def forward(self, step: StepContext) -> Tensor:
         """Runs the T tokens of a step; rows [T, H]."""
         with self._attention.of(step):
+            if step.images and self._eyes is not None:
+                return self._eyes.run(step)
             return self._text_model.run(step.token_ids, step.positions).hidden
 
 
@@ -65,14 +81,18 @@ class _StepAttention:
     ) -> None:
         group_of = layers_in_order(groups)
         self._group_of = [group_of[layer] for layer in range(len(group_of))]
+        self._specs = [group.spec for group in groups]
         self._backends = backends
         self._step: StepContext | None = None
         self._next_call = 0
+        self._spans: list[Span] = []
+        self.eyes: Eyes | None = None
 
     def of(self, step: StepContext) -> _StepAttention:
         """For the length of a `with`, calls belong to `step`."""
         self._step = step
         self._next_call = 0
+        self._spans = [] if self.eyes is None else spans_of(self.eyes, step.images)
         return self
 
     def __enter__(self) -> None:
@@ -103,6 +123,11 @@ class _StepAttention:
             q, k, v, step.caches[call], step.plans[group], out,
             sinks=None if sinks is None else sinks.float(),
         )  # fmt: skip
+        backend = self._backends[group]
+        for span in self._spans:
+            attend_both_ways(
+                span, self._specs[group], backend, step.caches[call], group, q, k, v, out
+            )
         return out.unsqueeze(0)
 
 

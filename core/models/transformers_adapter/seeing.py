@@ -1,0 +1,239 @@
+"""Models that see, in transformers' own code: images become rows among the embeddings of tokens.
+
+The vision tower runs once for each distinct image. Its rows go to the places of its placeholders as
+far as a step computes them, so that a chunk may end in the middle of an image. Positions in three
+rows (Qwen's M-RoPE) are computed once for each prompt; the output goes on from the largest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.core.errors import QuireError
+from quire.core.models.encoder_cache import EncodedImage, EncoderCache
+from quire.core.models.step_images import RequestImages, feature_tensor
+from quire.core.models.transformers_adapter.both_ways import Span
+from quire.core.models.transformers_adapter.text_model import use_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quire.core.interface.worker import Feature
+    from quire.core.models.step_context import StepContext
+    from quire.core.models.transformers_adapter.text_model import TextModel
+
+_CACHE_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """How a family of models sees."""
+
+    language_model: str = "language_model"
+    """The attribute of the body that takes embeddings."""
+    has_grid: bool = False
+    """Whether positions are three rows, by the grids of the images."""
+    is_bidirectional: bool = False
+    """Whether the tokens of an image see each other, later ones included."""
+
+
+SIGHTS = {
+    "llava": Sight(),
+    "qwen2_vl": Sight(has_grid=True),
+    "qwen2_5_vl": Sight(has_grid=True),
+    "qwen3_vl": Sight(has_grid=True),
+    "gemma3": Sight(is_bidirectional=True),
+    "idefics3": Sight(language_model="text_model"),
+    "smolvlm": Sight(language_model="text_model"),
+}
+"""By `model_type`: the families whose images were held against transformers' own generation."""
+
+
+def sight_of(config: Any) -> Sight | None:
+    """How a model of this config sees; None: it takes text alone."""
+    if getattr(config, "vision_config", None) is None:
+        return None
+    return SIGHTS.get(config.model_type)
+
+
+class Eyes:
+    """The seeing side of one loaded model."""
+
+    def __init__(self, text_model: TextModel, sight: Sight) -> None:
+        self.sight = sight
+        self.cache = EncoderCache(_CACHE_BYTES)
+        self._body = text_model.body
+        self._language_model = getattr(text_model.body, sight.language_model)
+        self._image_token_id = int(text_model.model.config.image_token_id)
+
+    def run(self, step: StepContext) -> Tensor:
+        """Rows [T, H] of a step, images in their places."""
+        embeddings = self._embed(step)
+        is_image = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
+        deep: list[Tensor] = []
+        for request in step.images:
+            for feature in request.features:
+                self._place(request, feature, embeddings, is_image, deep)
+        arguments: dict[str, Any] = {}
+        if deep:
+            arguments["visual_pos_masks"] = is_image.unsqueeze(0)
+            arguments["deepstack_visual_embeds"] = [layer[is_image] for layer in deep]
+        output = self._language_model(
+            inputs_embeds=embeddings.unsqueeze(0),
+            position_ids=self._positions(step),
+            use_cache=False,
+            **arguments,
+        )
+        hidden: Tensor = output[0][0]
+        return hidden
+
+    def spans(self, request: RequestImages) -> list[tuple[int, int]]:
+        """Where tokens of a request see each other, of the tokens that this step computes.
+
+        Raises: QuireError if a step ends in the middle of one, which the engine never asks for.
+        """
+        if not self.sight.is_bidirectional:
+            return []
+        begin, end = request.num_computed, request.num_computed + request.num_new
+        spans = [span for span in _runs(self._all_places(request)) if span[0] < end > begin]
+        spans = [span for span in spans if span[1] > begin]
+        if any(stop > end for _, stop in spans):
+            raise QuireError(
+                "a step ends in the middle of an image whose tokens see each other; run the "
+                "model with enable_chunked_prefill=False"
+            )
+        return spans
+
+    # --- parts ----------------------------------------------------------------------------------
+
+    def _embed(self, step: StepContext) -> Tensor:
+        table = self._body.get_input_embeddings()
+        # A placeholder may have an id past the table's end.
+        ids = step.token_ids.clamp(max=table.weight.shape[0] - 1)
+        embeddings: Tensor = table(ids).clone()
+        return embeddings
+
+    def _place(
+        self,
+        request: RequestImages,
+        feature: Feature,
+        embeddings: Tensor,
+        is_image: Tensor,
+        deep: list[Tensor],
+    ) -> None:
+        """Writes the rows of one image as far as the step computes its placeholders."""
+        places = self._places(request, feature)
+        first, end = request.num_computed, request.num_computed + request.num_new
+        low, high = np.searchsorted(places, [first, end]).tolist()
+        if low < high:
+            image = self.cache.get(
+                feature.key, request.memo, lambda: self._encode(feature, embeddings)
+            )
+            if len(image.rows) != len(places):
+                raise QuireError(
+                    f"the vision tower made {len(image.rows)} rows of an image with {len(places)} "
+                    "placeholders; the processor and the model of this checkpoint do not agree"
+                )
+            rows = torch.from_numpy(places[low:high] - first + request.begin).to(embeddings.device)
+            embeddings[rows] = image.rows[low:high]
+            is_image[rows] = True
+            deep += [torch.zeros_like(embeddings) for _ in image.deep_rows[len(deep) :]]
+            for layer, added in zip(deep, image.deep_rows, strict=False):
+                layer[rows] = added[low:high]
+        if len(places) and end > places[-1]:
+            self.cache.let_go(feature.key, request.memo)
+
+    def _encode(self, feature: Feature, like: Tensor) -> EncodedImage:
+        arrays = {}
+        for name, array in feature.arrays.items():
+            tensor = feature_tensor(array).to(like.device)
+            arrays[name] = tensor.to(like.dtype) if tensor.is_floating_point() else tensor
+        output = self._body.get_image_features(**arrays, return_dict=True)
+        deep = tuple(_flat(layer) for layer in getattr(output, "deepstack_features", None) or ())
+        rows = _flat(output.pooler_output).to(like.dtype)
+        return EncodedImage(rows=rows, deep_rows=deep)
+
+    def _places(self, request: RequestImages, feature: Feature) -> Any:
+        """int64 [n]: where the placeholders of an image stand in the prompt."""
+        name = f"places@{feature.offset}"
+        if name not in request.memo:
+            begin = feature.offset or 0
+            span = np.asarray(request.prompt_ids[begin : begin + feature.num_tokens], np.int64)
+            request.memo[name] = np.flatnonzero(span == self._image_token_id) + begin
+        return request.memo[name]
+
+    def _all_places(self, request: RequestImages) -> Any:
+        found = [self._places(request, feature) for feature in request.features]
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+
+    def _positions(self, step: StepContext) -> Tensor:
+        """int64 [1, T], or [3, 1, T] where images have grids."""
+        if not self.sight.has_grid:
+            return step.positions.unsqueeze(0)
+        positions = step.positions.expand(3, -1).clone()
+        for request in step.images:
+            own = self._grid_positions(request).to(positions.device)
+            positions[:, request.begin : request.begin + request.num_new] = own
+        return positions.unsqueeze(1)
+
+    def _grid_positions(self, request: RequestImages) -> Tensor:
+        """int64 [3, num_new]: of the prompt by its grids, of the output one after the other."""
+        if "positions" not in request.memo:
+            request.memo["positions"] = self._prompt_positions(request)
+        prompt, delta = request.memo["positions"]
+        begin, end = request.num_computed, request.num_computed + request.num_new
+        num_prompt = prompt.shape[1]
+        later = torch.arange(max(begin, num_prompt), max(end, num_prompt)) + delta
+        return torch.cat([prompt[:, begin:end], later.expand(3, -1)], dim=1)
+
+    def _prompt_positions(self, request: RequestImages) -> tuple[Tensor, int]:
+        ids = torch.tensor(list(request.prompt_ids), dtype=torch.int64).unsqueeze(0)
+        kinds = torch.zeros_like(ids, dtype=torch.int32)
+        kinds[0, torch.from_numpy(self._all_places(request))] = 1
+        grids = [
+            feature_tensor(f.arrays["image_grid_thw"]).reshape(-1, 3) for f in request.features
+        ]
+        positions, delta = self._body.get_rope_index(
+            ids, mm_token_type_ids=kinds, image_grid_thw=torch.cat(grids)
+        )
+        return positions[:, 0], int(delta[0, 0])
+
+
+def use_text_attention(text_model: TextModel, sight: Sight, name: str) -> None:
+    """The language model alone names this attention; the vision tower keeps its own."""
+    use_attention(getattr(text_model.body, sight.language_model), name)
+
+
+def spans_of(eyes: Eyes, images: Sequence[RequestImages]) -> list[Span]:
+    """All spans of a step whose tokens see each other."""
+    return [
+        Span(
+            begin=request.begin,
+            num_computed=request.num_computed,
+            first=first,
+            end=end,
+            block_ids=request.block_ids,
+        )
+        for request in images
+        for first, end in eyes.spans(request)
+    ]
+
+
+def _flat(rows: Any) -> Tensor:
+    """[n, H] of a tensor [..., H], or of a sequence of them."""
+    if isinstance(rows, Tensor):
+        return rows.reshape(-1, rows.shape[-1])
+    return torch.cat([_flat(part) for part in rows])
+
+
+def _runs(places: Any) -> list[tuple[int, int]]:
+    """Unbroken runs of increasing numbers, as (first, end)."""
+    if not len(places):
+        return []
+    cuts = np.flatnonzero(np.diff(places) > 1) + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(places, cuts)]

@@ -1,0 +1,209 @@
+"""Tiny random models that see, with tokenizers and processors, made without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+SPECIAL = (
+    "<pad>", "<bos>", "<eos>", "<image>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>", "<start_of_image>", "<end_of_image>", "<image_soft_token>",
+    "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
+    *(f"<row_{row}_col_{col}>" for row in range(1, 3) for col in range(1, 3)),
+)  # fmt: skip
+WORDS = (
+    "a the cat dog sees what is in this picture and that one of two red blue image describe it "
+    "please tell me more user : assistant . ? \n"
+).split(" ")
+_TEXT = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 32, "patch_size": 8, "projection_dim": 32,
+}  # fmt: skip
+_QWEN_VISION = {
+    "depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+    "in_channels": 3, "in_chans": 3,
+}  # fmt: skip
+_QWEN_IDS = {
+    "image_token_id": 6, "video_token_id": 7, "vision_start_token_id": 4, "vision_end_token_id": 5,
+}  # fmt: skip
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_CHAT = (
+    "{% for m in messages %}{{ m.role }} : {% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{% if p.type == 'image' %}MARK{% else %}{{ p.text }}{% endif %} "
+    "{% endfor %}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+)
+_QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+MARKS = {
+    "llava": "<image>",
+    "qwen2_vl": _QWEN_MARK,
+    "qwen2_5_vl": _QWEN_MARK,
+    "qwen3_vl": _QWEN_MARK,
+    "gemma3": "<start_of_image>",
+    "idefics3": "<image>",
+    "smolvlm": "<image>",
+    "paligemma": "<image>",
+}
+"""What stands for an image in a prompt, by family."""
+
+
+def make_vision_model(family: str, directory: Path, *, seed: int = 0) -> Path:
+    """Writes a model of `family` with its tokenizer and image processor to `directory`."""
+    import transformers
+
+    config = make_config(family)
+    torch.manual_seed(seed)
+    model = getattr(transformers, config.architectures[0])(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.25 if "embed_tokens" in name else 0.12)
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(directory)
+    make_tokenizer(family).save_pretrained(directory)
+    make_image_processor(family).save_pretrained(directory)
+    (directory / "processor_config.json").write_text(json.dumps(processor_settings(family)))
+    return directory
+
+
+def make_tokenizer(family: str) -> Any:
+    """A word-level tokenizer that knows the special tokens of all families."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index for index, word in enumerate((*SPECIAL, "<unk>", *WORDS))}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    named = _NAMED.get(family)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", bos_token="<bos>",
+        eos_token="<eos>", extra_special_tokens=named or list(SPECIAL[3:]),
+        chat_template=_CHAT.replace("MARK", MARKS[family]),
+    )  # fmt: skip
+
+
+_NAMED = {
+    "gemma3": {
+        "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    },
+}  # fmt: skip
+
+
+def make_config(family: str) -> Any:
+    """The config of a tiny model."""
+    import transformers as hf
+
+    if family == "llava":
+        config = hf.LlavaConfig(
+            vision_config=hf.CLIPVisionConfig(**_VISION), text_config=hf.LlamaConfig(**_TEXT),
+            image_token_index=3, image_token_id=3, vision_feature_layer=-1,
+        )  # fmt: skip
+    elif family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        config = _qwen_config(family)
+    elif family == "gemma3":
+        config = hf.Gemma3Config(
+            text_config={**_TEXT, "sliding_window": 12, "query_pre_attn_scalar": 16,
+                         "layer_types": ["sliding_attention", "full_attention"] * 2,
+                         "num_hidden_layers": 4},
+            vision_config={**_VISION, "model_type": "siglip_vision_model"},
+            mm_tokens_per_image=16, boi_token_index=8, eoi_token_index=9, image_token_index=10,
+        )  # fmt: skip
+    elif family in ("idefics3", "smolvlm"):
+        made = hf.Idefics3Config if family == "idefics3" else hf.SmolVLMConfig
+        config = made(
+            vision_config={**_VISION}, text_config={**_TEXT, "model_type": "llama"},
+            image_token_id=3, scale_factor=2, pad_token_id=0, tie_word_embeddings=False,
+        )  # fmt: skip
+    elif family == "paligemma":
+        config = hf.PaliGemmaConfig(
+            vision_config={**_VISION, "model_type": "siglip_vision_model"},
+            text_config={**_TEXT, "model_type": "gemma"}, image_token_index=3, projection_dim=64,
+        )  # fmt: skip
+    else:
+        raise ValueError(family)
+    config.architectures = [_ARCHITECTURES[family]]
+    return config
+
+
+_ARCHITECTURES = {
+    "llava": "LlavaForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+    "paligemma": "PaliGemmaForConditionalGeneration",
+}
+
+
+def _qwen_config(family: str) -> Any:
+    import transformers as hf
+
+    text = {**_TEXT, "rope_parameters": _MROPE}
+    if family == "qwen2_vl":
+        vision = {**_QWEN_VISION, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+        return hf.Qwen2VLConfig(text_config=text, vision_config=vision, **_QWEN_IDS)
+    if family == "qwen2_5_vl":
+        vision = {
+            **_QWEN_VISION, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
+            "window_size": 16, "fullatt_block_indexes": [1],
+        }  # fmt: skip
+        return hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_QWEN_IDS)
+    vision = {
+        **_QWEN_VISION, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
+        "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+    }  # fmt: skip
+    text["rope_parameters"] = {**_MROPE, "mrope_interleaved": True}
+    return hf.Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN_IDS)
+
+
+def make_image_processor(family: str) -> Any:
+    """The family's image processor for images of 32 x 32, or of at most 64 x 64."""
+    import transformers as hf
+
+    if family == "llava":
+        size = {"shortest_edge": 32}
+        return hf.CLIPImageProcessorPil(size=size, crop_size={"height": 32, "width": 32})
+    if family.startswith("qwen"):
+        return hf.Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, temporal_patch_size=2,
+            size={"shortest_edge": 8 * 8, "longest_edge": 40 * 40},
+        )  # fmt: skip
+    if family == "gemma3":
+        return hf.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+    if family == "paligemma":
+        return hf.SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    made = hf.Idefics3ImageProcessorPil if family == "idefics3" else hf.SmolVLMImageProcessorPil
+    return made(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+
+
+def processor_settings(family: str) -> dict[str, Any]:
+    """What processor_config.json says."""
+    if family == "llava":
+        return {
+            "patch_size": 8, "vision_feature_select_strategy": "default", "image_token": "<image>",
+            "num_additional_image_tokens": 1,
+        }  # fmt: skip
+    if family == "gemma3":
+        return {"image_seq_length": 16}
+    if family in ("idefics3", "smolvlm"):
+        return {"image_seq_len": 4}
+    return {}
+
+
+def make_image(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    """Noise; (width, height)."""
+    generator = np.random.default_rng(seed)
+    return Image.fromarray(generator.integers(0, 256, (size[1], size[0], 3), np.uint8))
