@@ -20,6 +20,7 @@ from quire.core.engine.chat import ChatRenderer
 from quire.core.engine.client import AsyncProcessClient
 from quire.core.engine.core import BuildCore, EngineCore
 from quire.core.engine.facts import EngineFacts, EngineStatistics
+from quire.core.engine.feature_readers import AudioReader
 from quire.core.engine.features import ModelInput
 from quire.core.engine.front import Front, make_front
 from quire.core.engine.messages import same_death
@@ -30,6 +31,7 @@ from quire.core.engine.prompts import Prompt, parse_prompt
 from quire.core.engine.request_stream import RequestStream
 from quire.core.engine.sampling_spec import check_token_ids
 from quire.core.engine.tokenizer import start_import
+from quire.core.engine.transcription import Transcriber
 from quire.core.errors import EngineDeadError, RequestError
 from quire.core.outputs import RequestOutput
 from quire.core.sampling_params import SamplingParams
@@ -202,8 +204,15 @@ class AsyncEngine:
         """
         self._refuse_if_not_ready()
         check_task("transcribe", self.facts.tasks, self.facts.served_model_name)
-        raise NotImplementedError("transcribe")  # no core says that it can
-        yield  # an iterator, like every implementation
+        reader = self._front.inputs.reader
+        assert isinstance(reader, AudioReader), self.facts
+        codec = self._front.inputs.require_codec()
+        transcriber = Transcriber(self.generate, reader, codec, self.facts)
+        async with contextlib.aclosing(
+            transcriber.transcribe(clip, params, request_id)  # type: ignore[type-var]
+        ) as segments:
+            async for segment in segments:
+                yield segment
 
     # ------------------------------------------------------------------------------------ text
 

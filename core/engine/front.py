@@ -8,14 +8,15 @@ from typing import Any
 
 from quire.core.config import EngineConfig
 from quire.core.engine.facts import EngineFacts
+from quire.core.engine.feature_readers import AUDIO, make_reader
 from quire.core.engine.generation_defaults import read_generation_defaults
 from quire.core.engine.grammars import constraint_of, front_checker
 from quire.core.engine.image_reader import make_image_reader
 from quire.core.engine.input_processor import InputProcessor, ModelLimits
-from quire.core.engine.feature_readers import make_reader
 from quire.core.engine.output_processor import OutputProcessor
 from quire.core.engine.pooling_desk import PoolingDesk
 from quire.core.engine.tokenizer import TextCodec, load_codec
+from quire.core.engine.transcription import TIMESTAMP_RULE
 from quire.core.sampling_params import SamplingParams
 from quire.core.structured.compiler import GrammarChecker
 
@@ -55,7 +56,7 @@ def make_front(
         model=facts.model,
         vocab_size=facts.vocab_size,
         max_model_len=facts.max_model_len,
-        logits_processors=frozenset(config.logits_processors),
+        logits_processors=frozenset({*config.logits_processors, *_own_processors(facts)}),
         max_source_tokens=facts.max_source_tokens,
     )
     inputs = InputProcessor(
@@ -73,3 +74,8 @@ def make_front(
         pooling=PoolingDesk(facts, codec),
         grammars=front_checker(codec, facts.model, facts.vocab_size),
     )
+
+
+def _own_processors(facts: EngineFacts) -> tuple[str, ...]:
+    """Logits processors that the model itself brings."""
+    return (TIMESTAMP_RULE,) if facts.encoder_input == AUDIO else ()

@@ -135,6 +135,11 @@ class InputProcessor:
             )
         return self._reader.read(parsed, self._encode, add_special_tokens=add_special_tokens)
 
+    @property
+    def reader(self) -> FeatureReader | None:
+        """Of a model that takes more than text."""
+        return self._reader
+
     def is_slow(self, parsed: ParsedPrompt) -> bool:
         """Whether reading the prompt would hold up an event loop."""
         is_long = parsed.token_ids is None and len(parsed.text or "") >= _LONG_TEXT_CHARS

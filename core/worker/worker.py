@@ -66,6 +66,8 @@ class DefaultWorker(Worker):
         """Loads the weights and says what the layers need of the cache."""
         with device_errors("weights"):
             model = self._model = load_any_model(self._config, self._device)
+        for name, function in getattr(model, "logits_processors", {}).items():
+            self.logits_processors.register(name, function)
         description = model.description
         pooling = description.pooling
         return ModelInfo(
