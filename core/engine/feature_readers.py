@@ -10,6 +10,7 @@ import numpy as np
 from quire.core.engine.audio import AudioClip
 from quire.core.engine.audio_features import AudioFeatures
 from quire.core.engine.features import Encode, FeatureReader, ModelInput, make_feature
+from quire.core.engine.sampling_spec import check_token_ids
 from quire.core.engine.sequence_defaults import SequenceDefaults, read_sequence_defaults
 from quire.core.errors import RequestError
 
@@ -30,13 +31,14 @@ def make_reader(facts: EngineFacts) -> FeatureReader | None:
     defaults = read_sequence_defaults(facts.model_directory)
     if facts.encoder_input == AUDIO:
         return AudioReader(AudioFeatures(facts.model_directory, facts.max_source_tokens), defaults)
-    return TextPairReader(defaults, facts.model)
+    return TextPairReader(defaults, facts.model, defaults.source_vocab_size or facts.vocab_size)
 
 
 class TextPairReader:
     """For models whose encoder reads a text: a plain prompt is the encoder's."""
 
-    def __init__(self, defaults: SequenceDefaults, model: str) -> None:
+    def __init__(self, defaults: SequenceDefaults, model: str, source_vocab_size: int) -> None:
+        self._source_vocab_size = source_vocab_size
         self._defaults = defaults
         self._model = model
 
@@ -51,8 +53,7 @@ class TextPairReader:
         source_ids = _ids(source, encode, add_special_tokens)
         if not source_ids:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
-        if min(source_ids) < 0 or max(source_ids) >= 2**31:
-            raise RequestError("the prompt has token ids out of range", param="prompt")
+        check_token_ids(source_ids, self._source_vocab_size, "the encoder's prompt")
         target: list[int] | None = None
         if parsed.source is not None and (parsed.text is not None or parsed.token_ids is not None):
             target = _ids(parsed, encode, False)

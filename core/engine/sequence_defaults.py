@@ -22,6 +22,8 @@ class SequenceDefaults:
     """The first token of every output, and those that are forced after it."""
     suppressed_ids: tuple[int, ...] = ()
     begin_suppressed_ids: tuple[int, ...] = ()
+    source_vocab_size: int | None = None
+    """Ids that the encoder knows; None: those of the decoder."""
     prepends_start: bool = True
     """Whether a decoder's prompt without the first token gets it."""
 
@@ -49,7 +51,11 @@ def read_sequence_defaults(directory: str) -> SequenceDefaults:
         raise CheckpointError(
             f"{directory} names no decoder_start_token_id; add it to generation_config.json"
         )
+    encoder = config.get("encoder")
+    encoders = [config, encoder if isinstance(encoder, dict) else {}]
+    source_vocab_size = _first(encoders, "src_vocab_size") or _first(encoders, "vocab_size")
     return SequenceDefaults(
+        source_vocab_size=source_vocab_size,
         start_ids=(start, *_forced(generation, config)),
         suppressed_ids=tuple(_numbers(generation.get("suppress_tokens"))) + _bad_ids(generation),
         begin_suppressed_ids=tuple(_numbers(generation.get("begin_suppress_tokens"))),

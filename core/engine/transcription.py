@@ -202,14 +202,14 @@ class _Run:
         )
         asked = {"prompt_token_ids": prompt, "multi_modal_data": {"audio": clip}}
         params = params or self._sampling(prompt)
-        output = None
+        outputs: list[RequestOutput] = []
         stream = self._owner.generate(asked, params, name, output_kind="final")
-        async with aclosing(stream) as outputs:  # type: ignore[type-var]
-            async for output in outputs:
-                pass
-        if output is None or output.error is not None:
-            raise QuireError(f"a window of the sound failed: {output.error if output else 'ended'}")
-        return _heard(output.outputs[0])
+        async with aclosing(stream) as found:  # type: ignore[type-var]
+            outputs = [output async for output in found]
+        if not outputs or outputs[-1].error is not None:
+            why = outputs[-1].error if outputs else "it was ended"
+            raise QuireError(f"a window of the sound failed: {why}")
+        return _heard(outputs[-1].outputs[0])
 
     def _sampling(self, prompt: Sequence[int]) -> SamplingParams:
         limit = self._owner.max_model_len

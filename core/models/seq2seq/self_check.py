@@ -110,7 +110,7 @@ class _Run:
             ],
         )
         rows = self._model.logits(self._model.forward(context))
-        for (text, a, b), part in zip(
+        for (text, _, b), part in zip(
             spans, rows.split_with_sizes([b - a for _, a, b in spans]), strict=True
         ):
             self._computed[text] = b
