@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import shutil
@@ -74,6 +75,8 @@ def _serve(
     try:
         core = build_core(config)
         core.prepare_grammars()
+        gc.collect()
+        gc.freeze()  # the collector need not look at modules and weights again and again
         mailbox.send(Ready(core.config, core.facts))
         CoreLoop(core, mailbox, deadline).run()
         return True

@@ -24,7 +24,8 @@ class RequestStream:
         self._waiting: RequestOutput | None = None
         self._error: EngineDeadError | None = None
         self._is_over = False
-        self._has_news = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        """Of the consumer, while there is nothing for it."""
 
     def put(self, output: RequestOutput) -> None:
         """Takes the next output, from the engine's task."""
@@ -32,12 +33,12 @@ class RequestStream:
             _merge(self._waiting, output)
         else:
             self._waiting = output
-        self._has_news.set()
+        self._wake()
 
     def fail(self, error: EngineDeadError) -> None:
         """Ends the stream with an error, after what waits."""
         self._error = error
-        self._has_news.set()
+        self._wake()
 
     def __aiter__(self) -> RequestStream:
         return self
@@ -49,16 +50,27 @@ class RequestStream:
         """
         if self._is_over:
             raise StopAsyncIteration
-        await self._has_news.wait()
+        while self._waiting is None and self._error is None:
+            await self._news()
         output, self._waiting = self._waiting, None
         if output is None:
             assert self._error is not None, self.request_id
             self._is_over = True
             raise same_death(self._error)
         self._is_over = output.is_finished
-        if self._error is None:
-            self._has_news.clear()
         return output
+
+    async def _news(self) -> None:
+        """Waits for `put` or `fail`: a bare future, since this happens for every token."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def abort(self) -> None:
         """Ends the request in the core too. Harmless after the end."""

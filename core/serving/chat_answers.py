@@ -11,6 +11,7 @@ from quire.core.serving.answer_messages import DeltaReader, whole_message
 from quire.core.serving.answers import AnswerHead, PromptFacts, Tally, collect
 from quire.core.serving.generation import Generation
 from quire.core.serving.logprobs import TokenNames, chat_logprobs, prompt_logprobs_body
+from quire.core.serving.plain_chunks import PlainChunks
 from quire.core.serving.protocol.chat import (
     AnswerMessage,
     ChatChoice,
@@ -22,6 +23,9 @@ from quire.core.serving.protocol.chat import (
 )
 from quire.core.serving.token_bytes import TokenBytes
 from quire.core.serving.tools.events import AnswerParser
+
+AddedText = tuple[int, str]
+"""The index of a choice, and what was added to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +55,26 @@ class ChatWriter:
 
     async def chunks(self, generation: Generation) -> AsyncGenerator[bytes]:
         """The answer as it comes, one JSON body a chunk."""
-        async with aclosing(self.stream(generation)) as stream:
-            async for chunk in stream:
-                yield chunk.to_json()
+        plain = PlainChunks(lambda index, text: self._text_chunk(index, text).to_json())
+        async with aclosing(self._events(generation)) as events:
+            async for event in events:
+                if isinstance(event, ChatChunk):
+                    yield event.to_json()
+                else:
+                    yield plain.body(*event)
 
     async def stream(self, generation: Generation) -> AsyncGenerator[ChatChunk]:
         """The answer as it comes; each choice begins with its role.
 
         What other endpoints that answer conversations write is made of the same chunks.
         """
-        tally = Tally()
+        async with aclosing(self._events(generation)) as events:
+            async for event in events:
+                yield event if isinstance(event, ChatChunk) else self._text_chunk(*event)
+
+    async def _events(self, generation: Generation) -> AsyncGenerator[ChatChunk | AddedText]:
+        """The chunks; of those that add text and nothing else only what they add."""
+        tally, is_plain = Tally(), self._is_plain
         readers = [DeltaReader(self.make_parser, self.request) for _ in range(self.request.n or 1)]
         async with aclosing(generation.outputs()) as outputs:
             for index in range(self.request.n or 1):
@@ -69,6 +83,12 @@ class ChatWriter:
             async for item in outputs:
                 is_first = not tally.prompts
                 facts = tally.note(item)
+                if not is_first and is_plain and len(item.output.outputs) == 1:
+                    child = item.output.outputs[0]
+                    if not child.is_finished:
+                        if child.text:
+                            yield child.index, child.text
+                        continue
                 choices = [self._chunk_choice(c, readers[c.index]) for c in item.output.outputs]
                 told = [choice for choice in choices if choice is not None]
                 if not told and not (is_first and self._tells_prompt()):
@@ -79,6 +99,19 @@ class ChatWriter:
                 yield chunk
             if self.request.streams_usage:
                 yield self._chunk([], tally, is_last=True)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether chunks between the first and the last add text and tell nothing else."""
+        asked = self.request
+        tells_tokens = asked.logprobs or asked.return_token_ids
+        return self.make_parser is None and not (tells_tokens or asked.streams_usage_continuously)
+
+    def _text_chunk(self, index: int, text: str) -> ChatChunk:
+        choice = ChatChunkChoice(
+            index=index, delta=AnswerMessage(content=text), logprobs=None, finish_reason=None
+        )
+        return self._chunk([choice], Tally())
 
     def _chunk(
         self, choices: list[ChatChunkChoice], tally: Tally, *, is_last: bool = False

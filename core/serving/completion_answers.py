@@ -11,6 +11,7 @@ from quire.core.outputs import CompletionOutput, TokenLogprobs
 from quire.core.serving.answers import AnswerHead, PromptFacts, Tally, collect
 from quire.core.serving.generation import Generation
 from quire.core.serving.logprobs import TokenNames, completion_logprobs, prompt_logprobs_body
+from quire.core.serving.plain_chunks import PlainChunks
 from quire.core.serving.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -43,12 +44,17 @@ class CompletionWriter:
         """The answer as it comes, one JSON body a chunk."""
         tally = Tally()
         lengths: dict[int, int] = {}
+        plain = self._plain_chunks(tally)
         async with aclosing(generation.outputs()) as outputs:
             async for item in outputs:
                 facts = tally.note(item)
                 for child in map(self._kept, item.output.outputs):
                     index = self._choice_index(item.prompt_index, child)
                     is_first = index not in lengths
+                    if plain is not None and not (is_first or child.is_finished):
+                        if child.text:
+                            yield plain.body(index, child.text)
+                        continue
                     echoed = await self._echo(facts) if is_first else ""
                     if not (is_first or self._says_something(child)):
                         continue
@@ -58,6 +64,20 @@ class CompletionWriter:
                     yield self._chunk([choice], tally)
             if self.request.streams_usage:
                 yield self._chunk([], tally, is_last=True)
+
+    def _plain_chunks(self, tally: Tally) -> PlainChunks | None:
+        """Of chunks that add text and nothing else; None where they tell more."""
+        asked = self.request
+        if asked.logprobs is not None or asked.return_token_ids or asked.generates_nothing:
+            return None
+        if asked.streams_usage_continuously:
+            return None
+
+        def make(index: int, text: str) -> bytes:
+            child = CompletionOutput(index=index, text=text, token_ids=())
+            return self._chunk([self._choice(index, child, None, "", 0)], tally)
+
+        return PlainChunks(make)
 
     def _chunk(
         self, choices: list[CompletionChoice], tally: Tally, *, is_last: bool = False

@@ -99,17 +99,20 @@ class Generation:
 
         Raises: DeviceError for a request that failed alone; EngineDeadError.
         """
-        async with aclosing(self._merged()) as merged:
-            async for item in merged:
-                self._observers[item.prompt_index].observe(item.output)
-                _raise_failure(item.output)
-                yield item
-
-    async def _merged(self) -> AsyncGenerator[PromptOutput]:
         if len(self._streams) == 1:
             async for output in self._streams[0]:
-                yield PromptOutput(0, output)
+                yield self._noted(PromptOutput(0, output))
             return
+        async with aclosing(self._merged()) as merged:
+            async for item in merged:
+                yield self._noted(item)
+
+    def _noted(self, item: PromptOutput) -> PromptOutput:
+        self._observers[item.prompt_index].observe(item.output)
+        _raise_failure(item.output)
+        return item
+
+    async def _merged(self) -> AsyncGenerator[PromptOutput]:
         # A bound of one a prompt: the engine merges what a slow client leaves waiting.
         queue: asyncio.Queue[PromptOutput | _End] = asyncio.Queue(maxsize=len(self._streams))
         pumps = [asyncio.create_task(_pump(i, s, queue)) for i, s in enumerate(self._streams)]
@@ -147,6 +150,8 @@ async def _abort(streams: Sequence[RequestStream]) -> None:
 
 
 def _raise_failure(output: RequestOutput) -> None:
-    failed = any(child.finish_reason == "error" for child in output.outputs)
-    if output.error is not None or failed:
+    has_failed = output.error is not None
+    for child in output.outputs:
+        has_failed = has_failed or child.finish_reason == "error"
+    if has_failed:
         raise DeviceError(output.error or "the request failed in the engine")

@@ -86,8 +86,11 @@ def make_names(request: Request, prefix: str, own_id: str | None) -> Names:
     return Names(answer_id=answer_id, engine_id=f"{answer_id}-{uuid.uuid4().hex[:8]}")
 
 
-def server_of(request: Request) -> ServerState:
-    """The server that this request came to, with metrics that also fill the request's record."""
+async def server_of(request: Request) -> ServerState:
+    """The server that this request came to, with metrics that also fill the request's record.
+
+    A coroutine, though it waits for nothing: FastAPI sends plain functions through a thread.
+    """
     state = request.app.state.server
     assert isinstance(state, ServerState), state
     record = record_of(request.scope)

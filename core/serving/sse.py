@@ -120,14 +120,16 @@ class _Wire:
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._lock = asyncio.Lock()
+        self._is_writing = False
         self._num_written = 0
 
     async def write(self, data: bytes) -> None:
         """Waits for a client that is slow to take what it was sent."""
-        async with self._lock:
-            self._num_written += 1
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        self._num_written += 1
+        self._is_writing = True
+        # What is sent is handed over whole before anything is waited for: two cannot mix.
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        self._is_writing = False
 
     async def keep_alive(self, data: bytes, interval_s: float) -> None:
         """Writes `data` after every interval in which nothing was written. Runs until cancelled."""
@@ -135,6 +137,6 @@ class _Wire:
         while True:
             await asyncio.sleep(interval_s)
             # A client that is slow to take an event has something to read already.
-            if seen == self._num_written and not self._lock.locked():
+            if seen == self._num_written and not self._is_writing:
                 await self.write(data)
             seen = self._num_written
