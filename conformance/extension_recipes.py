@@ -44,6 +44,39 @@ def _expect_heads(arrays: Mapping[str, Array], options: Options) -> dict[str, Ar
     return {"out": layers.head_linear(x, arrays["weight"])}
 
 
+# --- adapters -------------------------------------------------------------------------------------
+
+_LORAS: dict[str, Options] = {
+    "mixed": {"shape": (9, 3, 8, 64, 48), "ids": (0, -1, 2, 2, 1, -1, 0, 1, 2)},
+    "one": {"shape": (4, 1, 16, 33, 65), "ids": (0, 0, 0, 0)},
+    "none": {"shape": (3, 2, 4, 32, 32), "ids": (-1, -1, -1)},
+    "decode": {"shape": (5, 5, 8, 96, 32), "ids": (4, 3, 2, 1, 0)},
+}
+"""(tokens, adapters, rank, inputs, outputs), and each token's adapter."""
+
+
+def _lora(rng: np.random.Generator, dtype: str, scale: float, options: Options) -> Inputs:
+    tokens, adapters, rank, num_inputs, num_outputs = options["shape"]
+    return {
+        "out": make_normal(rng, (tokens, num_outputs), dtype, scale),
+        "x": make_normal(rng, (tokens, num_inputs), dtype, scale),
+        "down": make_normal(rng, (adapters, rank, num_inputs), dtype, num_inputs**-0.5),
+        "up": make_normal(rng, (adapters, num_outputs, rank), dtype, rank**-0.5),
+        "adapter_ids": torch.tensor(options["ids"]),
+    }
+
+
+def _call_lora(ops: Ops, tensors: Tensors, options: Options) -> dict[str, Tensor]:
+    ops.add_lora(**tensors)
+    return {"out": tensors["out"]}
+
+
+def _expect_lora(arrays: Mapping[str, Array], options: Options) -> dict[str, Array]:
+    is_truth = arrays["x"].dtype == np.float64
+    rounded = (lambda x: x) if is_truth else make_rounder(options["dtype"])
+    return {"out": layers.add_lora(**arrays, rounded=rounded)}
+
+
 # --- experts --------------------------------------------------------------------------------------
 
 _ROUTES: dict[str, Options] = {
@@ -398,6 +431,13 @@ def _expect_quantized(arrays: Mapping[str, Array], options: Options) -> dict[str
 
 
 EXTENSION_RECIPES: Mapping[str, Recipe] = {
+    "add_lora": Recipe(
+        variants=_LORAS,
+        make=_lora,
+        call=_call_lora,
+        expect=_expect_lora,
+        hint="Each token has its own adapter; -1 has none, and its row keeps its bits.",
+    ),
     "head_linear": Recipe(
         variants=_HEADS,
         make=_heads,

@@ -94,7 +94,7 @@ def _capabilities() -> Capabilities:
         cache_dtypes=(*dtypes, *NARROW),
         block_sizes=_BLOCK_SIZES,
         attention_kinds=frozenset({"causal", "sliding_window", "chunked", "mla"}),
-        features=frozenset({"moe", "recurrent", "speculation"}),
+        features=frozenset({"lora", "moe", "recurrent", "speculation"}),
         attention_features=frozenset({"soft_cap", "sinks", "alibi"}),
         quantizations=frozenset({"int8", "int4"}),
         copy_mode="unified",

@@ -104,6 +104,19 @@ class ReferenceOps(Ops):
     def soft_cap(self, x: Tensor, cap: float) -> None:
         x.copy_((_widened(x) / cap).tanh_().mul_(cap))
 
+    # --- adapters -------------------------------------------------------------------------------
+
+    def add_lora(
+        self, out: Tensor, x: Tensor, down: Tensor, up: Tensor, adapter_ids: Tensor
+    ) -> None:
+        for adapter in adapter_ids.unique().tolist():
+            if adapter < 0:
+                continue
+            rows = (adapter_ids == adapter).nonzero().squeeze(-1)
+            inner = F.linear(x[rows], down[adapter])
+            added = _widened(inner) @ _widened(up[adapter]).T
+            out.index_copy_(0, rows, (_widened(out[rows]) + added).to(out.dtype))
+
     # --- latent attention -----------------------------------------------------------------------
 
     def head_linear(self, x: Tensor, weight: Tensor) -> Tensor:

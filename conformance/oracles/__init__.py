@@ -16,6 +16,7 @@ ORACLES: Mapping[str, Callable[..., Any]] = {
     "layers.embedding": layers.embedding,
     "layers.linear": layers.linear,
     "layers.quantized_linear": layers.quantized_linear,
+    "layers.add_lora": layers.add_lora,
     "layers.head_linear": layers.head_linear,
     "layers.rms_norm": layers.rms_norm,
     "layers.add_rms_norm": layers.add_rms_norm,

@@ -66,6 +66,22 @@ def _rounded_activations(x: Array) -> Array:
     return np.asarray(q.astype(x.dtype) * scale.astype(x.dtype))
 
 
+def add_lora(
+    out: Array,
+    x: Array,
+    down: Array,
+    up: Array,
+    adapter_ids: Array,
+    rounded: Callable[[Array], Array],
+) -> Array:
+    """out[t] + up[a] @ (down[a] @ x[t]) for the tokens with an adapter a: [T, N]."""
+    changed = out.copy()
+    for token, adapter in enumerate(adapter_ids):
+        if adapter >= 0:
+            changed[token] += up[adapter] @ rounded(down[adapter] @ x[token])
+    return changed
+
+
 def head_linear(x: Array, weight: Array) -> Array:
     """out[t, m, n] = sum_k weight[m, n, k] x[t, m, k]: [T, M, N]."""
     return np.stack([x[:, m] @ weight[m].T for m in range(x.shape[1])], axis=1)

@@ -136,6 +136,16 @@ OP_SPECS: tuple[OpSpec, ...] = (
         reads=("logits", "token_ids"),
     ),
     OpSpec(
+        name="add_lora",
+        summary="Adds what a token's adapter contributes.",
+        tolerance="attention",
+        oracle="layers.add_lora",
+        reads=("out", "x", "down", "up", "adapter_ids"),
+        writes=("out",),
+        extension="lora",
+        since="1.1",
+    ),
+    OpSpec(
         name="head_linear",
         summary="Multiplies each head by weights of its own.",
         tolerance="reduction",

@@ -169,6 +169,20 @@ class Ops(ABC):
     def soft_cap(self, x: Tensor, cap: float) -> None:
         """X = cap * tanh(x / cap), in place. Source: Gemma 2 report, section 2."""
 
+    # --- adapters (extension `lora`) ------------------------------------------------------------
+
+    def add_lora(
+        self, out: Tensor, x: Tensor, down: Tensor, up: Tensor, adapter_ids: Tensor
+    ) -> None:
+        """Adds what each token's adapter contributes to a linear layer's result, in place.
+
+        out [T, N], x [T, K], down [A, r, K] and up [A, N, r] of A adapters, scaling included, all
+        of one dtype; adapter_ids int64 [T], -1: none. out[t] += up[a] @ (down[a] @ x[t]). Both
+        products accumulate in float32, the one between is rounded to the dtype. Rows without an
+        adapter keep their bits. Source: Hu et al. 2021, eq. 3.
+        """
+        raise NotImplementedError
+
     # --- latent attention (extension `mla`) -----------------------------------------------------
 
     def head_linear(self, x: Tensor, weight: Tensor) -> Tensor:

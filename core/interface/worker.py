@@ -72,7 +72,7 @@ class FeatureArray(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Feature(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request brings besides the tokens of its prompt: an image, sound, an encoder's text."""
+    """What a request brings besides its prompt: an image, sound, the text that an encoder reads."""
 
     kind: str
     """`image`, `audio`, `tokens`, as the model's input side calls it."""

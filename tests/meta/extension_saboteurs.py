@@ -13,11 +13,21 @@ from quire.backends.reference.cache_codec import CacheCodec
 from quire.core.worker.worker import DefaultWorker
 
 CLAIMS = {
-    "features": frozenset({"moe", "recurrent", "speculation"}),
+    "features": frozenset({"lora", "moe", "recurrent", "speculation"}),
     "quantizations": frozenset({"int8", "int4"}),
     "attention_kinds": frozenset({"causal", "sliding_window", "chunked", "mla"}),
     "cache_dtypes": ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8"),
 }
+
+
+class OneAdapterForAll(ReferenceOps):
+    def add_lora(self, out, x, down, up, adapter_ids):
+        super().add_lora(out, x, down, up, adapter_ids.clamp(max=0))
+
+
+class PlainIsTheFirst(ReferenceOps):
+    def add_lora(self, out, x, down, up, adapter_ids):
+        super().add_lora(out, x, down, up, adapter_ids.clamp(min=0))
 
 
 class SharesTheFirstHead(ReferenceOps):
@@ -188,6 +198,12 @@ EXTENSION_SABOTEURS: tuple[Saboteur, ...] = (
     _ops(SwapsNibbles, f"{_QUANTIZED}-int4-float32-normal]", "low half of byte j"),
     _ops(KeepsActivations, f"{_QUANTIZED}-int8-float32-normal]", "rounded as the weight says"),
     _ops(ForgetsZeros, f"{_QUANTIZED}-int4-zeros-bfloat16-large]", "Codes are unsigned"),
+    _ops(OneAdapterForAll, "lora_numerics[add_lora-mixed-float32-normal]", "its own adapter"),
+    _ops(
+        PlainIsTheFirst,
+        "lora_rows_without_an_adapter_keep_their_bits[float32]",
+        "requests of the plain model",
+    ),
     _ops(SharesTheFirstHead, "mla_numerics[head_linear-up-float32-normal]", "weight[m] of its own"),
     _ops(TiesToTheHighestExpert, f"{_ROUTE}-softmax-float32-normal]", "ties go to the lowest id"),
     _ops(WeighsWithTheBias, f"{_ROUTE}-corrected-float32-normal]", "does not weigh"),

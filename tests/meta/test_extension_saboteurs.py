@@ -41,7 +41,7 @@ def test_every_operator_of_an_extension_has_a_recipe_and_a_saboteur():
     names = {
         spec.name
         for spec in OP_SPECS
-        if spec.extension in {"mla", "moe", "recurrent", "quantization"}
+        if spec.extension in {"lora", "mla", "moe", "recurrent", "quantization"}
     }
     assert names == set(EXTENSION_RECIPES)
     assert names <= {CASES[saboteur.test].op for saboteur in EXTENSION_SABOTEURS}
