@@ -68,7 +68,8 @@ class PagedStep:
 class PagedCache:
     """One layer's cache: k [N, B, Hk, D], v [N, B, Hk, Dv], of one dtype.
 
-    k_scale, v_scale float32 [N, B, Hk] where the dtype is an 8-bit one: value = stored * scale.
+    k_scale, v_scale float32 [N, B, Hk] where the dtype is int8: value = stored * scale. A latent
+    cache has `k` as its `v`.
     """
 
     k: Tensor

@@ -7,10 +7,16 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.kernels_triton.attention import PagedCache
+from quire.kernels_triton.functions import round_to_even
 from quire.kernels_triton.launch import Launcher, ceil_div, power_of_two
 
-_FP8_MAX = {"float8_e4m3fn": 448.0, "float8_e4m3fnuz": 240.0, "float8_e5m2": 57344.0}
-"""The largest finite number of each 8-bit dtype."""
+_LARGEST = {
+    "float8_e4m3fn": 448.0,
+    "float8_e4m3fnuz": 240.0,
+    "float8_e5m2": 57344.0,
+    "int8": 127.0,
+}
+"""The largest number of each 8-bit dtype; casts beyond it are infinite or undefined."""
 
 
 @triton.jit
@@ -25,16 +31,18 @@ def _put(
     BLOCK_D: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     LARGEST: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK_D)
     mask = is_row[:, None] & (d[None, :] < D)
     value = tl.load(source[:, None] + d[None, :], mask=mask, other=0.0)
     if LARGEST > 0:
         value = value.to(tl.float32)
-        size = tl.max(tl.abs(value), 1)
-        scale = tl.where(size > 0, size / LARGEST, 1.0)
-        tl.store(scale_ptr + slot * NUM_KV_HEADS + head, scale, mask=is_row)
-        value = tl.clamp(value / scale[:, None], -LARGEST, LARGEST)
+        if HAS_SCALES:
+            scale = tl.div_rn(tl.max(tl.abs(value), 1), LARGEST)
+            tl.store(scale_ptr + slot * NUM_KV_HEADS + head, scale, mask=is_row)
+            value = round_to_even(tl.div_rn(value, tl.where(scale > 0, scale, 1.0)[:, None]))
+        value = tl.clamp(value, -LARGEST, LARGEST)
     tl.store(target[:, None] + d[None, :], value.to(target.dtype.element_ty), mask=mask)
 
 
@@ -60,6 +68,8 @@ def write_cache_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
     LARGEST: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    HAS_V: tl.constexpr,
 ):
     """BLOCK_T tokens, all their heads; a row of the tile is (token, head). Negative slots: none."""
     row = tl.arange(0, BLOCK_T * BLOCK_H)
@@ -79,19 +89,22 @@ def write_cache_kernel(
         BLOCK_D,
         NUM_KV_HEADS,
         LARGEST,
+        HAS_SCALES,
     )
-    _put(
-        v_ptr + token * v_token_stride + head * v_head_stride,
-        v_cache_ptr + (slot * NUM_KV_HEADS + head) * DV,
-        v_scale_ptr,
-        is_row,
-        slot,
-        head,
-        DV,
-        BLOCK_DV,
-        NUM_KV_HEADS,
-        LARGEST,
-    )
+    if HAS_V:
+        _put(
+            v_ptr + token * v_token_stride + head * v_head_stride,
+            v_cache_ptr + (slot * NUM_KV_HEADS + head) * DV,
+            v_scale_ptr,
+            is_row,
+            slot,
+            head,
+            DV,
+            BLOCK_DV,
+            NUM_KV_HEADS,
+            LARGEST,
+            HAS_SCALES,
+        )
 
 
 def write_cache(
@@ -99,15 +112,15 @@ def write_cache(
 ) -> None:
     """Writes k [T, Hk, D] and v [T, Hk, Dv] (dense last dimension) to slots int64 [>= T].
 
-    Where the cache has scales, each (token, head) is divided by its own, chosen so that its largest
-    value is the dtype's. Mutates the cache's slots alone; the cache is contiguous.
+    8-bit floats saturate. Where the cache has scales (int8), each (token, head) is divided by its
+    own, its largest magnitude over 127. A latent cache (`v` is `k`) gets k alone. Mutates the
+    cache's slots alone; the cache is contiguous.
     """
     num_tokens, num_heads, size = k.shape
     v_size = v.shape[-1]
     entry = launcher.find("write_cache")
     block_h = power_of_two(num_heads)
     block_t = max(1, entry.constants["ROWS"] // block_h)
-    has_scales = cache.k_scale is not None
     name = str(cache.k.dtype).removeprefix("torch.")
     launcher.start(
         write_cache_kernel,
@@ -126,7 +139,9 @@ def write_cache(
             "BLOCK_D": power_of_two(size),
             "BLOCK_DV": power_of_two(v_size),
             "BLOCK_T": block_t,
-            "LARGEST": _FP8_MAX[name] if has_scales else 0.0,
+            "LARGEST": _LARGEST.get(name, 0.0),
+            "HAS_SCALES": cache.k_scale is not None,
+            "HAS_V": cache.v is not cache.k,
         },
         entry,
     )

@@ -34,3 +34,12 @@ def ordered_key(x):
     """int32 keys in the order of the float32 `x`; both zeros have one key."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def round_to_even(x):
+    """float32 `x` to the nearest whole number, halves to even; |x| < 2^22.
+
+    The sum has no bits left below one, so the device's own rounding does it.
+    """
+    return (x + 12582912.0) - 12582912.0

@@ -7,7 +7,7 @@ from quire.backends.cuda.nvml import find_devices
 from quire.backends.torch_accelerator import AcceleratorBackend, Found, Vendor
 from quire.backends.torch_accelerator.vendor import Architecture
 
-_FP8 = "float8_e4m3fn"
+_FP8 = ("float8_e4m3fn", "float8_e5m2")
 CUDA = Vendor(
     name="cuda",
     title="CUDA",

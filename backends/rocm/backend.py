@@ -7,7 +7,9 @@ from quire.backends.rocm.topology import find_devices
 from quire.backends.torch_accelerator import AcceleratorBackend, Found, Vendor
 from quire.backends.torch_accelerator.vendor import Architecture
 
-_FNUZ, _OCP = "float8_e4m3fnuz", "float8_e4m3fn"
+_OCP = ("float8_e4m3fn", "float8_e5m2")
+# The device converts its own flavour itself, and OCP's in a few instructions.
+_BOTH = (*_OCP, "float8_e4m3fnuz")
 ROCM = Vendor(
     name="rocm",
     title="ROCm",
@@ -18,7 +20,7 @@ ROCM = Vendor(
     driver_remedy="install or update AMD's amdgpu driver",
     architectures={
         "gfx90a": Architecture(),
-        "gfx942": Architecture(fp8=_FNUZ),
+        "gfx942": Architecture(fp8=_BOTH),
         "gfx950": Architecture(fp8=_OCP),
         "gfx11": Architecture(),
         "gfx12": Architecture(fp8=_OCP),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,8 +13,6 @@ from quire.core.interface import (
     AttentionBatch,
     AttentionPlan,
     AttentionSpec,
-    CacheLayout,
-    CacheTensor,
     LayerCache,
     Reason,
 )
@@ -27,10 +25,11 @@ from quire.kernels_triton.attention import (
     paged_attention,
 )
 from quire.kernels_triton.cache import copy_blocks, write_cache
+from quire.kernels_triton.latent import latent_attention, latent_tiles
 from quire.kernels_triton.launch import Launcher
 
 _MAX_HEAD_SIZE = 256
-_SCALES = (("k", "k_scale"), ("v", "v_scale"))
+_MAX_RANK, _MAX_ROTATED = 512, 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,16 +43,14 @@ class TritonPlan(AttentionPlan):
 
 
 class TritonAttention(ReferenceAttention):
-    """Keys in `k` [N, B, Hk, D], values in `v` [N, B, Hk, Dv].
+    """Keys in `k` [N, B, Hk, D], values in `v` [N, B, Hk, Dv]; `mla` keeps `k` alone.
 
-    In a cache of 8-bit floats each (token, head) has a scale, in `k_scale` and `v_scale` float32
-    [N, B, Hk].
+    In an int8 cache each (token, head) has a scale, in `k_scale` and `v_scale` float32 [N, B, Hk].
     """
 
     def __init__(self, spec: AttentionSpec, torch_device: str, launcher: Launcher) -> None:
         super().__init__(spec, torch_device)
         self._launcher = launcher
-        self._has_scales = spec.cache_dtype.startswith("float8")
         self._shape = AttentionShape(
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
@@ -72,6 +69,8 @@ class TritonAttention(ReferenceAttention):
     @classmethod
     def reasons_against(cls, spec: AttentionSpec) -> list[Reason]:
         reasons = super().reasons_against(spec)
+        if spec.kind == "mla":
+            return reasons + _reasons_against_latent(spec)
         for name, size in (("head_size", spec.head_size), ("v_head_size", spec.v_head_size)):
             if size > _MAX_HEAD_SIZE:
                 reasons.append(
@@ -86,60 +85,10 @@ class TritonAttention(ReferenceAttention):
 
     # --- cache ----------------------------------------------------------------------------------
 
-    def cache_layout(self) -> CacheLayout:
-        layout = super().cache_layout()
-        if not self._has_scales:
-            return layout
-        shape = (self.spec.block_size, self.spec.num_kv_heads)
-        scales = tuple(
-            CacheTensor(name=name, block_shape=shape, dtype="float32") for _, name in _SCALES
-        )
-        return replace(
-            layout,
-            tensors=layout.tensors + scales,
-            bytes_per_block=layout.bytes_per_block + 2 * 4 * shape[0] * shape[1],
-            description=f"{layout.description}, a float32 scale a token and head",
-        )
-
-    def allocate(self, num_blocks: int) -> LayerCache:
-        cache = super().allocate(num_blocks)
-        for _, name in _SCALES:
-            if name in cache.tensors:
-                cache.tensors[name] = torch.empty(
-                    cache.tensors[name].shape, dtype=torch.float32, device=self._torch_device
-                )
-        return cache
-
     def copy_blocks(self, cache: LayerCache, source: Sequence[int], target: Sequence[int]) -> None:
         from_ids, to_ids = self._index(source), self._index(target)
         for tensor in cache.tensors.values():
             copy_blocks(self._launcher, tensor, from_ids, to_ids)
-
-    def export_blocks(self, cache: LayerCache, block_ids: Sequence[int]) -> Tensor:
-        if not self._has_scales:
-            return super().export_blocks(cache, block_ids)
-        index = self._index(block_ids)
-        parts = [
-            cache.tensors[name]
-            .view(torch.uint8)
-            .index_select(0, index)
-            .view(getattr(torch, self.spec.cache_dtype))
-            .float()
-            * cache.tensors[scale].index_select(0, index).unsqueeze(-1)
-            for name, scale in _SCALES
-        ]
-        return torch.cat(parts, dim=-1).cpu()
-
-    def import_blocks(self, cache: LayerCache, block_ids: Sequence[int], blocks: Tensor) -> None:
-        if not self._has_scales:
-            super().import_blocks(cache, block_ids, blocks)
-            return
-        spec = self.spec
-        rows = blocks.to(device=self._torch_device, dtype=getattr(torch, spec.dtype)).flatten(0, 1)
-        first = self._index(block_ids).unsqueeze(-1) * spec.block_size
-        slots = (first + torch.arange(spec.block_size, device=self._torch_device)).flatten()
-        k, v = torch.split(rows, [spec.head_size, spec.v_head_size], dim=-1)
-        write_cache(self._launcher, k, v, _paged(cache), slots)
 
     # --- attention ------------------------------------------------------------------------------
 
@@ -152,7 +101,7 @@ class TritonAttention(ReferenceAttention):
             num_splits = choose_splits(
                 self._launcher,
                 num_requests=num_requests,
-                num_kv_heads=self.spec.num_kv_heads,
+                num_kv_heads=self._num_decode_tiles,
                 max_seq_len=batch.max_seq_len,
             )
         partial, partial_log = make_partials(
@@ -176,6 +125,13 @@ class TritonAttention(ReferenceAttention):
             step=step, slot_mapping=batch.slot_mapping, num_tokens=starts[num_requests]
         )
 
+    @property
+    def _num_decode_tiles(self) -> int:
+        """Programs that share a decoded context of one request."""
+        if self.spec.kind != "mla":
+            return self.spec.num_kv_heads
+        return latent_tiles(self._launcher, self._shape)
+
     def forward(
         self,
         q: Tensor,
@@ -190,26 +146,51 @@ class TritonAttention(ReferenceAttention):
     ) -> Tensor:
         assert isinstance(plan, TritonPlan), plan
         paged = _paged(cache)
-        write_cache(self._launcher, k, v, paged, plan.slot_mapping)
-        paged_attention(
-            self._launcher,
-            self._shape,
-            plan.step,
-            q,
-            paged,
-            out,
-            sinks=sinks,
-            alibi_slopes=alibi_slopes,
-        )
+        new_values = k if self.spec.kind == "mla" else v
+        write_cache(self._launcher, k, new_values, paged, plan.slot_mapping)
+        if self.spec.kind == "mla":
+            latent_attention(self._launcher, self._shape, plan.step, q, paged, out)
+        else:
+            paged_attention(
+                self._launcher,
+                self._shape,
+                plan.step,
+                q,
+                paged,
+                out,
+                sinks=sinks,
+                alibi_slopes=alibi_slopes,
+            )
         if plan.num_tokens < out.shape[0]:
             out[plan.num_tokens :] = 0
         return out
 
 
+def _reasons_against_latent(spec: AttentionSpec) -> list[Reason]:
+    found = {
+        "head_size": spec.v_head_size > _MAX_RANK
+        or spec.head_size - spec.v_head_size > _MAX_ROTATED,
+        "soft_cap": bool(spec.soft_cap),
+        "sinks": spec.has_sinks,
+        "alibi": spec.has_alibi,
+    }
+    have = f"plain latent attention of rank up to {_MAX_RANK} and {_MAX_ROTATED} rotated features"
+    return [
+        Reason(
+            code=f"attention.{name}",
+            need=f"mla of rank {spec.v_head_size} and head size {spec.head_size} with {name}",
+            have=have,
+            remedy="use another device",
+        )
+        for name, is_asked in found.items()
+        if is_asked
+    ]
+
+
 def _paged(cache: LayerCache) -> PagedCache:
     return PagedCache(
         k=cache.tensors["k"],
-        v=cache.tensors["v"],
+        v=cache.tensors.get("v", cache.tensors["k"]),
         k_scale=cache.tensors.get("k_scale"),
         v_scale=cache.tensors.get("v_scale"),
     )

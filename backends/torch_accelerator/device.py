@@ -33,6 +33,8 @@ from quire.kernels_triton.launch import TABLES, DeviceLauncher, LaunchTable, rea
 _BLOCK_SIZES = (16, 32, 64, 128, 256, 8)
 _HALVES = ("bfloat16", "float16")
 _WIDE = "float32"
+_FEATURES = frozenset({"moe", "recurrent"})
+_QUANTIZATIONS = frozenset({"int8", "int4"})
 
 
 def open_device(
@@ -156,9 +158,11 @@ def _claims(vendor: Vendor, info: DeviceInfo, num_devices: int) -> Capabilities:
     dtypes = (*halves, _WIDE)
     return Capabilities(
         dtypes=dtypes,
-        cache_dtypes=(*dtypes, architecture.fp8) if architecture.fp8 else dtypes,
+        cache_dtypes=(*dtypes, *architecture.fp8, "int8"),
         block_sizes=_BLOCK_SIZES,
-        attention_kinds=frozenset({"causal", "sliding_window", "chunked"}),
+        attention_kinds=frozenset({"causal", "sliding_window", "chunked", "mla"}),
+        features=_FEATURES,
+        quantizations=_QUANTIZATIONS,
         attention_features=frozenset({"soft_cap", "sinks", "alibi"}),
         step_mode="capture" if architecture.has_graphs else "eager",
         is_asynchronous=True,
@@ -176,9 +180,11 @@ def _interpreted_claims(vendor: Vendor, info: DeviceInfo) -> Capabilities:
     claims = _claims(vendor, info, 1)
     return Capabilities(
         dtypes=(_WIDE, *_HALVES),
-        cache_dtypes=(_WIDE, *_HALVES, *(d for d in claims.cache_dtypes if d.startswith("float8"))),
+        cache_dtypes=(_WIDE, *_HALVES, *vendor.architecture(info.architecture).fp8, "int8"),
         block_sizes=claims.block_sizes,
         attention_kinds=claims.attention_kinds,
+        features=claims.features,
+        quantizations=claims.quantizations,
         attention_features=claims.attention_features,
         step_mode="capture",
         copy_mode="synchronous",

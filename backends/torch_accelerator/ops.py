@@ -5,27 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.backends.reference import ReferenceOps
 from quire.backends.reference.sampling import top_ids
+from quire.backends.torch_accelerator.extension_ops import (
+    DTYPES,
+    EXTENSION_OPS,
+    TritonExtensionOps,
+)
 from quire.core.interface import SampledLogprobs, SamplingTensors
 from quire.kernels_triton import elementwise, norms, sampling
 from quire.kernels_triton import logits as logit_kernels
-from quire.kernels_triton.launch import Launcher
 
 _KERNEL_OPS = frozenset(
     {
         *("rms_norm", "add_rms_norm", "gated_activation", "rotary", "soft_cap"),
         *("apply_penalties", "add_bias", "keep_only", "apply_token_mask", "sample", "logprobs"),
+        *EXTENSION_OPS,
     }
 )
-_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
-class TritonOps(ReferenceOps):
+class TritonOps(TritonExtensionOps):
     """What has a kernel runs in it; matrix products go to the vendor's library through torch."""
-
-    def __init__(self, launcher: Launcher) -> None:
-        self._launcher = launcher
 
     def provider(self, op: str) -> str:
         if op == "linear":
@@ -120,4 +120,4 @@ class TritonOps(ReferenceOps):
 
 def _is_served(x: Tensor) -> bool:
     """Whether the kernels take such a tensor: a dtype of theirs, dense rows."""
-    return x.dtype in _DTYPES and x.stride(-1) == 1
+    return x.dtype in DTYPES and x.stride(-1) == 1

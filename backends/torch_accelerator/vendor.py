@@ -14,8 +14,10 @@ class Architecture:
     """What a generation of a vendor's devices can do beyond the others."""
 
     has_bfloat16: bool = True
-    fp8: str = ""
-    """The 8-bit float that caches may have: OCP's `float8_e4m3fn`, `float8_e4m3fnuz` or none."""
+    fp8: tuple[str, ...] = ()
+    """The 8-bit floats that caches may have: OCP's `float8_e4m3fn` and `float8_e5m2`, AMD's own
+    `float8_e4m3fnuz`.
+    """
     has_graphs: bool = True
 
 

@@ -57,7 +57,8 @@ def run(launcher, shape, mix, *, dtype=torch.float32, splits=1, fp8=None, sinks=
     place = (num_blocks, shape.block_size, shape.num_kv_heads)
     store = fp8 or dtype
     nan = torch.full((*place, max(shape.head_size, shape.v_head_size)), float("nan"))
-    scales = [torch.full(place, float("nan")) if fp8 else None for _ in range(2)]
+    is_int8 = fp8 == torch.int8
+    scales = [torch.full(place, float("nan")) if is_int8 else None for _ in range(2)]
     cache = PagedCache(
         k=nan[..., : shape.head_size].to(store).clone(memory_format=torch.contiguous_format),
         v=nan[..., : shape.v_head_size].to(store).clone(memory_format=torch.contiguous_format),
@@ -139,9 +140,9 @@ def test_bfloat16_rounds_like_bfloat16(launcher):
     assert (out - want).abs().max() < 2e-2
 
 
-@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e4m3fnuz])
+@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int8])
 def test_cache_in_8_bits_is_near(launcher, fp8):
-    """With a scale for each token and head an 8-bit cache costs a few parts in a hundred."""
+    """An 8-bit cache costs a few parts in a hundred, and what is in no slot costs nothing."""
     out, want = run(launcher, BASE, MIX, fp8=fp8, splits=2)
     error = (out - want).abs().max()
     assert 1e-4 < error < 0.2

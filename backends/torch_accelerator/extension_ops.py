@@ -1,0 +1,219 @@
+"""Operators of extensions: experts, recurrences and quantized layers, by Triton's kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quire.backends.reference import ReferenceOps
+from quire.core.interface import (
+    ExpertWeights,
+    PackedExperts,
+    PackedLinear,
+    QuantizedWeight,
+    RoutingSpec,
+    Sequences,
+)
+from quire.kernels_triton import experts, quantized, recurrence
+from quire.kernels_triton.launch import Launcher
+
+EXTENSION_OPS = frozenset(
+    {
+        *("route_experts", "experts", "pack_quantized_linear", "causal_conv1d"),
+        *("selective_scan", "ssd_scan", "gated_delta_rule"),
+    }
+)
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_MAX_STATE = 256
+"""The longest state of a channel, or key of a head, that one program holds."""
+
+
+class TritonExtensionOps(ReferenceOps):
+    """What has a kernel runs in it; other shapes and dtypes are the reference's."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+
+    # --- quantized layers -----------------------------------------------------------------------
+
+    def pack_quantized_linear(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: str
+    ) -> PackedLinear:
+        if getattr(torch, dtype) not in DTYPES:
+            return super().pack_quantized_linear(weight, bias, dtype)
+        layer = quantized.QuantizedLayer(
+            bits=weight.bits,
+            group_size=weight.group_size or weight.num_inputs,
+            num_groups=weight.num_groups,
+            num_inputs=weight.num_inputs,
+            codes=weight.codes.contiguous(),
+            scales=weight.scales.contiguous(),
+            zeros=None if weight.zeros is None else weight.zeros.contiguous(),
+            bias=bias,
+            activations=weight.activations,
+        )
+        return PackedLinear(
+            num_inputs=weight.num_inputs,
+            num_outputs=weight.num_outputs,
+            dtype=dtype,
+            format=f"{weight.scheme or f'int{weight.bits}'} in registers",
+            size_bytes=0,
+            payload=layer,
+        )
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        if isinstance(packed.payload, quantized.QuantizedLayer):
+            rows = x if x.stride(-1) == 1 else x.contiguous()
+            return quantized.quantized_linear(self._launcher, rows, packed.payload)
+        return super().linear(x, packed)
+
+    # --- experts --------------------------------------------------------------------------------
+
+    def route_experts(
+        self, logits: Tensor, spec: RoutingSpec, correction_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        is_known = spec.score in ("softmax", "sigmoid") and spec.group_score in ("max", "top2")
+        if not is_known or spec.num_experts > experts.MAX_EXPERTS:
+            return super().route_experts(logits, spec, correction_bias)
+        routing = experts.Routing(
+            num_experts=spec.num_experts,
+            num_chosen=spec.num_chosen,
+            is_sigmoid=spec.score == "sigmoid",
+            is_renormalised=spec.is_renormalised,
+            scale=float(spec.scale),
+            num_groups=spec.num_groups,
+            num_kept_groups=spec.num_kept_groups,
+            sums_two=spec.group_score == "top2",
+        )
+        bias = None if correction_bias is None else correction_bias.float().contiguous()
+        rows = logits.float()
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        return experts.route(self._launcher, rows, routing, bias)
+
+    def pack_experts(self, weights: ExpertWeights) -> PackedExperts:
+        tensors = {
+            "gate_up": weights.gate_up.contiguous(),
+            "down": weights.down.contiguous(),
+            "gate_up_bias": _dense(weights.gate_up_bias),
+            "down_bias": _dense(weights.down_bias),
+        }
+        return super().pack_experts(replace(weights, **tensors))
+
+    def experts(
+        self,
+        x: Tensor,
+        packed: PackedExperts,
+        weights: Tensor,
+        expert_ids: Tensor,
+        *,
+        weighs_input: bool = False,
+    ) -> Tensor:
+        loaded = packed.payload
+        assert isinstance(loaded, ExpertWeights), packed
+        if x.dtype not in DTYPES or loaded.activation not in experts.ACTIVATIONS:
+            return super().experts(x, packed, weights, expert_ids, weighs_input=weighs_input)
+        layer = experts.Experts(
+            gate_up=loaded.gate_up,
+            down=loaded.down,
+            gate_up_bias=loaded.gate_up_bias,
+            down_bias=loaded.down_bias,
+            activation=loaded.activation,
+            alpha=float(loaded.alpha),
+            limit=float(loaded.limit),
+        )
+        return experts.run_experts(
+            self._launcher,
+            x if x.stride(-1) == 1 else x.contiguous(),
+            layer,
+            weights.contiguous(),
+            expert_ids.contiguous(),
+            weighs_input=weighs_input,
+        )
+
+    # --- recurrence -----------------------------------------------------------------------------
+
+    def causal_conv1d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        states: Tensor,
+        sequences: Sequences,
+        *,
+        activation: str = "",
+    ) -> Tensor:
+        if not _are_served(x, states) or activation not in ("", "silu"):
+            return super().causal_conv1d(x, weight, bias, states, sequences, activation=activation)
+        return recurrence.causal_conv1d(
+            self._launcher,
+            x,
+            weight.contiguous(),
+            bias,
+            states,
+            sequences.starts,
+            has_silu=activation == "silu",
+        )
+
+    def selective_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor | None,
+        states: Tensor,
+        sequences: Sequences,
+    ) -> Tensor:
+        if not _are_served(x, states, dt, b, c) or a.shape[1] > _MAX_STATE:
+            return super().selective_scan(x, dt, a, b, c, d, states, sequences)
+        starts = sequences.starts
+        return recurrence.selective_scan(
+            self._launcher, x, dt, a.contiguous(), b, c, _dense(d), states, starts
+        )
+
+    def ssd_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor | None,
+        states: Tensor,
+        sequences: Sequences,
+    ) -> Tensor:
+        if not _are_served(x, states, dt, b, c) or b.shape[-1] > _MAX_STATE:
+            return super().ssd_scan(x, dt, a, b, c, d, states, sequences)
+        starts = sequences.starts
+        return recurrence.ssd_scan(
+            self._launcher, x, dt, a.contiguous(), b, c, _dense(d), states, starts
+        )
+
+    def gated_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        states: Tensor,
+        sequences: Sequences,
+    ) -> Tensor:
+        if not _are_served(v, states, q, k, decay, beta) or q.shape[-1] > _MAX_STATE:
+            return super().gated_delta_rule(q, k, v, decay, beta, states, sequences)
+        return recurrence.gated_delta_rule(
+            self._launcher, q, k, v, decay, beta, states, sequences.starts
+        )
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _are_served(x: Tensor, states: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels take such tensors: dtypes of theirs, dense last dimensions."""
+    is_dense = all(tensor.stride(-1) == 1 for tensor in (x, *others))
+    return x.dtype in DTYPES and is_dense and states.is_contiguous()
