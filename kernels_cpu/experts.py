@@ -60,9 +60,9 @@ class PackedExpertWeights:
     def run(
         self, x: Tensor, shares: Tensor, chosen: Tensor, out: Tensor, *, weighs_input: bool
     ) -> None:
-        """out[t] = sum_i shares[t, i] * expert chosen[t, i] of x[t]; with `weighs_input` of
-        shares[t, i] * x[t], rounded, instead.
+        """out[t] = sum_i shares[t, i] * f(x[t]), where f is expert chosen[t, i].
 
+        With `weighs_input` the sum of f(shares[t, i] * x[t]), the product rounded to the dtype.
         x, out [T, H] of the weights' dtype, rows dense; shares float32 [T, k], chosen int64 [T, k],
         contiguous. Sums are in float32, the activation is rounded to the dtype, and a token adds
         up its experts in the order of their ids: its result is bitwise the same in any batch.
