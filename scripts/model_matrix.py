@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def main() -> int:
         name for name in causal_architectures() if name not in results
     ]
     for name in asked[arguments.part :: arguments.parts]:
-        results[name] = _in_a_process(name, arguments.limit_s)
+        results[name] = in_a_process(name, arguments.limit_s)
         print(f"{name:32} {results[name]['status']:14} {results[name].get('way', '')}", flush=True)
         _write(path, results)
     if arguments.markdown:
@@ -110,14 +111,16 @@ def _write(path: Path, results: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _in_a_process(name: str, limit_s: int) -> dict[str, Any]:
+def in_a_process(
+    name: str, limit_s: int, run: Callable[[str], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """One architecture in a child of this process, which has imported everything already."""
     begin = time.perf_counter()
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _child(name, writer, limit_s)
+        _child(name, writer, limit_s, run or run_architecture)
     os.close(writer)
     with os.fdopen(reader) as pipe:
         text = pipe.read()
@@ -130,14 +133,14 @@ def _in_a_process(name: str, limit_s: int) -> dict[str, Any]:
     return result
 
 
-def _child(name: str, writer: int, limit_s: int) -> None:
+def _child(name: str, writer: int, limit_s: int, run: Callable[[str], dict[str, Any]]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.alarm(limit_s)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
     os.dup2(devnull, 2)
     try:
-        result = run_architecture(name)
+        result = run(name)
     except BaseException as error:  # reported as this architecture's result
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"

@@ -76,6 +76,10 @@ def find_form(source_model: SourceModel, config: Any) -> Seq2SeqForm:
     Raises: UnsupportedError if what the model keeps is no keys and values, or it cannot be run.
     """
     name = type(source_model.model).__name__
+    if source_model.input_kind == AUDIO and config.model_type != "whisper":
+        have = "token ids, and log-mel windows of Whisper"
+        need = f"{source_model.input_name} as {config.model_type} takes them"
+        raise UnsupportedError([_reason(need, have)], what=f"the encoder of {name}")
     try:
         given = example_source(source_model, config, _NUM_SOURCE)
         with torch.no_grad():
@@ -106,15 +110,6 @@ def example_source(source_model: SourceModel, config: Any, length: int, seed: in
     generator = torch.Generator().manual_seed(seed)
     device = source_model.device
     if source_model.input_kind == AUDIO:
-        if config.model_type != "whisper":
-            raise UnsupportedError(
-                [
-                    _reason(
-                        f"the sound that {config.model_type} takes", "log-mel windows of Whisper"
-                    )
-                ],
-                what="its encoder",
-            )
         shape = (int(config.num_mel_bins), 2 * int(config.max_source_positions))
         return torch.randn(shape, generator=generator).to(device)
     high = min(100, source_vocab_size(config))

@@ -33,7 +33,7 @@ class SourceModel:
         self.model: Any = model
         self.encoder: Any = self.model.get_encoder()
         self._output_class: Any = None
-        self.input_kind = AUDIO if self.model.main_input_name == "input_features" else TOKENS
+        self.input_kind = TOKENS if self.model.main_input_name == "input_ids" else AUDIO
 
     @property
     def device(self) -> torch.device:
