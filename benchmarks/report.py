@@ -38,7 +38,7 @@ def make_page(results: Path = RESULTS) -> str:
     for path in sorted(results.glob("*.json")):
         record = json.loads(path.read_text())
         if "measurements" in record:
-            sections.append("\n".join(_section(record)))
+            sections.append("\n".join([*_section(record), *_plot(path)]))
     return "\n".join(sections)
 
 
@@ -61,6 +61,13 @@ def _section(record: dict[str, Any]) -> Iterator[str]:
     yield from _notes(record)
 
 
+def _plot(path: Path) -> Iterator[str]:
+    """The chart that a program drew beside its record."""
+    chart = path.with_suffix(".svg")
+    if chart.is_file():
+        yield f"![medians of {path.stem}](../benchmarks/results/{chart.name})\n"
+
+
 def _ratios(record: dict[str, Any]) -> Iterator[str]:
     if not record["ratios"]:
         return
@@ -75,8 +82,14 @@ def _notes(record: dict[str, Any]) -> Iterator[str]:
     notes = [
         f"- {m['work']}, {m['subject']}: {m['note']}" for m in record["measurements"] if m["note"]
     ]
+    # Who did not take part, and why.
+    notes += [f"- {name}: {value}" for name, value in record["facts"].items() if _is_said(value)]
     if notes:
         yield from [*notes, ""]
+
+
+def _is_said(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _figures(entry: dict[str, Any]) -> str:
