@@ -20,6 +20,7 @@ from quire.kernels_triton.attention import (
     make_partials,
     paged_attention,
 )
+from quire.kernels_triton.extension_catalogue import record_extensions
 from quire.kernels_triton.offline import RecordingLauncher
 
 _BF16, _FP32, _INT32, _INT64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
@@ -47,6 +48,7 @@ def record_all(launcher: RecordingLauncher, *, fp8: torch.dtype | None = None) -
     Mutates the launcher's notes alone.
     """
     _record_attention(launcher, fp8)
+    record_extensions(launcher)
     _record_layers(launcher)
     _record_logits(launcher)
 
@@ -79,9 +81,10 @@ def _record_attention(launcher: RecordingLauncher, fp8: torch.dtype | None) -> N
         _attend(launcher, plain, splits=(8,), extras=("alibi_slopes",))
     with _labelled(launcher, "float32"):
         _attend(launcher, _shape(*_SHAPES[0]), dtype=_FP32, splits=(8,))
-    if fp8 is not None:
-        with _labelled(launcher, str(fp8)):
-            _attend(launcher, plain, splits=(8,), cache_dtype=fp8)
+    for narrow in (fp8, torch.int8):
+        if narrow is not None:
+            with _labelled(launcher, str(narrow)):
+                _attend(launcher, plain, splits=(8,), cache_dtype=narrow)
 
 
 def _shape(num_heads: int, num_kv_heads: int, head_size: int, v_head_size: int) -> AttentionShape:
@@ -104,7 +107,7 @@ def _attend(
     splits: tuple[int, ...] = (1, 8),
     extras: tuple[str, ...] = (),
 ) -> None:
-    paged = _cache(shape, cache_dtype or dtype, has_scales=cache_dtype is not None)
+    paged = _cache(shape, cache_dtype or dtype, has_scales=cache_dtype == torch.int8)
     q = _empty(_TOKENS, shape.num_heads, shape.head_size, dtype=dtype)
     k = _empty(_TOKENS, shape.num_kv_heads, shape.head_size, dtype=dtype)
     v = _empty(_TOKENS, shape.num_kv_heads, shape.v_head_size, dtype=dtype)

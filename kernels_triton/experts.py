@@ -151,9 +151,7 @@ class _Call:
         entry = self.launcher.find("sort_pairs")
         block = min(entry.constants["BLOCK"], power_of_two(pairs))
         arguments = [self.expert_ids, order, starts, pairs, count]
-        self.launcher.start(
-            kernels.sort_pairs_kernel, (count,), arguments, {"BLOCK": block}, entry
-        )
+        self.launcher.start(kernels.sort_pairs_kernel, (count,), arguments, {"BLOCK": block}, entry)
         constants = {"E": count, "BLOCK_E": power_of_two(count), "BLOCK_M": tile}
         entry = self.launcher.find("expert_tiles")
         self.launcher.start(kernels.expert_tiles_kernel, (1,), [starts, tiles], constants, entry)

@@ -45,7 +45,7 @@ def _kept_groups(
             second, _ = _best(choosing, is_member & (ids != chosen[:, None]), ids)
             best += second
         scores = tl.where(g == group, best[:, None], scores)
-    is_left = (g < GROUPS) & (scores == scores)
+    is_left = (g < GROUPS) & (scores >= float("-inf"))
     is_kept = ids < 0
     for _ in range(KEPT):
         _, group = _best(scores, is_left, g)
@@ -117,9 +117,7 @@ def route_kernel(
 
 
 @triton.jit
-def sort_pairs_kernel(
-    ids_ptr, order_ptr, starts_ptr, num_pairs, num_experts, BLOCK: tl.constexpr
-):
+def sort_pairs_kernel(ids_ptr, order_ptr, starts_ptr, num_pairs, num_experts, BLOCK: tl.constexpr):
     """One expert: where its pairs begin among the sorted ones, and their numbers, ascending."""
     expert = tl.program_id(0)
     before = tl.full([], 0, tl.int32)

@@ -3,7 +3,8 @@
 The scans go one step of time after the other, with the state in registers: sequences, heads and
 channels run side by side. All are right for padding and for any mix of lengths, and ask nothing of
 the host but how many sequences there are, so they can be recorded.
-Source: Gu & Dao 2023, Algorithm 2; Dao & Gu 2024, section 2; Yang, Kautz & Hatamizadeh 2024, eq. 10.
+Source: Gu & Dao 2023, Algorithm 2; Dao & Gu 2024, section 2; Yang, Kautz & Hatamizadeh 2024,
+eq. 10.
 """
 
 from __future__ import annotations
@@ -181,8 +182,10 @@ def selective_scan_kernel(
     skip = tl.zeros([BLOCK_C], tl.float32)
     if HAS_D:
         skip = tl.load(d_ptr + channel, mask=is_channel, other=0.0)
-    for row in range(tl.load(starts_ptr + sequence), tl.load(starts_ptr + sequence + 1)):
-        t = row.to(tl.int64)
+    begin = tl.load(starts_ptr + sequence)
+    length = tl.load(starts_ptr + sequence + 1) - begin
+    for step in range(length):
+        t = begin.to(tl.int64) + step
         x = tl.load(x_ptr + t * x_stride + channel, mask=is_channel, other=0.0).to(tl.float32)
         dt = tl.load(dt_ptr + t * dt_stride + channel, mask=is_channel, other=0.0)
         b = tl.load(b_ptr + t * b_stride + n, mask=is_state, other=0.0).to(tl.float32)
@@ -266,8 +269,10 @@ def ssd_scan_kernel(
     skip = tl.full([], 0.0, tl.float32)
     if HAS_D:
         skip += tl.load(d_ptr + head)
-    for row in range(tl.load(starts_ptr + sequence), tl.load(starts_ptr + sequence + 1)):
-        t = row.to(tl.int64)
+    begin = tl.load(starts_ptr + sequence)
+    length = tl.load(starts_ptr + sequence + 1) - begin
+    for step in range(length):
+        t = begin.to(tl.int64) + step
         x_place = x_ptr + t * x_token_stride + head * x_head_stride + p
         x = tl.load(x_place, mask=is_channel, other=0.0).to(tl.float32)
         dt = tl.load(dt_ptr + t * dt_stride + head)
@@ -357,8 +362,10 @@ def gated_delta_rule_kernel(
     group = head // GROUP
     place = states_ptr + (sequence.to(tl.int64) * M + head) * D * DV + d[:, None] * DV + e[None, :]
     h = tl.load(place, mask=mask, other=0.0)
-    for row in range(tl.load(starts_ptr + sequence), tl.load(starts_ptr + sequence + 1)):
-        t = row.to(tl.int64)
+    begin = tl.load(starts_ptr + sequence)
+    length = tl.load(starts_ptr + sequence + 1) - begin
+    for step in range(length):
+        t = begin.to(tl.int64) + step
         q_place = q_ptr + t * q_token_stride + group * q_group_stride + d
         q = tl.load(q_place, mask=is_key, other=0.0).to(tl.float32)
         k_place = k_ptr + t * k_token_stride + group * k_group_stride + d

@@ -93,13 +93,14 @@ class TritonExtensionOps(ReferenceOps):
         return experts.route(self._launcher, rows, routing, bias)
 
     def pack_experts(self, weights: ExpertWeights) -> PackedExperts:
-        tensors = {
-            "gate_up": weights.gate_up.contiguous(),
-            "down": weights.down.contiguous(),
-            "gate_up_bias": _dense(weights.gate_up_bias),
-            "down_bias": _dense(weights.down_bias),
-        }
-        return super().pack_experts(replace(weights, **tensors))
+        dense = replace(
+            weights,
+            gate_up=weights.gate_up.contiguous(),
+            down=weights.down.contiguous(),
+            gate_up_bias=_dense(weights.gate_up_bias),
+            down_bias=_dense(weights.down_bias),
+        )
+        return super().pack_experts(dense)
 
     def experts(
         self,

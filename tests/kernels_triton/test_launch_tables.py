@@ -17,6 +17,9 @@ PATHS = [
 KERNELS = {
     *("prefill", "decode", "combine", "write_cache", "copy_blocks", "rms_norm", "soft_cap"),
     *("gated_activation", "rotary", "entries", "rows_of_logits", "sample", "logprobs"),
+    *("latent_prefill", "latent_decode", "route", "sort_pairs", "expert_tiles", "experts_up"),
+    *("experts_down", "experts_sum", "conv", "conv_state", "selective_scan", "ssd_scan"),
+    *("gated_delta_rule", "round_rows", "quantized_linear"),
 }
 
 
@@ -28,7 +31,7 @@ def test_table_serves_every_kernel_with_any_facts(path):
     assert table.provenance["method"]
     assert {"compute_units", "shared_bytes", "warp_size"} <= set(table.facts)
     for kernel in KERNELS:
-        assert table.find(kernel, {"head_size": 4096, "width": 1 << 20, "item_size": 8})
+        assert table.find(kernel, {"head_size": 4096, "width": 1 << 20, "item_size": 8, "rows": 1 << 20, "tile": 1 << 20})
     assert {entry.kernel for entry in table.entries} == KERNELS
     for entry in table.entries:
         assert not entry.max_spill_bytes or entry.note

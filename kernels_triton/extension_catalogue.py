@@ -1,0 +1,138 @@
+"""The kernels of extensions in every launch that a table knows; see `catalogue`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quire.kernels_triton import cache, experts, latent, quantized, recurrence
+from quire.kernels_triton.attention import AttentionShape, PagedCache, PagedStep, make_partials
+from quire.kernels_triton.offline import RecordingLauncher
+
+_BF16, _FP32, _INT32, _INT64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
+_META = torch.device("meta")
+_REQUESTS, _TOKENS = 8, 512
+_LATENTS = {"16 latent heads": (16, 576, 512), "128 latent heads": (128, 576, 512)}
+_EXPERTS = {"few": 8, "many": 2048}
+"""Tokens, so that experts get a row or a tile each."""
+
+
+def record_extensions(launcher: RecordingLauncher) -> None:
+    """Calls the host functions of extensions with the shapes of today's models."""
+    for name, shape in _LATENTS.items():
+        launcher.label = f"{name}: "
+        _record_latent(launcher, shape, _BF16)
+    launcher.label = "float32: "
+    _record_latent(launcher, _LATENTS["16 latent heads"], _FP32)
+    _record_experts(launcher, 8, _FP32)
+    _record_quantized(launcher, 8, _FP32)
+    for name, num_tokens in _EXPERTS.items():
+        launcher.label = f"{name} tokens: "
+        _record_experts(launcher, num_tokens, _BF16)
+        _record_quantized(launcher, num_tokens, _BF16)
+    launcher.label = ""
+    _record_recurrence(launcher)
+
+
+def _empty(*shape: int, dtype: torch.dtype = _BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=_META)
+
+
+def _record_latent(
+    launcher: RecordingLauncher, numbers: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    heads, size, rank = numbers
+    shape = AttentionShape(
+        num_heads=heads,
+        num_kv_heads=1,
+        head_size=size,
+        v_head_size=rank,
+        block_size=64,
+        scale=0.1,
+    )
+    latents = _empty(1024, 64, 1, size, dtype=dtype)
+    paged = PagedCache(k=latents, v=latents)
+    k = _empty(_TOKENS, 1, size, dtype=dtype)
+    cache.write_cache(launcher, k, k, paged, _empty(_TOKENS, dtype=_INT64))
+    q, out = (_empty(_TOKENS, heads, n, dtype=dtype) for n in (size, rank))
+    for splits in (1, 8):
+        partial, partial_log = make_partials(
+            shape, num_requests=_REQUESTS, num_splits=splits, device=_META
+        )
+        step = PagedStep(
+            query_start_loc=_empty(_REQUESTS + 1, dtype=_INT32),
+            seq_lens=_empty(_REQUESTS, dtype=_INT32),
+            block_table=_empty(_REQUESTS, 512, dtype=_INT32),
+            num_tokens=_TOKENS,
+            has_decodes=True,
+            has_prefills=splits == 1,
+            num_splits=splits,
+            partial=partial,
+            partial_log=partial_log,
+        )
+        latent.latent_attention(launcher, shape, step, q, paged, out)
+
+
+def _record_experts(launcher: RecordingLauncher, num_tokens: int, dtype: torch.dtype) -> None:
+    for count, groups, is_sigmoid in ((8, 1, False), (256, 8, True)):
+        routing = experts.Routing(
+            num_experts=count,
+            num_chosen=min(8, count // 4),
+            is_sigmoid=is_sigmoid,
+            is_renormalised=True,
+            scale=2.5,
+            num_groups=groups,
+            num_kept_groups=max(1, groups // 2),
+            sums_two=groups > 1,
+        )
+        bias = _empty(count, dtype=_FP32) if is_sigmoid else None
+        logits = _empty(num_tokens, count, dtype=_FP32)
+        weights, ids = experts.route(launcher, logits, routing, bias)
+        layer = experts.Experts(
+            gate_up=_empty(count, 2 * 1408, 2048, dtype=dtype),
+            down=_empty(count, 2048, 1408, dtype=dtype),
+            gate_up_bias=None,
+            down_bias=None,
+            activation="silu",
+            alpha=1.702,
+            limit=7.0,
+        )
+        x = _empty(num_tokens, 2048, dtype=dtype)
+        experts.run_experts(launcher, x, layer, weights, ids, weighs_input=False)
+
+
+def _record_quantized(launcher: RecordingLauncher, num_tokens: int, dtype: torch.dtype) -> None:
+    for bits, size, activations in ((8, 0, "token"), (4, 128, "none"), (4, 128, "group")):
+        layer = quantized.QuantizedLayer(
+            bits=bits,
+            group_size=size or 4096,
+            num_groups=4096 // size if size else 1,
+            num_inputs=4096,
+            codes=_empty(4096, 4096 * bits // 8, dtype=torch.uint8),
+            scales=_empty(4096, 4096 // size if size else 1),
+            zeros=_empty(4096, 32, dtype=torch.uint8) if activations == "none" else None,
+            bias=None,
+            activations=activations,
+        )
+        before = launcher.label
+        launcher.label = f"{before}int{bits} {activations}: "
+        quantized.quantized_linear(launcher, _empty(num_tokens, 4096, dtype=dtype), layer)
+        launcher.label = before
+
+
+def _record_recurrence(launcher: RecordingLauncher) -> None:
+    starts = _empty(_REQUESTS + 1, dtype=_INT32)
+    x = _empty(_TOKENS, 4096)
+    recurrence.causal_conv1d(
+        launcher, x, _empty(4096, 4), None, _empty(_REQUESTS, 4096, 3), starts, has_silu=True
+    )
+    dt, a = _empty(_TOKENS, 4096, dtype=_FP32), _empty(4096, 16, dtype=_FP32)
+    b, states = _empty(_TOKENS, 16), _empty(_REQUESTS, 4096, 16, dtype=_FP32)
+    recurrence.selective_scan(launcher, x, dt, a, b, b, a[:, 0], states, starts)
+    heads, a = _empty(_TOKENS, 64, 64), _empty(64, dtype=_FP32)
+    states = _empty(_REQUESTS, 64, 64, 128, dtype=_FP32)
+    dt, b = _empty(_TOKENS, 64, dtype=_FP32), _empty(_TOKENS, 1, 128)
+    recurrence.ssd_scan(launcher, heads, dt, a, b, b, a, states, starts)
+    q, v = _empty(_TOKENS, 16, 128), _empty(_TOKENS, 32, 128)
+    states, decay = _empty(_REQUESTS, 32, 128, 128, dtype=_FP32), _empty(_TOKENS, 32, dtype=_FP32)
+    recurrence.gated_delta_rule(launcher, q, q, v, decay, decay, states, starts)
