@@ -25,7 +25,7 @@ from quire.core.engine.features import ModelInput
 from quire.core.engine.front import Front, make_front
 from quire.core.engine.messages import same_death
 from quire.core.engine.output_state import OutputKind
-from quire.core.engine.pooling import PoolingOutput, PoolingParams, check_task
+from quire.core.engine.pooling import PoolingOutput, PoolingParams, check_task, refuse_text
 from quire.core.engine.pooling_desk import settle
 from quire.core.engine.prompts import Prompt, parse_prompt
 from quire.core.engine.request_stream import RequestStream
@@ -106,6 +106,7 @@ class AsyncEngine:
         CheckpointError for text where the model has no tokenizer.
         """
         self._refuse_if_not_ready()
+        refuse_text(self.facts.tasks, self.facts.served_model_name)
         model_input = await self._read(prompt, add_special_tokens=add_special_tokens)
         if params.structured_outputs is not None:
             await asyncio.to_thread(self._front.check_grammar, params)

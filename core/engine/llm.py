@@ -24,6 +24,7 @@ from quire.core.engine.input_processor import PreparedRequest, make_params
 from quire.core.engine.interrupts import DeferredInterrupts
 from quire.core.engine.llm_pooling import PoolingMethods
 from quire.core.engine.output_state import OutputKind, Sink
+from quire.core.engine.pooling import refuse_text
 from quire.core.engine.progress import ProgressBar
 from quire.core.engine.prompts import Prompt, parse_prompt, split_prompts
 from quire.core.env import read_environment
@@ -203,6 +204,7 @@ class LLM(PoolingMethods):
         add_special_tokens: bool,
         priority: Sequence[int] | None = None,
     ) -> list[PreparedRequest]:
+        refuse_text(self.facts.tasks, self.facts.served_model_name)
         many = _one_for_each(params, len(prompts), "sampling_params")
         priorities = _one_for_each(priority, len(prompts), "priority")
         checked = [make_params(one, self._inputs.defaults) for one in many]

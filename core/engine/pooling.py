@@ -52,6 +52,12 @@ class PoolingOutput(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int = 0
 
 
+def refuse_text(tasks: Sequence[str], model: str) -> None:
+    """Raises: RequestError if a model makes numbers of texts, and text is asked of it."""
+    if tasks and set(tasks) <= set(POOLING_TASKS):
+        check_task("generate", tasks, model)
+
+
 def check_task(task: Task, tasks: Sequence[str], model: str) -> None:
     """Raises: RequestError if a model that does `tasks` cannot do `task`."""
     if task in tasks:

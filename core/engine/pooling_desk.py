@@ -114,7 +114,9 @@ class PoolingDesk:
             return
         size = self._facts.vector_size
         if params.task not in ("embed", "token_embed"):
-            raise RequestError(f"{params.task} has no dimensions; leave them out", param="dimensions")
+            raise RequestError(
+                f"{params.task} has no dimensions; leave them out", param="dimensions"
+            )
         if not 1 <= params.dimensions <= size:
             raise RequestError(
                 f"dimensions is {params.dimensions}; this model's vectors have {size}",

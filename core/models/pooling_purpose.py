@@ -18,8 +18,8 @@ def is_for_pooling(directory: Path, raw: dict[str, Any], task: str) -> bool:
         return task != "generate"
     if (directory / MODULES_FILE).is_file():
         return True
-    names = raw.get("architectures") or ()
-    return bool(names) and names[0].endswith(_ENDS) and not _generates(names[0])
+    names: list[str] = list(raw.get("architectures") or ())
+    return any(name.endswith(_ENDS) and not _generates(name) for name in names[:1])
 
 
 def _generates(name: str) -> bool:

@@ -131,7 +131,7 @@ class PoolingRunner:
                 found = self._model.answers(batch, specs)
                 sizes = [one.numel() for one in found]
                 flat = torch.cat([one.flatten() for one in found]).cpu()
-            parts = flat.split(sizes)
+            parts = torch.split(flat, sizes)
             answers.extend(part.view(one.shape) for part, one in zip(parts, found, strict=True))
 
         queue = self._device.queue()

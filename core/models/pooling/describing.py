@@ -117,9 +117,7 @@ def describe_model_class(model: Any, config: Any, layout: VectorLayout) -> Model
     )
 
 
-def _pooling(
-    name: str, config: Any, layout: VectorLayout, hidden_size: int
-) -> PoolingDescription:
+def _pooling(name: str, config: Any, layout: VectorLayout, hidden_size: int) -> PoolingDescription:
     num_labels = int(getattr(config, "num_labels", 0) or 0)
     names = getattr(config, "id2label", None) or {}
     labels = tuple(str(names.get(index, f"LABEL_{index}")) for index in range(num_labels))

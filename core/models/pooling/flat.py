@@ -98,11 +98,20 @@ class FlatBody:
         return ((self._batch.positions + first).unsqueeze(0), *inputs[1:])
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        arguments: dict[str, Any],
     ) -> Tensor:
         """q, k, v [1, heads, T, size] to [1, T, Hq, Dv]."""
         batch = self._batch
-        if batch is None or query.shape[2] != len(batch.token_ids) or key.shape[2] != query.shape[2]:
+        if (
+            batch is None
+            or query.shape[2] != len(batch.token_ids)
+            or key.shape[2] != query.shape[2]
+        ):
             raise QuireError("attention was called outside a step, or over other tokens than its")
         unknown = [name for name in _UNKNOWN if arguments.get(name) is not None]
         if unknown:

@@ -63,7 +63,9 @@ def _load(config: WorkerConfig, directory: Path, hf_config: Any, device: Device)
     model_class = model_class_of(hf_config, directory, config.task)
     trust = config.trust_remote_code
     if config.load_format == "dummy":
-        model = make_dummy_model(without_pooler(model_class), hf_config, dtype=config.dtype, seed=config.seed)
+        model = make_dummy_model(
+            without_pooler(model_class), hf_config, dtype=config.dtype, seed=config.seed
+        )
     else:
         model = load_weights(
             directory, model_class, hf_config, dtype=config.dtype, trust_remote_code=trust,
@@ -96,7 +98,9 @@ def _choose_way(pooling: PoolingModel, config: WorkerConfig) -> None:
             have=f"transformers itself: {type(error).__name__}: {error}",
             remedy="use a model of texts alone",
         )  # fmt: skip
-        raise UnsupportedError([reason], what=f"running {pooling.description.architecture}") from error
+        raise UnsupportedError(
+            [reason], what=f"running {pooling.description.architecture}"
+        ) from error
     first = TextBatch(token_ids=batch.rows(batch.token_ids, 0), lengths=batch.lengths[:1])
     limit = tolerance(config.dtype)
     try:

@@ -1,7 +1,7 @@
 """A loaded model that makes numbers of texts, in the first way that gives its own numbers.
 
-    flat        all texts in one row, each attending to itself; nothing padded
-    by length   texts of the same length together, in the model's own code; nothing padded either
+flat        all texts in one row, each attending to itself; nothing padded
+by length   texts of the same length together, in the model's own code; nothing padded either
 """
 
 from __future__ import annotations
@@ -124,9 +124,7 @@ class PoolingModel:
         """float32 [n] or [tokens, n] for each text, on the device."""
         raw = self.raw(batch)
         if self._vectors is None:
-            return [
-                self._labelled(logits, spec) for logits, spec in zip(raw, specs, strict=True)
-            ]
+            return [self._labelled(logits, spec) for logits, spec in zip(raw, specs, strict=True)]
         wanted = [index for index, spec in enumerate(specs) if spec.task == "embed"]
         vectors = self._vectors.vectors([raw[index] for index in wanted]) if wanted else None
         found = [rows.float() for rows in raw]
@@ -134,9 +132,7 @@ class PoolingModel:
             assert vectors is not None, wanted
             found[index] = vectors[place]
         return [
-            self._vectors.finish(
-                one, dimensions=spec.dimensions, is_normalized=spec.use_activation
-            )
+            self._vectors.finish(one, dimensions=spec.dimensions, is_normalized=spec.use_activation)
             if spec.task == "embed"
             else _rows(one, spec)
             for one, spec in zip(found, specs, strict=True)
