@@ -29,6 +29,12 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Formats whose decoders run no other program and know their size before they decode."""
 
 
+class ImageAddress(str):
+    """An address that a client sent: it is never read as the path of a file."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaPolicy:
     """What may be read for a request, and how much of it."""
@@ -48,14 +54,17 @@ class MediaPolicy:
 def read_image(given: object, policy: MediaPolicy) -> Image:
     """An RGB image of anything that stands for one; safe in another thread.
 
-    A text is an address: `data:`, `http:`, `https:` or `file:`. Paths, bytes, arrays (uint8
-    [height, width], [height, width, 3] or [.., 4], or floats from 0 to 1) and images of Pillow come
-    from the caller's own program and are not held against the rules for addresses.
+    A text is an address (`data:`, `http:`, `https:`, `file:`) or, where it is no `ImageAddress`,
+    a path. Paths, bytes, arrays (uint8 [height, width], [height, width, 3] or [.., 4], or floats
+    from 0 to 1) and images of Pillow come from the caller's own program and are not held against
+    the rules for addresses.
     Raises: RequestError that says what is wrong with it; ConfigError without Pillow.
     """
     pillow = _pillow()
     if isinstance(given, pillow.Image):
         return _upright_rgb(given, policy)
+    if isinstance(given, str) and not isinstance(given, ImageAddress) and _is_path(given):
+        return decode_image(_read_file(Path(given).expanduser(), policy), policy)
     if isinstance(given, str):
         return decode_image(read_address(given, policy), policy)
     if isinstance(given, bytes | bytearray):
@@ -124,6 +133,10 @@ def decode_image(content: bytes, policy: MediaPolicy) -> Image:
             f"the image is broken: {type(error).__name__}: {error}"[:300], param=PARAM
         ) from error
     return _upright_rgb(image, policy)
+
+
+def _is_path(text: str) -> bool:
+    return not text.startswith("data:") and "://" not in text[:16]
 
 
 def _pillow() -> Any:

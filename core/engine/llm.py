@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from quire.core.config import EngineConfig
 from quire.core.engine.chat import ChatRenderer, Message, split_conversations
+from quire.core.engine.chat_images import shows_images, split_images
 from quire.core.engine.client import CoreClient, InProcessClient, ProcessClient
 from quire.core.engine.core import BuildCore, EngineCore
 from quire.core.engine.facts import EngineStatistics
@@ -130,6 +131,7 @@ class LLM(PoolingMethods):
         self._inputs.require_codec()
         assert self._chat is not None, self.facts
         conversations, _ = split_conversations(messages)
+        told = [split_images(one) if shows_images(one) else (one, []) for one in conversations]
         texts = [
             self._chat.render(
                 conversation,
@@ -139,9 +141,13 @@ class LLM(PoolingMethods):
                 continue_final_message=continue_final_message,
                 template_variables=chat_template_kwargs,
             )
-            for conversation in conversations
+            for conversation, _ in told
         ]
-        return self.generate(texts, sampling_params, use_tqdm, add_special_tokens=False)
+        prompts = [
+            {"prompt": text, "multi_modal_data": {"image": images}} if images else text
+            for text, (_, images) in zip(texts, told, strict=True)
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm, add_special_tokens=False)
 
     def stream(
         self, prompt: Prompt, sampling_params: ParamsLike = None, *, add_special_tokens: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from quire.core.engine.chat_images import is_image_part
 from quire.core.errors import RequestError
 
 Message = dict[str, Any]
@@ -64,10 +65,12 @@ def _content(content: Any) -> Any:
 
 def _part(part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if is_image_part(part):
+        return dict(part)
     if kind not in _TEXT_PARTS:
         raise RequestError(
             f"a content part of type {str(kind)[:40]!r} is not supported; this server takes "
-            "input_text and output_text",
+            "input_text, output_text and input_image",
             param="input",
         )
     return {"type": "text", "text": part.get("text")}

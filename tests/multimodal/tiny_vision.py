@@ -16,10 +16,38 @@ SPECIAL = (
     "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
     *(f"<row_{row}_col_{col}>" for row in range(1, 3) for col in range(1, 3)),
 )  # fmt: skip
-WORDS = (
-    "a the cat dog sees what is in this picture and that one of two red blue image describe it "
-    "please tell me more user : assistant . ? \n"
-).split(" ")
+WORDS = [
+    "a",
+    "the",
+    "cat",
+    "dog",
+    "sees",
+    "what",
+    "is",
+    "in",
+    "this",
+    "picture",
+    "and",
+    "that",
+    "one",
+    "of",
+    "two",
+    "red",
+    "blue",
+    "image",
+    "describe",
+    "it",
+    "please",
+    "tell",
+    "me",
+    "more",
+    "user",
+    ":",
+    "assistant",
+    ".",
+    "?",
+    "\n",
+]
 _TEXT = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,

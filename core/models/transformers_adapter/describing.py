@@ -30,7 +30,6 @@ from quire.core.models.transformers_adapter.selection import (
     indexers_of,
     refuse_unseen_selection,
 )
-from quire.core.models.transformers_adapter.seeing import sight_of
 from quire.core.models.transformers_adapter.text_model import TextModel, use_attention
 
 IMPLEMENTATION = "transformers"

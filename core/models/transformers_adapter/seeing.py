@@ -49,7 +49,6 @@ SIGHTS = {
     "qwen3_vl": Sight(has_grid=True),
     "gemma3": Sight(is_bidirectional=True),
     "idefics3": Sight(language_model="text_model"),
-    "smolvlm": Sight(language_model="text_model"),
 }
 """By `model_type`: the families whose images were held against transformers' own generation."""
 

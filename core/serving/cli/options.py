@@ -107,7 +107,19 @@ def make_config(given: Mapping[str, Any]) -> EngineConfig:
     for name in ("options", "logits_processors"):
         if name in settings:
             settings[name] = _pairs(name, settings[name])
+    if "limit_mm_per_prompt" in settings:
+        limits = _pairs("limit_mm_per_prompt", settings["limit_mm_per_prompt"])
+        settings["limit_mm_per_prompt"] = {kind: _count(kind, n) for kind, n in limits.items()}
+    if "allowed_media_domains" in settings:
+        settings["allowed_media_domains"] = tuple(settings["allowed_media_domains"])
     return EngineConfig.from_user(**settings)
+
+
+def _count(kind: str, text: str) -> int:
+    """Raises: ConfigError for what is no number from 0 on."""
+    if text.isdecimal():
+        return int(text)
+    raise ConfigError(f"--limit-mm-per-prompt {kind}={text}: give a number, as in {kind}=4")
 
 
 def parse_bytes(text: str) -> int:

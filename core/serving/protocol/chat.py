@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from quire.core.engine.chat_images import image_of, is_image_part
 from quire.core.errors import RequestError
 from quire.core.sampling_params import SamplingParams
 from quire.core.serving.protocol.base import Count, RequestBody, ResponseBody
@@ -23,7 +24,7 @@ from quire.core.serving.protocol.usage import Usage
 
 
 class TextPart(RequestBody):
-    """A piece of a message. Images, audio and files are refused by their type."""
+    """A piece of a message. Images stand beside it; audio and files are refused by their type."""
 
     type: str
     text: str
@@ -61,6 +62,23 @@ class ChatMessage(RequestBody):
             return self.content or ""
         return "\n".join(_text_of(part) for part in self.content)
 
+    @property
+    def images(self) -> list[Any]:
+        """The addresses of the images that the message shows.
+
+        Raises: RequestError for an image part without one.
+        """
+        parts = self.content if isinstance(self.content, list) else ()
+        return [image_of(part) for part in parts if is_image_part(part)]
+
+    def _parts(self) -> list[dict[str, Any]]:
+        """Text and images in their order, as templates of models that see take them."""
+        assert isinstance(self.content, list), self.content
+        return [
+            {"type": "image"} if is_image_part(part) else {"type": "text", "text": _text_of(part)}
+            for part in self.content
+        ]
+
     def to_template(self) -> dict[str, Any]:
         """The message as chat templates take it; `developer` means `system`, which they know.
 
@@ -68,7 +86,8 @@ class ChatMessage(RequestBody):
         """
         self._check()
         role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": self.text}
+        content = self._parts() if self.images else self.text
+        message: dict[str, Any] = {"role": role, "content": content}
         thoughts = self.reasoning_content or self.reasoning
         optional = {
             "name": self.name,
@@ -106,6 +125,14 @@ class TemplateFields(RequestBody):
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     """None: no, since templates write them."""
+
+    @property
+    def images(self) -> list[Any]:
+        """The addresses of all images of the conversation, in their order.
+
+        Raises: RequestError for an image part without one.
+        """
+        return [image for message in self.messages for image in message.images]
 
     @property
     def adds_generation_prompt(self) -> bool:
@@ -289,7 +316,8 @@ def _text_of(part: dict[str, Any]) -> str:
     kind = part.get("type")
     if kind != "text":
         raise RequestError(
-            f"a content part of type {str(kind)[:40]!r} is not supported; this server takes text",
+            f"a content part of type {str(kind)[:40]!r} is not supported; "
+            "this server takes text and images",
             param="messages",
         )
     return TextPart.model_validate(part).text

@@ -57,10 +57,12 @@ async def begin_chat(body: ChatRequest, server: ServerState, names: Names) -> Ch
     plan = plan_answer(body, server)
     prompt = await render(body, server)
     plan.apply(params, prompt)
+    images = body.images
+    shown = {"prompt": prompt, "multi_modal_data": {"image": images}} if images else prompt
     generation = await Generation.begin(
         server.engine,
         server.metrics,
-        [prompt],
+        [shown],
         params,
         request_id=names.engine_id,
         output_kind="delta" if body.is_streaming else "final",
@@ -124,6 +126,11 @@ async def render(body: TemplateFields, server: ServerState) -> str:
             param="chat_template",
         )
     body.check_template_fields()
+    if body.images and "image" not in server.engine.facts.accepts:
+        raise RequestError(
+            f"the messages show images and {server.model_name!r} takes text alone",
+            param="messages",
+        )
     return await server.engine.render_chat(
         [message.to_template() for message in body.messages],
         tools=[tool.to_template() for tool in body.shown_tools] or None,

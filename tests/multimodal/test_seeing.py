@@ -1,0 +1,237 @@
+"""Models that see, token by token as transformers' own generation, in every way of scheduling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_vision import MARKS, make_config, make_image, make_vision_model
+
+from quire import LLM, SamplingParams
+from quire.core.engine.image_reader import load_processor
+from quire.core.errors import RequestError
+from quire.core.models.transformers_adapter.seeing import SIGHTS
+
+NUM_TOKENS = 10
+GREEDY = SamplingParams(
+    temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, logprobs=0
+)
+FAMILIES = [family for family in MARKS if family in SIGHTS]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt with its images and what transformers makes of it."""
+
+    prompt: str
+    images: list[Any]
+    expected: list[int]
+
+    @property
+    def request(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "multi_modal_data": {"image": self.images}}
+
+
+def _cases(directory: Path, family: str) -> list[Case]:
+    """Texts with one image, two images, and the same text with another image."""
+    mark = MARKS[family]
+    processor = load_processor(directory)
+    model_class = getattr(transformers, make_config(family).architectures[0])
+    model = model_class.from_pretrained(directory, dtype=torch.float32).eval()
+    asked = [
+        (f"a cat {mark} what is in this picture", [make_image(1)]),
+        (
+            f"the dog {mark} and {mark} tell me more please",
+            [make_image(2, (64, 40)), make_image(3)],
+        ),
+        (f"a cat {mark} what is in this picture", [make_image(4)]),
+        (f"a cat {mark} what is in this picture", [make_image(1)]),
+    ]
+    cases = []
+    for prompt, images in asked:
+        inputs = processor(text=[prompt], images=[images], return_tensors="pt")
+        inputs.pop("num_crops", None)
+        with torch.no_grad():
+            output = model.generate(
+                **inputs, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None
+            )
+        new = output[0, inputs["input_ids"].shape[1] :].tolist()
+        cases.append(Case(prompt, images, new))
+    return cases
+
+
+def _engine(directory: Path, **settings: Any) -> LLM:
+    chosen = {
+        "device": "cpu", "dtype": "float32", "max_model_len": 160, "max_num_seqs": 4,
+        "block_size": 16, "model_impl": "transformers", "cache_memory_bytes": 1 << 22,
+        "num_threads": 1, **settings,
+    }  # fmt: skip
+    return LLM(model=str(directory), **chosen)
+
+
+def _tokens(outputs: list[Any]) -> list[list[int]]:
+    assert not [output.error for output in outputs if output.error]
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> str:
+    """Each family that sees."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def directory(family, tmp_path_factory) -> Path:
+    """A tiny model of the family."""
+    return make_vision_model(family, tmp_path_factory.mktemp(family))
+
+
+@pytest.fixture(scope="module")
+def cases(directory, family) -> list[Case]:
+    """What transformers generates."""
+    return _cases(directory, family)
+
+
+def test_generate_images_in_chunks_and_together_as_transformers(directory, cases):
+    """Chunks of 7 tokens cut images in the middle, four requests share steps and prefixes."""
+    with _engine(directory, max_num_batched_tokens=7) as llm:
+        requests = [case.request for case in cases]
+        expected = [case.expected for case in cases]
+        assert _tokens(llm.generate(requests, GREEDY, use_tqdm=False)) == expected
+        # Again, from cached prefixes; the third has the first one's text and another image.
+        again = llm.generate(requests, GREEDY, use_tqdm=False)
+        assert _tokens(again) == expected
+        assert all(output.num_cached_tokens for output in again)
+
+
+def test_generate_image_with_a_full_cache_is_preempted_and_exact(directory, cases):
+    """Whoever loses its blocks sees its image again when it resumes."""
+    with _engine(directory) as probe:
+        num_blocks = probe.facts.num_blocks[0]
+        size = 12 * probe.statistics().memory_bytes["cache"] // num_blocks
+    settings = {"cache_memory_bytes": size, "max_model_len": 128, "enable_prefix_caching": False}
+    with _engine(directory, **settings) as llm:
+        long = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, detokenize=False)
+        outputs = llm.generate([case.request for case in cases], long, use_tqdm=False)
+        assert llm.statistics().num_preemptions
+        starts = [tokens[:NUM_TOKENS] for tokens in _tokens(outputs)]
+        assert starts == [case.expected for case in cases]
+
+
+def test_generate_same_text_with_another_image_differs(directory, cases, family):
+    """The image counts: were it ignored, all tests above would hold of the text alone."""
+    del family
+    with _engine(directory) as llm:
+        one, _, other, same = llm.generate([c.request for c in cases], GREEDY, use_tqdm=False)
+        first, second, third = (
+            output.outputs[0].logprobs[0].popitem()[1].logprob for output in (one, other, same)
+        )
+        assert first != pytest.approx(second, abs=1e-6)
+        assert first == pytest.approx(third, abs=1e-5)
+
+
+# --- one family is enough -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    """A tiny model whose images have grids."""
+    return make_vision_model("qwen2_vl", tmp_path_factory.mktemp("qwen"))
+
+
+def test_generate_one_image_for_many_requests_runs_the_tower_once(qwen, monkeypatch):
+    """Equal content is one hash; nothing is kept when nobody runs."""
+    from quire.core.models.transformers_adapter import paged
+
+    made = []
+    original = paged.Eyes.__init__
+
+    def remember(self, *arguments):
+        original(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(paged.Eyes, "__init__", remember)
+    mark, image = MARKS["qwen2_vl"], make_image(7)
+    with _engine(qwen, enable_prefix_caching=False) as llm:
+        requests = [
+            {"prompt": f"{word} {mark} cat", "multi_modal_data": {"image": image.copy()}}
+            for word in ("a", "the", "one")
+        ]
+        _tokens(llm.generate(requests, GREEDY, use_tqdm=False))
+        eyes = made[-1]
+        assert eyes.cache.num_encoded == 1
+        llm.generate("the cat", GREEDY, use_tqdm=False)
+        assert len(eyes.cache) == 0
+
+
+def test_chat_image_parts_equal_the_prompt_with_placeholders(qwen):
+    """`image_url`, `input_image` and `image` parts all reach the same tokens."""
+    import base64
+    import io
+
+    image = make_image(5)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    parts = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "input_image", "image_url": url},
+        {"type": "image", "image": image},
+    ]
+    conversations = [
+        [{"role": "user", "content": [part, {"type": "text", "text": "describe it"}]}]
+        for part in parts
+    ]
+    prompt = f"user : {MARKS['qwen2_vl']} describe it assistant : "
+    with _engine(qwen) as llm:
+        chats = _tokens(llm.chat(conversations, GREEDY, use_tqdm=False))
+        request = {"prompt": prompt, "multi_modal_data": {"image": image}}
+        plain = llm.generate(request, GREEDY, use_tqdm=False, add_special_tokens=False)
+        assert chats == _tokens(plain) * 3
+
+
+def test_generate_ids_with_one_placeholder_each_are_written_out(qwen):
+    """Token ids are taken as text is: one placeholder for each image."""
+    mark, image = MARKS["qwen2_vl"], make_image(6)
+    with _engine(qwen) as llm:
+        ids = llm.get_tokenizer().encode(f"a {mark} cat")
+        data = {"image": [image]}
+        both = llm.generate(
+            [{"prompt_token_ids": ids, "multi_modal_data": data},
+             {"prompt": f"a {mark} cat", "multi_modal_data": data}],
+            GREEDY, use_tqdm=False,
+        )  # fmt: skip
+        assert both[0].prompt_token_ids == both[1].prompt_token_ids
+        assert len(both[0].prompt_token_ids) > len(ids)
+        assert _tokens(both)[0] == _tokens(both)[1]
+
+
+def test_generate_wrong_images_are_refused_before_anything_runs(qwen):
+    """Too many, too few, broken, of another kind: each says so, and the engine goes on."""
+    mark = MARKS["qwen2_vl"]
+    image = make_image(1)
+    with _engine(qwen, limit_mm_per_prompt={"image": 2}) as llm:
+        bad = [
+            (f"{mark} {mark} {mark}", {"image": [image] * 3}, "takes 2"),
+            ("a cat", {"image": image}, "0 placeholders"),
+            (f"{mark} {mark}", {"image": image}, "2 placeholders"),
+            (mark, {"image": b"broken"}, "none that can be read"),
+            (mark, {"video": image}, "takes text and images"),
+            (mark, {"image": "http://127.0.0.1/x.png"}, "private network"),
+        ]
+        for prompt, data, message in bad:
+            with pytest.raises(RequestError, match=message):
+                llm.generate({"prompt": prompt, "multi_modal_data": data}, GREEDY, use_tqdm=False)
+        assert _tokens(llm.generate("the cat", GREEDY, use_tqdm=False))
+
+
+def test_load_model_that_sees_both_ways_is_not_chunked(tmp_path):
+    """Tokens of Gemma 3's images see later ones, so a prompt is computed whole, and it is said."""
+    directory = make_vision_model("gemma3", tmp_path)
+    with _engine(directory, max_num_batched_tokens=7) as llm:
+        assert not llm.config.enable_chunked_prefill
+        assert any("see each other" in change for change in llm.facts.changes)
