@@ -9,6 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.core.serving.error_responses import Failure, HttpError
+from quire.core.serving.error_styles import response_to
 from quire.core.serving.gate import Gate
 from quire.core.serving.operations.record import RequestRecord, path_of
 
@@ -70,7 +71,7 @@ class BodyLimitMiddleware:
             return
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced[:20]) > self._max_bytes:
-            await self._too_large().response()(scope, receive, send)
+            await response_to(scope, self._too_large())(scope, receive, send)
             return
         num_bytes = 0
 
@@ -109,7 +110,7 @@ class GateMiddleware:
             with self._gate.entered():
                 await self._app(scope, receive, send)
         except HttpError as error:
-            await error.failure.response()(scope, receive, send)
+            await response_to(scope, error.failure)(scope, receive, send)
 
 
 def _generates(scope: Scope) -> bool:

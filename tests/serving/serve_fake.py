@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -25,7 +26,10 @@ say = functools.partial(print, flush=True)  # the parent reads lines
 
 
 class ProgramEngine(FakeEngine):
-    """Holds requests whose prompt begins with `hold` until one comes that says `release`."""
+    """Holds requests whose prompt begins with `hold`.
+
+    A request that says `release`, or SIGUSR1 where none is let in any more, lets them go.
+    """
 
     async def submit(self, prompt, params, request_id, **options):
         if prompt == "release":
@@ -39,7 +43,9 @@ async def start(config: EngineConfig) -> FakeEngine:
     if config.model == "never":
         say("loading")
         await asyncio.Event().wait()
-    return ProgramEngine(hold=asyncio.Event())
+    hold = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, hold.set)
+    return ProgramEngine(hold=hold)
 
 
 def announce(ready: Announcement) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -91,6 +92,26 @@ def test_sigterm_lets_requests_finish():
             assert other.post("/v1/completions", json={"prompt": "release"}).status_code == 200
         one.process.send_signal(signal.SIGTERM)
         assert '"finish_reason":"length"' in "".join(lines)
+        assert one.ends() == 0
+
+
+async def test_sigterm_under_load_loses_no_accepted_request():
+    """Every request that was let in before the signal, streamed or whole, is answered whole."""
+    with served() as one:
+        async with httpx.AsyncClient(base_url=one.url, timeout=20) as client:
+            bodies = [{**HELD, "stream": number % 2 == 0} for number in range(40)]
+            asked = [client.post("/v1/completions", json=body) for body in bodies]
+            answers = [asyncio.ensure_future(each) for each in asked]
+            running = f'num_requests_running{{model_name="fake"}} {len(bodies)}.0'
+            while running not in (await client.get("/metrics")).text:
+                pass
+            one.process.send_signal(signal.SIGTERM)
+            while (await client.get("/ready")).status_code == 200:
+                pass
+            one.process.send_signal(signal.SIGUSR1)
+            for answer in await asyncio.gather(*answers):
+                assert answer.status_code == 200
+                assert '"finish_reason":"length"' in answer.text
         assert one.ends() == 0
 
 

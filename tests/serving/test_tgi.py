@@ -91,3 +91,33 @@ async def test_tgi_root_needs_a_key():
     """The page at / is for everybody; asking the model there is not."""
     async with connected(FakeEngine(), api_keys=("key",)) as client:
         assert (await client.post("/", json={"inputs": "a"})).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("grammar", "form", "value"),
+    [
+        ({"type": "regex", "value": "a+"}, "regex", "a+"),
+        ({"type": "json", "value": {"type": "object"}}, "json", {"type": "object"}),
+        (
+            {"type": "json_schema", "value": {"name": "x", "schema": {"type": "array"}}},
+            "json",
+            {"type": "array"},
+        ),
+    ],
+)
+async def test_tgi_grammar_becomes_the_form_of_the_output(engine, grammar, form, value):
+    """The three kinds of grammar that this API has are honoured, none is dropped."""
+    async with connected(engine) as client:
+        body = {"inputs": "a", "parameters": {"grammar": grammar}}
+        assert (await client.post("/generate", json=body)).status_code == 200
+    assert getattr(engine.submitted[-1].params.structured_outputs, form) == value
+
+
+async def test_tgi_grammar_without_a_schema_is_refused_by_its_name(engine):
+    """A grammar of the wrong form is 422 and names the field."""
+    async with connected(engine) as client:
+        grammar = {"type": "json_schema", "value": {"name": "x"}}
+        body = {"inputs": "a", "parameters": {"grammar": grammar}}
+        answer = await client.post("/generate", json=body)
+    assert answer.status_code == 422
+    assert "grammar" in answer.json()["error"]

@@ -6,6 +6,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quire.core.serving.error_responses import Failure, HttpError
+from quire.core.serving.error_styles import response_to
 from quire.core.serving.operations.api_keys import ApiKey, KeyRing
 from quire.core.serving.operations.key_limits import KeyLimits
 from quire.core.serving.operations.record import path_of, record_of
@@ -42,7 +43,7 @@ class AccessMiddleware:
         try:
             key = self._identify(scope)
         except HttpError as error:
-            await error.failure.response()(scope, receive, send)
+            await response_to(scope, error.failure)(scope, receive, send)
             return
         await self._admit(key, scope, receive, send)
 
@@ -57,7 +58,7 @@ class AccessMiddleware:
             with self._limits.admitted(key):
                 await self._app(scope, receive, send)
         except HttpError as error:
-            await error.failure.response()(scope, receive, send)
+            await response_to(scope, error.failure)(scope, receive, send)
         finally:
             if record is not None:
                 used = record.num_prompt_tokens + record.num_output_tokens

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.core.serving.error_responses import Failure, HttpError
+from quire.core.serving.error_styles import last_event_for, response_to
 
 HEADER = "x-request-timeout"
 """Seconds, by which a client asks for a shorter time than the server's."""
@@ -33,7 +34,7 @@ class DeadlineMiddleware:
         try:
             limit_s = _limit_of(Headers(scope=scope).get(HEADER), self._limit_s)
         except HttpError as error:
-            await error.failure.response()(scope, receive, send)
+            await response_to(scope, error.failure)(scope, receive, send)
             return
         if limit_s is None:
             await self._app(scope, receive, send)
@@ -55,9 +56,9 @@ class DeadlineMiddleware:
             code="deadline_exceeded",
         )
         if not sent.has_begun:
-            await failure.response()(scope, receive, sent)
+            await response_to(scope, failure)(scope, receive, sent)
         elif sent.is_events and not sent.is_over:
-            body = b"data: " + failure.body() + b"\n\ndata: [DONE]\n\n"
+            body = last_event_for(scope, failure)
             await sent({"type": "http.response.body", "body": body, "more_body": False})
 
 

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from quire.core.errors import RequestError
-from quire.core.sampling_params import SamplingParams
+from quire.core.sampling_params import SamplingParams, StructuredOutputsParams
 from quire.core.serving.protocol.base import Count, RequestBody, ResponseBody
 
 DEFAULT_MAX_NEW_TOKENS = 100
 _SAMPLES = ("temperature", "top_k", "top_p", "typical_p")
 """Any of these asks for sampling, as `do_sample` does."""
+
+
+class TgiGrammar(RequestBody):
+    """The form of the output."""
+
+    type: Literal["json", "json_schema", "regex"]
+    value: str | dict[str, Any]
+    """A schema; for `json_schema` one with a name, `{"name": ..., "schema": {...}}`."""
+
+    def to_params(self) -> StructuredOutputsParams:
+        """What the engine is asked for. Raises: RequestError for a value of the wrong kind."""
+        value = self.value
+        if self.type == "regex" and isinstance(value, str):
+            return StructuredOutputsParams(regex=value)
+        if self.type == "json":
+            return StructuredOutputsParams(json=value)
+        if self.type == "json_schema" and isinstance(value, dict) and "schema" in value:
+            return StructuredOutputsParams(json=value["schema"])
+        wanted = "a text" if self.type == "regex" else "an object with a schema"
+        raise RequestError(f"grammar of type {self.type} needs {wanted}", param="grammar")
 
 
 class GenerateParameters(RequestBody):
@@ -22,7 +42,6 @@ class GenerateParameters(RequestBody):
     neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "adapter_id": (),
         "best_of": (1,),
-        "grammar": (),
         "typical_p": (1.0, 1),
         "watermark": (False,),
     }
@@ -41,6 +60,7 @@ class GenerateParameters(RequestBody):
     decoder_input_details: bool | None = None
     top_n_tokens: Count | None = Field(default=None, ge=0)
     truncate: Count | None = Field(default=None, gt=0)
+    grammar: TgiGrammar | None = None
 
     @property
     def is_sampling(self) -> bool:
@@ -64,6 +84,8 @@ class GenerateParameters(RequestBody):
             settings["prompt_logprobs"] = 0
         if self.truncate is not None:
             settings["truncate_prompt_tokens"] = self.truncate
+        if self.grammar is not None:
+            settings["structured_outputs"] = self.grammar.to_params()
         return SamplingParams(**settings)
 
 

@@ -28,6 +28,7 @@ router = APIRouter()
 _NAMES = {
     "max_tokens": "max_new_tokens",
     "prompt": "inputs",
+    "structured_outputs": "grammar",
     "truncate_prompt_tokens": "truncate",
     "logprobs": "top_n_tokens",
 }
