@@ -150,10 +150,10 @@ def reference(model: Any, given: list[dict[str, Any]]) -> tuple[list[list[int]],
     if not given:
         raise ValueError("no input for its encoder is known")
     rows, margins = [], []
-    for arguments in given:
-        if "input_ids" in arguments:
-            mask = torch.ones_like(arguments["input_ids"])
-            arguments = {**arguments, "attention_mask": mask}
+    for inputs in given:
+        arguments = dict(inputs)
+        if "input_ids" in inputs:
+            arguments["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.inference_mode():
             # Whisper has a `generate` of its own, for sound of any length.
             out = GenerationMixin.generate(

@@ -51,6 +51,7 @@ def make_tiny_whisper(directory: Path, seed: int = 0) -> Any:
     tokenizer = make_tiny_tokenizer()
     fill = [f"<|unused{index}|>" for index in range(len(tokenizer), FIRST_SPECIAL)]
     tokenizer.add_tokens([*fill, *_SPECIAL, *_TIMES], special_tokens=True)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(EOS_ID)
     tokenizer.save_pretrained(directory)
     WhisperFeatureExtractor(feature_size=16, chunk_length=1).save_pretrained(directory)
     return model

@@ -201,8 +201,9 @@ def bart(tmp_path_factory):
 
 def test_decoder_alone_is_still_a_causal_model(tmp_path):
     """BartForCausalLM has no source, and runs as it did."""
-    from quire.core.models.registry import describe
     from tiny_architectures import make_tiny_architecture
+
+    from quire.core.models.registry import describe
 
     make_tiny_architecture("bart").save_pretrained(tmp_path)
     assert describe(tmp_path).encoder_input is None
