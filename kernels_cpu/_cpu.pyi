@@ -7,9 +7,12 @@ def available_isas() -> list[str]: ...
 def use_isa(name: str) -> None: ...
 def paged_attention(
     dtype: int,
+    stored: int,
     q: int,
     k_cache: int,
     v_cache: int,
+    k_scales: int,
+    v_scales: int,
     out: int,
     block_table: int,
     seq_lens: int,
@@ -24,9 +27,12 @@ def paged_attention(
     soft_cap: float,
 ) -> None: ...
 def write_cache(
+    dtype: int,
+    stored: int,
     element_size: int,
     source: int,
     cache: int,
+    scales: int,
     slots: int,
     sizes: Sequence[int],
     strides: Sequence[int],

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from quire import kernels_cpu
 from quire.backends.reference import ReferenceAttention
+from quire.backends.reference.cache_codec import NARROW
 from quire.core.interface import AttentionBatch, AttentionPlan, AttentionSpec, LayerCache
 
-_NATIVE_KINDS = frozenset({"causal", "sliding_window", "chunked"})
+_NATIVE_KINDS = frozenset({"causal", "sliding_window", "chunked", "mla"})
 _NATIVE_DTYPES = frozenset({"float32", "bfloat16", "float16"})
 
 
@@ -31,7 +32,7 @@ class CpuAttention(ReferenceAttention):
     def __init__(self, spec: AttentionSpec, torch_device: str = "cpu") -> None:
         super().__init__(spec, torch_device)
         is_served = spec.kind in _NATIVE_KINDS and spec.dtype in _NATIVE_DTYPES
-        is_served = is_served and spec.cache_dtype == spec.dtype
+        is_served = is_served and spec.cache_dtype in (spec.dtype, *NARROW)
         self._is_native = kernels_cpu.HAVE_NATIVE and is_served
         self._window = (spec.window or 0) if spec.kind == "sliding_window" else 0
         self._chunk = (spec.window or 0) if spec.kind == "chunked" else 0
@@ -66,8 +67,20 @@ class CpuAttention(ReferenceAttention):
             return super().forward(
                 q, k, v, cache, plan, out, sinks=sinks, alibi_slopes=alibi_slopes
             )
-        k_cache, v_cache = cache.tensors["k"], cache.tensors["v"]
-        kernels_cpu.write_cache(k, v, k_cache, v_cache, plan.slot_mapping)
+        tensors = cache.tensors
+        k_cache, k_scales = tensors["k"], tensors.get("k_scale")
+        v_cache, v_scales = tensors.get("v"), tensors.get("v_scale")
+        kernels_cpu.write_cache(
+            k,
+            v,
+            k_cache,
+            v_cache,
+            plan.slot_mapping,
+            k_scales=k_scales,
+            v_scales=v_scales,
+        )
+        if v_cache is None:  # the latent alone: its first features are the values
+            v_cache, v_scales = k_cache[..., : self.spec.v_head_size], k_scales
         kernels_cpu.paged_attention(
             q,
             k_cache,
@@ -82,5 +95,7 @@ class CpuAttention(ReferenceAttention):
             chunk=self._chunk,
             sinks=sinks,
             alibi_slopes=alibi_slopes,
+            k_scales=k_scales,
+            v_scales=v_scales,
         )
         return out

@@ -152,56 +152,7 @@ static void pack_queries(const AttentionArgs& a, const Item& item, float* q) {
     }
 }
 
-// The rows of keys [begin, end) of a tile that starts at `tile`; null outside, where nothing may be read.
-template <class T>
-static void find_rows(const AttentionArgs& a, const Item& item, const void* cache, int64_t block_stride,
-                      int64_t slot_stride, int64_t head_stride, int64_t tile, int64_t begin, int64_t end,
-                      const T* (&rows)[KEYS]) {
-  const int32_t* table = a.block_table + item.request * a.table_stride;
-  const T* head = static_cast<const T*>(cache) + item.kv_head * head_stride;
-  for (int i = 0; i < KEYS; ++i) rows[i] = nullptr;
-  int64_t position = begin;
-  while (position < end) {
-    const int64_t offset = position % a.block_size;
-    const T* row = head + table[position / a.block_size] * block_stride + offset * slot_stride;
-    const int64_t stop = position + a.block_size - offset < end ? position + a.block_size - offset : end;
-    for (; position < stop; ++position, row += slot_stride) rows[position - tile] = row;
-  }
-}
-
-// Asks the memory for rows that are needed soon: blocks lie anywhere, so the processor cannot foresee them by itself.
-template <class T>
-static inline void prefetch_rows(const T* (&rows)[KEYS], int first, int last, int64_t size) {
-  constexpr int64_t LINE = 64 / int64_t(sizeof(T));
-  for (int i = first; i < last; ++i)
-    for (int64_t d = 0; d < size; d += LINE) __builtin_prefetch(rows[i] + d);
-}
-
-// keys[d, i] = rows[i][d], for the groups of W keys in [first, last); zero where there is no row.
-template <class T>
-static void pack_keys(const T* (&rows)[KEYS], int first, int last, int64_t size, float* keys) {
-  for (int i = first; i < last; i += W)
-    for (int64_t d = 0; d < size; d += W) {
-      vf square[W];
-      const int n = int(size - d < W ? size - d : W);
-      for (int j = 0; j < W; ++j) {
-        const T* row = rows[i + j];
-        square[j] = !row ? vf{} : n == W ? load(row + d) : load_part(row + d, n);
-      }
-      transpose(square);
-      for (int j = 0; j < W; ++j) store(keys + (d + j) * KEYS + i, square[j]);
-    }
-}
-
-template <class T>
-static void pack_values(const T* (&rows)[KEYS], int first, int last, int64_t size, float* values) {
-  const int64_t width = round_up(size, W);
-  for (int i = first; i < last; ++i) {
-    int64_t d = 0;
-    for (; d + W <= size; d += W) store(values + i * width + d, load(rows[i] + d));
-    if (d < size) store(values + i * width + d, load_part(rows[i] + d, int(size - d)));
-  }
-}
+#include "cache_rows.h"
 
 // -------------------------------------------------------------------------------------------------------- softmax
 
@@ -273,7 +224,7 @@ static inline void clear(const Partial& partial, int64_t rows, int64_t width) {
 }
 
 // The attention of the item's rows over the keys of one span: s.q is packed, s.span is written.
-template <class T>
+template <class C>
 static void attend_span(const AttentionArgs& a, const Item& item, int64_t span, const Scratch& s, const Partial& result) {
   const int64_t rows = int64_t(item.num_tokens) * item.num_heads;
   const int64_t width = round_up(a.head_size, W), v_width = round_up(a.v_head_size, W);
@@ -282,17 +233,19 @@ static void attend_span(const AttentionArgs& a, const Item& item, int64_t span, 
   const int64_t begin = span * SPAN > item.first_key ? span * SPAN : item.first_key;
   const int64_t end = (span + 1) * SPAN < item.end_key ? (span + 1) * SPAN : item.end_key;
   clear(result, rows, v_width);
-  const T *keys[KEYS], *values[KEYS];
+  CacheRows<C> keys, values;
+  const CacheOf k{a.k_cache, a.k_scales, a.k_block_stride, a.k_slot_stride, a.k_head_stride};
+  const CacheOf v{a.v_cache, a.v_scales, a.v_block_stride, a.v_slot_stride, a.v_head_stride};
   int64_t tile = begin / KEYS * KEYS, from = begin, to = tile + KEYS < end ? tile + KEYS : end;
-  find_rows(a, item, a.k_cache, a.k_block_stride, a.k_slot_stride, a.k_head_stride, tile, from, to, keys);
+  find_rows(a, item, k, tile, from, to, keys);
   for (; tile < end; tile += KEYS) {
     const int skipped = int(from - tile), stop = int(to - tile);
     const int first = skipped / W * W, last = int(round_up(stop, W));
-    find_rows(a, item, a.v_cache, a.v_block_stride, a.v_slot_stride, a.v_head_stride, tile, from, to, values);
+    find_rows(a, item, v, tile, from, to, values);
     prefetch_rows(values, skipped, stop, a.v_head_size);
     pack_keys(keys, first, last, a.head_size, s.keys);
     from = to, to = to + KEYS < end ? to + KEYS : end;
-    find_rows(a, item, a.k_cache, a.k_block_stride, a.k_slot_stride, a.k_head_stride, tile + KEYS, from, to, keys);
+    find_rows(a, item, k, tile + KEYS, from, to, keys);
     prefetch_rows(keys, 0, int(to - from), a.head_size);
     multiply<false>(s.q, width, s.keys + first, KEYS, s.scores + first, KEYS, rows, last - first, width);
     soften(a, item, first, last, tile, position0, s.scores, result);
@@ -380,7 +333,7 @@ static int64_t list_items(const AttentionArgs& a, Item* items) {
 }
 
 // Each item by one thread.
-template <class T>
+template <class T, class C>
 static bool attend_by_items(const AttentionArgs& a, const Item* items, int64_t num_items, int num_threads) {
   bool has_memory = true;
 #pragma omp parallel num_threads(num_threads) reduction(&& : has_memory)
@@ -395,9 +348,9 @@ static bool attend_by_items(const AttentionArgs& a, const Item* items, int64_t n
       const int64_t rows = int64_t(item.num_tokens) * item.num_heads;
       pack_queries<T>(a, item, s.q);
       const int64_t span0 = item.first_key / SPAN;
-      attend_span<T>(a, item, span0, s, s.total);
+      attend_span<C>(a, item, span0, s, s.total);
       for (int64_t span = 1; span < item.num_spans; ++span) {
-        attend_span<T>(a, item, span0 + span, s, s.span);
+        attend_span<C>(a, item, span0 + span, s, s.span);
         merge(a, rows, s.span, s.total);
       }
       write_rows<T>(a, item, s.total);
@@ -408,7 +361,7 @@ static bool attend_by_items(const AttentionArgs& a, const Item* items, int64_t n
 }
 
 // Each span of each item by one thread, then the merges: for a few requests with long contexts.
-template <class T>
+template <class T, class C>
 static bool attend_by_spans(const AttentionArgs& a, const Item* items, int64_t num_items, int num_threads) {
   const int64_t num_spans = items[num_items - 1].first_span + items[num_items - 1].num_spans;
   const size_t size = size_t(partial_floats(a));
@@ -434,7 +387,7 @@ static bool attend_by_spans(const AttentionArgs& a, const Item* items, int64_t n
       if (packed != low) pack_queries<T>(a, item, s.q);
       packed = low;
       const int64_t span = item.first_key / SPAN + unit - item.first_span;
-      attend_span<T>(a, item, span, s, partial_at(partials + size * size_t(unit)));
+      attend_span<C>(a, item, span, s, partial_at(partials + size * size_t(unit)));
     }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < num_items; ++i) {
@@ -467,7 +420,7 @@ static inline int threads_for(int64_t num_units, int64_t work) {
 
 constexpr int64_t MAX_PARTIAL_BYTES = 64 << 20;
 
-template <class T>
+template <class T, class C>
 static bool attend(const AttentionArgs& a) {
   const int64_t num_items = list_items(a, nullptr);
   if (num_items == 0) return true;
@@ -482,14 +435,24 @@ static bool attend(const AttentionArgs& a) {
   const int threads = threads_for(num_spans, work);
   const bool is_uneven = num_items < 4 * threads && num_spans > num_items;
   const bool fits = num_spans * partial_floats(a) * int64_t(sizeof(float)) <= MAX_PARTIAL_BYTES;
-  const bool done = threads > 1 && is_uneven && fits ? attend_by_spans<T>(a, items, num_items, threads)
-                                                     : attend_by_items<T>(a, items, num_items, threads);
+  const bool done = threads > 1 && is_uneven && fits ? attend_by_spans<T, C>(a, items, num_items, threads)
+                                                     : attend_by_items<T, C>(a, items, num_items, threads);
   __builtin_free(items);
   return done;
 }
 
+template <class T>
+static bool attend_stored(const AttentionArgs& a) {
+  switch (a.stored) {
+    case Stored::int8: return attend<T, int8>(a);
+    case Stored::e4m3: return attend<T, e4m3>(a);
+    case Stored::e5m2: return attend<T, e5m2>(a);
+    default: return attend<T, T>(a);
+  }
+}
+
 static bool paged_attention(const AttentionArgs& a) {
-  if (a.dtype == DType::f32) return attend<float>(a);
-  if (a.dtype == DType::bf16) return attend<bf16>(a);
-  return attend<f16>(a);
+  if (a.dtype == DType::f32) return attend_stored<float>(a);
+  if (a.dtype == DType::bf16) return attend_stored<bf16>(a);
+  return attend_stored<f16>(a);
 }

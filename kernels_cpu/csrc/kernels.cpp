@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include <cstddef>
+#include <type_traits>
 #include <utility>
 #if defined(__x86_64__) && defined(__AVX2__)
 #include <immintrin.h>
@@ -20,8 +21,8 @@ namespace quire {
 namespace QUIRE_ISA {
 #include "vectors.h"
 // vectors.h comes first.
-#include "attention.h"
 #include "elementwise.h"
+#include "attention.h"
 
 static void rms_norm(const NormArgs& a) {
   if (a.dtype == DType::f32) return rms_norm_of<float>(a);
@@ -35,6 +36,13 @@ static void gated_activation(const GateArgs& a) {
   gated_of<f16>(a);
 }
 
+static void write_any_cache(const CacheWriteArgs& a) {
+  if (a.stored == Stored::plain) return write_cache(a);
+  if (a.dtype == DType::f32) return write_narrow<float>(a);
+  if (a.dtype == DType::bf16) return write_narrow<bf16>(a);
+  write_narrow<f16>(a);
+}
+
 static void rotary(const RotaryArgs& a) {
   if (a.dtype == DType::f32) return rotary_of<float>(a);
   if (a.dtype == DType::bf16) return rotary_of<bf16>(a);
@@ -44,7 +52,7 @@ static void rotary(const RotaryArgs& a) {
 
 extern const Table QUIRE_CAT(table_, QUIRE_ISA);
 const Table QUIRE_CAT(table_, QUIRE_ISA) = {
-    QUIRE_STR(QUIRE_ISA),   QUIRE_ISA::paged_attention,  QUIRE_ISA::write_cache,
+    QUIRE_STR(QUIRE_ISA),   QUIRE_ISA::paged_attention,  QUIRE_ISA::write_any_cache,
     QUIRE_ISA::rms_norm,    QUIRE_ISA::gated_activation, QUIRE_ISA::rotary,
 };
 }  // namespace quire

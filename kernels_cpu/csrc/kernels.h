@@ -7,11 +7,18 @@ namespace quire {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
+// How a cache keeps numbers: in the dtype of q; or as whole numbers with one scale for each token and head; or in eight
+// floating bits, which saturate.
+enum class Stored : int { plain = 0, int8 = 1, e4m3 = 2, e5m2 = 3 };
+
 struct AttentionArgs {
-  DType dtype;               // of q, both caches and out
+  DType dtype;               // of q and out
+  Stored stored;             // of both caches
   const void* q;             // [T, Hq, D]
   const void* k_cache;       // [num_blocks, block_size, Hk, D]
-  const void* v_cache;       // [num_blocks, block_size, Hk, Dv]
+  const void* v_cache;       // [num_blocks, block_size, Hk, Dv]; may lie within k_cache
+  const float* k_scales;     // [num_blocks, block_size, Hk], contiguous, or null: not int8
+  const float* v_scales;     // the same
   void* out;                 // [T, Hq, Dv]
   const int32_t* block_table;      // [R, max_blocks]
   const int32_t* seq_lens;         // [R]
@@ -30,9 +37,12 @@ struct AttentionArgs {
 };
 
 struct CacheWriteArgs {
-  int64_t element_size;
+  DType dtype;  // of source
+  Stored stored;
+  int64_t element_size;    // of source and, where it is plain, of cache
   const void* source;      // [T, Hk, D]
   void* cache;             // [num_blocks, block_size, Hk, D]
+  float* scales;           // [num_blocks, block_size, Hk], contiguous, or null: not int8
   const int64_t* slots;    // [T]
   int64_t num_tokens, num_heads, head_size, block_size;
   int64_t token_stride, head_stride, block_stride, slot_stride, cache_head_stride;

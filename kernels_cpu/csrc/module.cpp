@@ -49,13 +49,15 @@ using Sizes = std::vector<int64_t>;
 
 // sizes: requests, heads, kv heads, head size, v head size, block size, tokens, blocks, columns of the block table;
 // strides: q (token, head), out (token, head), k (block, slot, head), v (block, slot, head), block table (row).
-static void paged_attention(int dtype, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr_t out,
+static void paged_attention(int dtype, int stored, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache,
+                            uintptr_t k_scales, uintptr_t v_scales, uintptr_t out,
                             uintptr_t block_table, uintptr_t seq_lens, uintptr_t query_start_loc, uintptr_t sinks,
                             uintptr_t alibi_slopes, const Sizes& sizes, const Sizes& strides, float scale,
                             int64_t window, int64_t chunk, float soft_cap) {
   if (sizes.size() != 9 || strides.size() != 11) throw std::invalid_argument("nine sizes and eleven strides");
   AttentionArgs a{};
-  a.dtype = DType(dtype);
+  a.dtype = DType(dtype), a.stored = Stored(stored);
+  a.k_scales = at<const float>(k_scales), a.v_scales = at<const float>(v_scales);
   a.q = at<const void>(q), a.k_cache = at<const void>(k_cache), a.v_cache = at<const void>(v_cache);
   a.out = at<void>(out);
   a.block_table = at<const int32_t>(block_table), a.seq_lens = at<const int32_t>(seq_lens);
@@ -79,10 +81,11 @@ static void paged_attention(int dtype, uintptr_t q, uintptr_t k_cache, uintptr_t
 }
 
 // sizes: tokens, heads, head size, block size, blocks; strides: source (token, head), cache (block, slot, head).
-static void write_cache(int64_t element_size, uintptr_t source, uintptr_t cache, uintptr_t slots, const Sizes& sizes,
-                        const Sizes& strides) {
+static void write_cache(int dtype, int stored, int64_t element_size, uintptr_t source, uintptr_t cache,
+                        uintptr_t scales, uintptr_t slots, const Sizes& sizes, const Sizes& strides) {
   if (sizes.size() != 5 || strides.size() != 5) throw std::invalid_argument("five sizes and five strides");
   CacheWriteArgs a{};
+  a.dtype = DType(dtype), a.stored = Stored(stored), a.scales = at<float>(scales);
   a.element_size = element_size;
   a.source = at<const void>(source), a.cache = at<void>(cache), a.slots = at<const int64_t>(slots);
   a.num_tokens = sizes[0], a.num_heads = sizes[1], a.head_size = sizes[2], a.block_size = sizes[3];
