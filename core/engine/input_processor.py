@@ -106,6 +106,7 @@ class InputProcessor:
             model_input = self.read(parsed, add_special_tokens=add_special_tokens)
         prompt_token_ids = model_input.token_ids
         if params.truncate_prompt_tokens is not None:
+            _refuse_cut_images(model_input, params.truncate_prompt_tokens)
             prompt_token_ids = prompt_token_ids[-params.truncate_prompt_tokens :]
         self._check_prompt(prompt_token_ids)
         self._check_text(params)
@@ -236,6 +237,17 @@ class InputProcessor:
                 param="logits_processors",
             )
         return self._name_function(processor)
+
+
+def _refuse_cut_images(model_input: ModelInput, limit: int) -> None:
+    """Raises: RequestError if a prompt would be cut whose features stand at places of it."""
+    is_cut = len(model_input.token_ids) > limit
+    if is_cut and any(feature.offset is not None for feature in model_input.features):
+        raise RequestError(
+            f"the prompt has {len(model_input.token_ids)} tokens, images included, and would be "
+            f"cut to {limit}; send fewer or smaller images, or leave truncate_prompt_tokens out",
+            param="truncate_prompt_tokens",
+        )
 
 
 def _with_input(spec: RequestSpec, model_input: ModelInput) -> RequestSpec:
