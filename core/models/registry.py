@@ -22,6 +22,11 @@ from quire.core.models.families import Family, known_architectures
 from quire.core.models.families.registry import find_family
 from quire.core.models.model_config import read_json
 from quire.core.models.pooling_purpose import is_for_pooling
+from quire.core.models.state_space import (
+    describe_state_space,
+    is_state_space,
+    load_state_space,
+)
 
 if TYPE_CHECKING:
     from quire.core.interface.backend import Device
@@ -98,6 +103,20 @@ class Seq2SeqImplementation:
         from quire.core.models.seq2seq import load_seq2seq
 
         return load_seq2seq(config, device)
+
+
+class StateSpaceImplementation:
+    """Mamba and Mamba-2, whose layers keep states."""
+
+    name = NATIVE
+
+    def describe(self, directory: Path, *, trust_remote_code: bool = False) -> ModelDescription:
+        """From the JSON files alone; no remote code is ever run."""
+        return describe_state_space(directory)
+
+    def load(self, config: WorkerConfig, device: Device) -> LanguageModel:
+        """Weights read and packed for the device."""
+        return load_state_space(config, device)
 
 
 class TransformersImplementation:
@@ -247,6 +266,8 @@ def _native_for(raw: dict[str, Any]) -> ModelImplementation | None:
         entries = [entry for entry in list_model_entries() if entry.architecture == architecture]
         if entries:
             return _load_entry(entries)
+    if is_state_space(raw):
+        return StateSpaceImplementation()
     return None if find_family(raw) is None else NativeImplementation()
 
 

@@ -1,0 +1,186 @@
+"""State-space models from their checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.core.interface.backend import Device
+from quire.core.interface.op_specs import OP_SPECS
+from quire.core.interface.ops import PackedLinear
+from quire.core.interface.worker import WorkerConfig
+from quire.core.models.attention_groups import AttentionGroup
+from quire.core.models.checkpoint_files import CheckpointFiles
+from quire.core.models.description import ModelDescription
+from quire.core.models.dummy_weights import DummyWeights
+from quire.core.models.loading import WeightSource, refuse_quantization
+from quire.core.models.model_config import (
+    dtype_of,
+    eos_token_ids_of,
+    load_config,
+    read_json,
+    refuse_quantized,
+)
+from quire.core.models.state_space.mixers import MixerWeights
+from quire.core.models.state_space.model import StateSpaceModel, StateSpaceWeights
+from quire.core.models.state_space.spec import (
+    ARCHITECTURES,
+    StateSpaceSpec,
+    StateSpaceTensors,
+    read_spec,
+)
+from quire.core.models.transformers_adapter.cached import own_spec
+from quire.core.models.transformers_adapter.pages import OwnPages
+from quire.core.models.weight_layout import TensorShape
+
+_MAX_LEN = 32768
+"""For models whose states know no length."""
+_LAYER_OPS = ("embedding", "linear", "rms_norm", "causal_conv1d")
+_SAMPLED_OPS = (
+    "apply_penalties", "add_bias", "keep_only", "apply_token_mask", "sample", "logprobs",
+)  # fmt: skip
+
+
+def is_state_space(raw_config: dict[str, Any]) -> bool:
+    """Whether a config.json names one of these architectures."""
+    return any(name in ARCHITECTURES for name in raw_config.get("architectures") or ())
+
+
+def describe_state_space(directory: Path) -> ModelDescription:
+    """The model in `directory` from its JSON files.
+
+    Raises: CheckpointError, UnsupportedError.
+    """
+    refuse_quantized(read_json(directory / "config.json"), directory)
+    config = load_config(directory)
+    spec, dtype = read_spec(config), dtype_of(config)
+    group = AttentionGroup(
+        name="state",
+        spec=own_spec(dtype=dtype, cache_dtype=dtype, block_size=16, kind="recurrent"),
+        layers=tuple(range(spec.num_layers)),
+        pages=spec.pages,
+    )
+    scan = "selective_scan" if spec.num_heads is None else "ssd_scan"
+    used = {*_LAYER_OPS, *_SAMPLED_OPS, scan}
+    return ModelDescription(
+        architecture=spec.architecture,
+        checkpoint_dtype=dtype,
+        dtype=dtype,
+        cache_dtype=dtype,
+        vocab_size=spec.vocab_size,
+        max_model_len=_MAX_LEN,
+        hidden_size=spec.hidden_size,
+        num_layers=spec.num_layers,
+        num_parameters=sum(tensor.num_elements for tensor in StateSpaceTensors(spec)),
+        attention_groups=(group,),
+        ops=tuple(row.name for row in OP_SPECS if row.name in used),
+        eos_token_ids=eos_token_ids_of(directory, config),
+        row_elements=4 * spec.hidden_size + 8 * spec.projected_size,
+    )
+
+
+def load_state_space(config: WorkerConfig, device: Device) -> StateSpaceModel:
+    """Loads `config.model`, one layer at a time.
+
+    Raises: CheckpointError, UnsupportedError, DeviceOutOfMemory.
+    """
+    refuse_quantization(config)
+    directory = Path(config.model)
+    # States are kept as the model computes them, whatever a cache of keys would be kept in.
+    description = replace(describe_state_space(directory), cache_dtype=config.dtype).laid_out(
+        dtype=config.dtype, cache_dtype=config.dtype, block_size=config.block_size
+    )
+    spec = read_spec(load_config(directory))
+    tensors = StateSpaceTensors(spec)
+    source = _open(config, directory, spec, tensors)
+    weights = _Builder(source, device, config.dtype).build(spec, tensors)
+    backends = [OwnPages(group, device.torch_device) for group in description.attention_groups]
+    return StateSpaceModel(
+        spec, description, weights, device.ops(), backends, max_model_len=config.max_model_len
+    )
+
+
+def _open(
+    config: WorkerConfig, directory: Path, spec: StateSpaceSpec, tensors: StateSpaceTensors
+) -> WeightSource:
+    if config.load_format == "dummy":
+        return DummyWeights(config.seed, norm_offset=0.0)
+    files = CheckpointFiles(directory, _rename)
+    files.check(tensors, may_have=(tensors.lm_head.name,) if spec.has_tied_embeddings else ())
+    return files
+
+
+def _rename(name: str) -> str | None:
+    """Early checkpoints call the table of embeddings otherwise."""
+    return name.replace("backbone.embedding.", "backbone.embeddings.")
+
+
+class _Builder:
+    """Turns tensors of a source into what the layers multiply with."""
+
+    def __init__(self, source: WeightSource, device: Device, dtype: str) -> None:
+        self._source = source
+        self._ops = device.ops()
+        self._device = device.torch_device
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._size_bytes = 0
+
+    def build(self, spec: StateSpaceSpec, tensors: StateSpaceTensors) -> StateSpaceWeights:
+        embedding = self._read(tensors.embedding)
+        norms = [self._read(tensors.norm(layer)) for layer in range(spec.num_layers)]
+        norms.append(self._read(tensors.final_norm))
+        mixers = [self._mixer(tensors.mixer(layer), spec) for layer in range(spec.num_layers)]
+        if spec.has_tied_embeddings:
+            lm_head = self._ops.pack_linear(embedding, None)
+            self._size_bytes += lm_head.size_bytes
+        else:
+            lm_head = self._linear({"w.weight": tensors.lm_head}, "w")
+        return StateSpaceWeights(
+            embedding=embedding,
+            norms=norms,
+            mixers=mixers,
+            lm_head=lm_head,
+            size_bytes=self._size_bytes,
+        )
+
+    def _mixer(self, tensors: dict[str, TensorShape], spec: StateSpaceSpec) -> MixerWeights:
+        bias = tensors.get("conv1d.bias")
+        is_first = spec.num_heads is None
+        return MixerWeights(
+            in_proj=self._linear(tensors, "in_proj"),
+            conv=self._read(tensors["conv1d.weight"]).squeeze(1),
+            conv_bias=None if bias is None else self._read(bias),
+            out_proj=self._linear(tensors, "out_proj"),
+            a=-torch.exp(self._float32(tensors["A_log"])),
+            d=self._float32(tensors["D"]),
+            dt_bias=self._float32(tensors["dt_proj.bias" if is_first else "dt_bias"]),
+            x_proj=self._linear(tensors, "x_proj") if is_first else None,
+            dt_proj=self._linear(tensors, "dt_proj", has_bias=False) if is_first else None,
+            norm=None if is_first else self._read(tensors["norm.weight"]),
+        )
+
+    def _linear(
+        self, tensors: dict[str, TensorShape], name: str, *, has_bias: bool = True
+    ) -> PackedLinear:
+        """`has_bias`: one that is there belongs to the product."""
+        weight = self._source.read(tensors[f"{name}.weight"]).to(self._device, self._dtype)
+        biases = [tensors[f"{name}.bias"]] if has_bias and f"{name}.bias" in tensors else []
+        bias = self._read(biases[0]) if biases else None
+        packed = self._ops.pack_linear(weight, bias)
+        self._size_bytes += packed.size_bytes or weight.nbytes
+        return packed
+
+    def _read(self, tensor: TensorShape) -> Tensor:
+        # A copy: what a file maps would stay mapped.
+        read = self._source.read(tensor).to(self._device, self._dtype, copy=True)
+        self._size_bytes += read.nbytes
+        return read
+
+    def _float32(self, tensor: TensorShape) -> Tensor:
+        read = self._source.read(tensor).to(self._device, torch.float32, copy=True)
+        self._size_bytes += read.nbytes
+        return read

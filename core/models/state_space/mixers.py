@@ -1,0 +1,141 @@
+"""The mixers of Mamba and Mamba-2: projections, a short convolution, and a scan with a state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's convention
+from torch import Tensor
+
+from quire.core.interface.attention import LayerCache
+from quire.core.interface.ops import Ops, PackedLinear
+from quire.core.interface.recurrence import Sequences
+from quire.core.models.state_space.rounds import PendingStates, Rounds
+from quire.core.models.state_space.spec import CONV, STATE, StateSpaceSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MixerWeights:
+    """The weights of one mixer, on the device."""
+
+    in_proj: PackedLinear
+    conv: Tensor
+    """[C, W]."""
+    conv_bias: Tensor | None
+    out_proj: PackedLinear
+    a: Tensor
+    """float32 [C, N], or [M] of Mamba-2; negative."""
+    d: Tensor
+    """float32 [C] or [M]."""
+    dt_bias: Tensor
+    """float32 [C] or [M]."""
+    x_proj: PackedLinear | None = None
+    """Of Mamba."""
+    dt_proj: PackedLinear | None = None
+    """Of Mamba."""
+    norm: Tensor | None = None
+    """[C], of Mamba-2."""
+
+
+class Mixer(ABC):
+    """x [T, H] to [T, H], with states in pages."""
+
+    def __init__(self, spec: StateSpaceSpec, weights: MixerWeights, ops: Ops) -> None:
+        self._spec = spec
+        self._weights = weights
+        self._ops = ops
+
+    def __call__(
+        self, x: Tensor, cache: LayerCache, rounds: Rounds, pending: PendingStates
+    ) -> Tensor:
+        """Leaves what the pages will hold in `pending`."""
+        projected = self._ops.linear(x, self._weights.in_proj)
+        conv, state = (rounds.start(cache.tensors[name]) for name in (CONV, STATE))
+        out = None
+        for piece in rounds.rounds:
+            if piece.rows is None or piece.requests is None:
+                out = self._scan(projected, conv, state, piece.sequences)
+                new_conv, new_state = conv, state
+            else:
+                new_conv = conv.index_select(0, piece.requests)
+                new_state = state.index_select(0, piece.requests)
+                rows = projected.index_select(0, piece.rows)
+                part = self._scan(rows, new_conv, new_state, piece.sequences)
+                out = part.new_zeros((len(x), part.shape[1])) if out is None else out
+                out.index_copy_(0, piece.rows, part)
+                conv.index_copy_(0, piece.requests, new_conv)
+                state.index_copy_(0, piece.requests, new_state)
+            pending.add(cache, CONV, piece.targets, new_conv)
+            pending.add(cache, STATE, piece.targets, new_state)
+        assert out is not None, "a step without tokens"
+        return self._ops.linear(out, self._weights.out_proj)
+
+    @abstractmethod
+    def _scan(self, projected: Tensor, conv: Tensor, state: Tensor, sequences: Sequences) -> Tensor:
+        """Rows [n, C] for the last projection; overwrites the states [S, ...]."""
+
+    def _convolve(self, x: Tensor, conv: Tensor, sequences: Sequences) -> Tensor:
+        weights = self._weights
+        return self._ops.causal_conv1d(
+            x.contiguous(), weights.conv, weights.conv_bias, conv, sequences, activation="silu"
+        )
+
+
+class MambaMixer(Mixer):
+    """Each channel has a decay of its own for each number of its state."""
+
+    def _scan(self, projected: Tensor, conv: Tensor, state: Tensor, sequences: Sequences) -> Tensor:
+        spec, weights, ops = self._spec, self._weights, self._ops
+        assert weights.x_proj is not None
+        assert weights.dt_proj is not None
+        x, gate = projected.chunk(2, dim=-1)
+        x = self._convolve(x, conv, sequences)
+        sizes = [spec.rank, spec.state_size, spec.state_size]
+        steps, b, c = (
+            part.contiguous() for part in ops.linear(x, weights.x_proj).split_with_sizes(sizes, -1)
+        )
+        dt = F.softplus(ops.linear(steps, weights.dt_proj).float() + weights.dt_bias)
+        y = ops.selective_scan(x, dt, weights.a, b, c, weights.d, state, sequences)
+        return y * F.silu(gate)
+
+
+class Mamba2Mixer(Mixer):
+    """A head has one decay, and the convolution covers B and C as well."""
+
+    def _scan(self, projected: Tensor, conv: Tensor, state: Tensor, sequences: Sequences) -> Tensor:
+        spec, weights = self._spec, self._weights
+        heads, groups, size = spec.num_heads or 1, spec.num_groups, spec.state_size
+        gate, mixed, dt = projected.split_with_sizes(
+            [spec.inner_size, spec.conv_size, heads], dim=-1
+        )
+        mixed = self._convolve(mixed, conv, sequences)
+        x, b, c = mixed.split_with_sizes([spec.inner_size, groups * size, groups * size], dim=-1)
+        steps = F.softplus(dt.float() + weights.dt_bias)
+        y = self._ops.ssd_scan(
+            x.reshape(len(x), heads, -1),
+            steps,
+            weights.a,
+            b.reshape(len(x), groups, size),
+            c.reshape(len(x), groups, size),
+            weights.d,
+            state,
+            sequences,
+        )
+        return self._norm(y.reshape(len(x), -1), gate)
+
+    def _norm(self, y: Tensor, gate: Tensor) -> Tensor:
+        """The RMS norm of each group of the gated channels."""
+        weight = self._weights.norm
+        assert weight is not None
+        gated = (y.float() * F.silu(gate.float())).view(len(y), self._spec.num_groups, -1)
+        variance = gated.square().mean(-1, keepdim=True)
+        normed = gated * torch.rsqrt(variance + self._spec.norm_eps)
+        return normed.view(y.shape).to(y.dtype) * weight
+
+
+def make_mixer(spec: StateSpaceSpec, weights: MixerWeights, ops: Ops) -> Mixer:
+    """The mixer that a spec asks for."""
+    kind = MambaMixer if spec.num_heads is None else Mamba2Mixer
+    return kind(spec, weights, ops)

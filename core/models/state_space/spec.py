@@ -1,0 +1,162 @@
+"""A state-space model as its config describes it, and the tensors of its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from quire.core.models.attention_groups import PageTensor
+from quire.core.models.families.reading import unsupported
+from quire.core.models.weight_layout import TensorShape
+
+ARCHITECTURES = ("MambaForCausalLM", "Mamba2ForCausalLM")
+CONV, STATE = "conv", "state"
+"""Names of the two pages of a layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateSpaceSpec:
+    """Sizes of a model whose layers all are mixers with a state."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    inner_size: int
+    state_size: int
+    conv_width: int
+    num_layers: int
+    norm_eps: float
+    num_heads: int | None
+    """None: Mamba, where each channel has its own decay; else Mamba-2."""
+    num_groups: int
+    rank: int
+    """Of Mamba's time steps."""
+    has_bias: bool
+    has_conv_bias: bool
+    has_tied_embeddings: bool
+    keeps_residual_in_float32: bool
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the convolution: in Mamba-2 also those of B and C."""
+        shared = 0 if self.num_heads is None else 2 * self.num_groups * self.state_size
+        return self.inner_size + shared
+
+    @property
+    def projected_size(self) -> int:
+        """Outputs of the first projection."""
+        if self.num_heads is None:
+            return 2 * self.inner_size
+        return self.inner_size + self.conv_size + self.num_heads
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of one sequence."""
+        if self.num_heads is None:
+            return (self.inner_size, self.state_size)
+        return (self.num_heads, self.inner_size // self.num_heads, self.state_size)
+
+    @property
+    def pages(self) -> tuple[PageTensor, ...]:
+        """What a layer keeps for each block."""
+        conv = (self.conv_size, self.conv_width - 1)
+        return (
+            PageTensor(name=CONV, shape=conv, is_per_token=False),
+            PageTensor(name=STATE, shape=self.state_shape, is_per_token=False, dtype="float32"),
+        )
+
+
+def read_spec(config: Any) -> StateSpaceSpec:
+    """From a Hugging Face config.
+
+    Raises: UnsupportedError for what the operators do not compute.
+    """
+    if config.hidden_act not in ("silu", "swish"):
+        raise unsupported("activation", f"activation {config.hidden_act!r}", "silu")
+    is_second = config.model_type == "mamba2"
+    limits = tuple(getattr(config, "time_step_limit", ()) or (0.0, float("inf")))
+    if is_second and limits != (0.0, float("inf")):
+        raise unsupported("time_step_limit", f"time steps limited to {limits}", "no limit")
+    return StateSpaceSpec(
+        architecture="Mamba2ForCausalLM" if is_second else "MambaForCausalLM",
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        inner_size=int(config.expand * config.hidden_size)
+        if is_second
+        else config.intermediate_size,
+        state_size=config.state_size,
+        conv_width=config.conv_kernel,
+        num_layers=config.num_hidden_layers,
+        norm_eps=config.layer_norm_epsilon,
+        num_heads=config.num_heads if is_second else None,
+        num_groups=config.n_groups if is_second else 1,
+        rank=0 if is_second else int(config.time_step_rank),
+        has_bias=config.use_bias,
+        has_conv_bias=config.use_conv_bias,
+        has_tied_embeddings=config.tie_word_embeddings,
+        keeps_residual_in_float32=config.residual_in_fp32,
+    )
+
+
+class StateSpaceTensors:
+    """The tensors of a checkpoint, by what they are for."""
+
+    def __init__(self, spec: StateSpaceSpec) -> None:
+        self._spec = spec
+        self.embedding = _weight("backbone.embeddings", spec.vocab_size, spec.hidden_size)
+        self.final_norm = _weight("backbone.norm_f", spec.hidden_size)
+        self.lm_head = _weight("lm_head", spec.vocab_size, spec.hidden_size)
+
+    def norm(self, layer: int) -> TensorShape:
+        """Before a mixer."""
+        return _weight(f"backbone.layers.{layer}.norm", self._spec.hidden_size)
+
+    def mixer(self, layer: int) -> dict[str, TensorShape]:
+        """Of one mixer, by the names that they have in it."""
+        spec = self._spec
+        shapes: dict[str, tuple[int, ...]] = {
+            "in_proj.weight": (spec.projected_size, spec.hidden_size),
+            "conv1d.weight": (spec.conv_size, 1, spec.conv_width),
+            "out_proj.weight": (spec.hidden_size, spec.inner_size),
+            **(_first_shapes(spec) if spec.num_heads is None else _second_shapes(spec)),
+        }
+        if spec.has_conv_bias:
+            shapes["conv1d.bias"] = (spec.conv_size,)
+        if spec.has_bias:
+            shapes["in_proj.bias"] = (spec.projected_size,)
+            shapes["out_proj.bias"] = (spec.hidden_size,)
+        prefix = f"backbone.layers.{layer}.mixer."
+        return {name: TensorShape(name=prefix + name, shape=s) for name, s in shapes.items()}
+
+    def __iter__(self) -> Iterator[TensorShape]:
+        yield self.embedding
+        for layer in range(self._spec.num_layers):
+            yield self.norm(layer)
+            yield from self.mixer(layer).values()
+        yield self.final_norm
+        if not self._spec.has_tied_embeddings:
+            yield self.lm_head
+
+
+def _first_shapes(spec: StateSpaceSpec) -> dict[str, tuple[int, ...]]:
+    """What Mamba alone has."""
+    return {
+        "x_proj.weight": (spec.rank + 2 * spec.state_size, spec.inner_size),
+        "dt_proj.weight": (spec.inner_size, spec.rank),
+        "dt_proj.bias": (spec.inner_size,),
+        "A_log": (spec.inner_size, spec.state_size),
+        "D": (spec.inner_size,),
+    }
+
+
+def _second_shapes(spec: StateSpaceSpec) -> dict[str, tuple[int, ...]]:
+    """What Mamba-2 alone has."""
+    heads = spec.num_heads or 0
+    return {
+        "dt_bias": (heads,), "A_log": (heads,), "D": (heads,), "norm.weight": (spec.inner_size,),
+    }  # fmt: skip
+
+
+def _weight(name: str, *shape: int) -> TensorShape:
+    return TensorShape(name=f"{name}.weight", shape=shape)
