@@ -21,6 +21,7 @@ from quire.core.sampling_params import SamplingParams
 from quire.core.serving.cli.application import application
 from quire.core.serving.cli.errors import require_extra, status_of
 from quire.core.serving.cli.options import field_docs, make_config, parse_bytes
+from quire.core.serving.cli.serve import with_bounded_queue
 
 
 @pytest.fixture
@@ -53,6 +54,12 @@ def test_version_is_the_packages():
     """--version says which Quire this is."""
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"quire {quire.__version__}\n")
+
+
+def test_server_without_a_bound_of_its_own_bounds_its_queue():
+    """Under overload nobody waits for ever; a bound that was asked for is left as it is."""
+    assert with_bounded_queue(EngineConfig(model="m", max_num_seqs=4)).max_num_queued == 64
+    assert with_bounded_queue(EngineConfig(model="m", max_num_queued=3)).max_num_queued == 3
 
 
 def test_help_names_every_command():

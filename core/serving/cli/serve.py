@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,9 @@ from quire.core.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from quire.core.serving.lifecycle import Announcement
+
+QUEUED_PER_RUNNING = 16
+"""Requests that wait for each that runs, where `--max-num-queued` says nothing."""
 
 
 @with_server_options
@@ -59,7 +63,17 @@ def serve(
     if server_settings.log_requests or server_settings.log_prompts:
         logging.getLogger("quire.access").setLevel(logging.INFO)
     err().print(f"loading {config.model}", style="dim", markup=False)
-    raise typer.Exit(run_server(config, server_settings, announce=_announce))
+    raise typer.Exit(run_server(with_bounded_queue(config), server_settings, announce=_announce))
+
+
+def with_bounded_queue(config: EngineConfig) -> EngineConfig:
+    """A server without a bound of its own lets a multiple of what runs at once wait.
+
+    Who comes later is told so at once, instead of waiting longer than any client does.
+    """
+    if config.max_num_queued is not None:
+        return config
+    return replace(config, max_num_queued=QUEUED_PER_RUNNING * config.max_num_seqs)
 
 
 def _announce(ready: Announcement) -> None:
