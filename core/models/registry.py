@@ -22,11 +22,7 @@ from quire.core.models.families import Family, known_architectures
 from quire.core.models.families.registry import find_family
 from quire.core.models.model_config import read_json
 from quire.core.models.pooling_purpose import is_for_pooling
-from quire.core.models.state_space import (
-    describe_state_space,
-    is_state_space,
-    load_state_space,
-)
+from quire.core.models.state_space import describe_state_space, is_state_space
 
 if TYPE_CHECKING:
     from quire.core.interface.backend import Device
@@ -116,6 +112,8 @@ class StateSpaceImplementation:
 
     def load(self, config: WorkerConfig, device: Device) -> LanguageModel:
         """Weights read and packed for the device."""
+        from quire.core.models.state_space.loading import load_state_space
+
         return load_state_space(config, device)
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from quire.core.models.state_space.loading import (
-    describe_state_space,
-    is_state_space,
-    load_state_space,
-)
+from quire.core.models.state_space.describing import describe_state_space, is_state_space
 
-__all__ = ["describe_state_space", "is_state_space", "load_state_space"]
+__all__ = ["describe_state_space", "is_state_space"]
