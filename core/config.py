@@ -34,6 +34,9 @@ class EngineConfig:
     cache_dtype: str = "auto"
     """`auto`: as `dtype`."""
     quantization: str | None = None
+    deterministic: bool = False
+    """Bitwise the same logits whatever the batch, chunking or prefix hit; refused where the device
+    does not claim that."""
     load_format: str = "auto"
     """`auto` reads the files, `dummy` makes random weights of the configured shape."""
     model_impl: str = "auto"

@@ -17,7 +17,7 @@ from quire.core.errors import ConfigError, Reason, UnsupportedError
 from quire.core.interface.op_specs import OP_SPECS
 from quire.core.interface.worker import WorkerConfig
 from quire.core.models.description import size_of_dtype
-from quire.core.models.registry import describe
+from quire.core.models.registry import TRANSFORMERS, describe
 from quire.core.models.source import resolve_model_directory
 
 if TYPE_CHECKING:
@@ -183,6 +183,7 @@ def make_worker_config(config: EngineConfig, directory: Path) -> WorkerConfig:
         task=config.task,
         trust_remote_code=config.trust_remote_code,
         quantization=config.quantization,
+        deterministic=config.deterministic,
         seed=config.seed,
         logits_processors=dict(config.logits_processors),
         options=options,
@@ -224,6 +225,7 @@ def _model_reasons(
             continue
         yield from _attention_reasons(group.spec, device.capabilities)
     yield from _extension_reasons(description, device.capabilities)
+    yield from _determinism_reasons(description, worker_config, device.capabilities)
     yield from device.reasons_against(worker_config)
     yield from _memory_reasons(memory, device)
 
@@ -244,6 +246,28 @@ def _speculation_reasons(
     ):
         have = "a model that keeps more than keys and values, which a wrong guess may change"
         yield Reason(code="model.speculation", need=need, have=have, remedy=remedy)
+
+
+def _determinism_reasons(
+    description: ModelDescription, worker_config: WorkerConfig, capabilities: Capabilities
+) -> Iterator[Reason]:
+    """The device promises for its operators; code that calls others is nobody's promise."""
+    if not worker_config.deterministic:
+        return
+    if capabilities.determinism != "invariant":
+        yield Reason(
+            code="config.deterministic",
+            need="logits that depend on no batch, chunk or prefix hit",
+            have=f"a device whose claim is {capabilities.determinism}",
+            remedy="use a device that claims invariant, or leave deterministic out",
+        )
+    if description.implementation == TRANSFORMERS:
+        yield Reason(
+            code="model.deterministic",
+            need="logits that depend on no batch, chunk or prefix hit",
+            have=f"{description.architecture} in transformers' own code, whose products may",
+            remedy="use a model of a native family, or leave deterministic out",
+        )
 
 
 def _extension_reasons(

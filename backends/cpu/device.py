@@ -50,7 +50,8 @@ class CpuDevice(TorchDevice):
         return read_memory()
 
     def reasons_against(self, worker_config: WorkerConfig) -> Sequence[Reason]:
-        return (*_thread_reasons(worker_config), *_isa_reasons(worker_config))
+        reasons = (_thread_reasons, _isa_reasons, _cache_reasons)
+        return [reason for find in reasons for reason in find(worker_config)]
 
     def make_worker(self, config: WorkerConfig) -> Worker | None:
         """Sets threads and ISA level, and leaves the work to the core's worker."""
@@ -58,6 +59,8 @@ class CpuDevice(TorchDevice):
             kernels_cpu.use_isa(config.options[_ISA])
         if _NUM_THREADS in config.options:
             torch.set_num_threads(int(config.options[_NUM_THREADS]))
+        if config.deterministic:
+            self._ops = CpuOps(is_deterministic=True)
         return None
 
 
@@ -81,6 +84,17 @@ def _isa_reasons(worker_config: WorkerConfig) -> Iterator[Reason]:
             need=f"the ISA level {level!r}",
             have=", ".join(levels) or str(kernels_cpu.WHY_NOT_NATIVE),
             remedy=f"give {_ISA} a level that this machine has, or leave it out",
+        )
+
+
+def _cache_reasons(worker_config: WorkerConfig) -> Iterator[Reason]:
+    """A cache of another dtype is read by plain torch, whose sums depend on the batch."""
+    if worker_config.deterministic and worker_config.cache_dtype != worker_config.dtype:
+        yield Reason(
+            code="config.deterministic",
+            need=f"logits that depend on no batch, with a cache of {worker_config.cache_dtype}",
+            have=f"that promise for a cache of {worker_config.dtype}, as dtype",
+            remedy="leave cache_dtype or deterministic out",
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quire.core.interface import PackedLinear
 
+_VARIANT = "-batch-variant"
 _PREPACKED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,12 +56,17 @@ def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
         num_inputs=weight.shape[1],
         num_outputs=weight.shape[0],
         dtype=str(weight.dtype).removeprefix("torch."),
-        format=name if min_rows else f"{name}-batch-variant",
+        format=name if min_rows else f"{name}{_VARIANT}",
         size_bytes=_size_bytes(packed),
         payload=OneDnnWeights(
             packed, None if bias is None else bias.to(computed), is_widened, min_rows or 1
         ),
     )
+
+
+def is_variant(packed: PackedLinear) -> bool:
+    """Whether a row's result depends on how many rows there are."""
+    return packed.format.endswith(_VARIANT)
 
 
 def multiply(x: Tensor, layer: OneDnnWeights) -> Tensor:

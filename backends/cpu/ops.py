@@ -11,6 +11,7 @@ from quire.backends.cpu.host import read_cpu
 from quire.backends.reference import ReferenceOps
 from quire.backends.reference.sampling import draw
 from quire.core.interface import (
+    DeviceError,
     ExpertWeights,
     PackedExperts,
     PackedLinear,
@@ -46,7 +47,8 @@ _SHORTCUTS = frozenset({"sample", "logprobs"})
 class CpuOps(ReferenceOps):
     """What a CPU does better than the reference; whatever a kernel does not take goes there."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_deterministic: bool = False) -> None:
+        self._is_deterministic = is_deterministic
         self._has_native = kernels_cpu.HAVE_NATIVE
         self._cpu = read_cpu()
 
@@ -64,13 +66,22 @@ class CpuOps(ReferenceOps):
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         if native_linear.takes_dense(weight.dtype, self._cpu):
             return native_linear.pack_dense(weight, bias)
-        return linear.pack(weight, bias) or super().pack_linear(weight, bias)
+        packed = linear.pack(weight, bias)
+        if self._is_deterministic and (packed is None or linear.is_variant(packed)):
+            # Slower than oneDNN with many rows, and the same whatever their number.
+            return native_linear.pack_dense(weight, bias)
+        return packed or super().pack_linear(weight, bias)
 
     def pack_quantized_linear(
         self, weight: QuantizedWeight, bias: Tensor | None, dtype: str
     ) -> PackedLinear:
         if native_linear.takes_quantized(weight):
             return native_linear.pack_quantized(weight, bias, dtype)
+        if self._is_deterministic:
+            raise DeviceError(
+                f"deterministic was asked for, but groups of {weight.group_size} inputs are "
+                "multiplied by plain torch; use groups of a multiple of 16, or leave it out"
+            )
         return super().pack_quantized_linear(weight, bias, dtype)
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:

@@ -280,6 +280,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: bool = False
     """Whether code that comes with a checkpoint may run."""
     quantization: str | None = None
+    deterministic: bool = False
+    """A request's logits must be bitwise the same whatever the batch, chunking or prefix hit."""
     seed: int = 0
     rank: int = 0
     world_size: int = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,15 @@ def test_plan_with_settings_beyond_the_claims_lists_them_all(directory: Path) ->
         "config.block_size",
         "config.quantization",
     ]
+
+
+def test_plan_deterministic_without_the_claim_is_refused(directory: Path) -> None:
+    """A promise that the device does not make is not made in its name."""
+    with pytest.raises(UnsupportedError) as caught:
+        plan(directory, replace(ABLE, determinism="run_to_run"), deterministic=True)
+    assert [reason.code for reason in caught.value.reasons] == ["config.deterministic"]
+    able = replace(ABLE, determinism="invariant")
+    assert plan(directory, able, deterministic=True).worker_config.deterministic
 
 
 def test_plan_cache_shrinks_to_what_memory_allows(directory: Path) -> None:
