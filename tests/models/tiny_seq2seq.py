@@ -88,7 +88,9 @@ def tiny_seq2seq_config(model_type: str, **changes: Any) -> Any:
         if name not in ("model_type", "transformers_version", "architectures")
     }
     settings.pop("is_decoder", None)
-    settings |= {"is_encoder_decoder": True, **_SETTINGS.get(model_type, {}), **changes}
+    if getattr(AutoConfig.for_model(model_type), "is_encoder_decoder", False):
+        settings["is_encoder_decoder"] = True
+    settings |= {**_SETTINGS.get(model_type, {}), **changes}
     return AutoConfig.for_model(model_type, **settings)
 
 

@@ -19,7 +19,8 @@ from quire.core.engine.audio_features import resample
 from quire.core.engine.transcription import cut_at_times
 from quire.core.errors import RequestError
 
-NUM_TOKENS = 28
+NUM_TOKENS = 32
+"""Half of the context, as the transcriber asks for at most."""
 SETTINGS: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "max_num_seqs": 4, "num_threads": 1,
     "cache_memory_bytes": 8 << 20,
@@ -75,6 +76,11 @@ async def test_window_gives_the_tokens_of_generate(whisper, engine, timestamps, 
         engine, clip_of(sound()), language="de", task=task, timestamps=timestamps
     )
     got = [token for segment in segments for token in segment.token_ids]
+    if timestamps:
+        # What is open at the end of a window is heard again with the next one.
+        parts, _ = cut_at_times(want, FIRST_TIME, 14_000, 320)
+        want = want[: parts[-1].end]
+    assert want
     assert got[: len(want)] == want
     assert {segment.language for segment in segments} == {"de"}
     assert not timestamps or got[0] >= FIRST_TIME

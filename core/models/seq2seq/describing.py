@@ -15,7 +15,11 @@ from quire.core.models.description import ModelDescription
 from quire.core.models.model_config import dtype_of, eos_token_ids_of
 from quire.core.models.seq2seq.cross_pages import LayerShape, page_group
 from quire.core.models.seq2seq.source_model import AUDIO, LayerKeys, SourceModel
-from quire.core.models.transformers_adapter.checkpoint import make_empty_model, read_config
+from quire.core.models.transformers_adapter.checkpoint import (
+    make_dummy_model,
+    make_empty_model,
+    read_config,
+)
 from quire.core.models.transformers_adapter.text_model import use_attention
 
 _TARGET_LENGTHS = ("max_target_positions", "max_decoder_position_embeddings")
@@ -64,7 +68,12 @@ def describe_seq2seq(directory: Path, *, trust_remote_code: bool = False) -> Mod
     source_model = SourceModel(make_empty_model(class_of(config), config))
     # The one kind of attention whose masks are made without a look at the numbers.
     use_attention(source_model.model, "eager")
-    form = find_form(source_model, config)
+    try:
+        form = find_form(source_model, config)
+    except UnsupportedError:
+        # Some look at numbers all the same, of which random ones will do.
+        dummy = make_dummy_model(class_of(config), config, dtype="float32", seed=0)
+        form = find_form(SourceModel(dummy), config)
     dtype = dtype_of(config)
     groups = groups_of(form, config, None, dtype=dtype, cache_dtype=dtype, block_size=16)
     return describe_form(source_model, form, groups, config, directory, dtype=dtype)
