@@ -1,7 +1,7 @@
 """Prompts with images: placeholders written out, pixels made what a vision tower takes.
 
 The checkpoint's own processor of transformers says how many tokens an image stands for and which.
-Every image is processed alone, so that its arrays, and so its hash, do not depend on its neighbours.
+Every image is processed alone, so that its arrays and its hash do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -214,13 +214,15 @@ def load_processor(directory: Path, tokenizer: str | None = None) -> Any:
     Raises: CheckpointError if it cannot be made.
     """
     import transformers
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto import processing_auto
 
+    names: Any = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
+    loader: Any = transformers.AutoImageProcessor
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        processor_class = getattr(transformers, PROCESSOR_MAPPING_NAMES[config.model_type])
-        images = AutoImageProcessor.from_pretrained(directory, local_files_only=True, backend="pil")
+        processor_class = getattr(transformers, names[config.model_type])
+        images = loader.from_pretrained(directory, local_files_only=True, backend="pil")
         texts = AutoTokenizer.from_pretrained(tokenizer or directory)
         settings = _processor_settings(directory)
         return _make(processor_class, images, texts, settings)

@@ -89,7 +89,7 @@ def _keys_and_values(
     ids = [int(block) for block in span.block_ids[group][first_block:end_block]]
     blocks = backend.export_blocks(cache, ids).flatten(0, 1)
     past = blocks[low - first_block * size : span.num_computed - first_block * size]
-    past_keys, past_values = past.split([spec.head_size, spec.v_head_size], dim=-1)
+    past_keys, past_values = past[..., : spec.head_size], past[..., spec.head_size :]
     device, dtype = keys.device, keys.dtype
     return (
         torch.cat([past_keys.to(device, dtype), keys]),
