@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -140,6 +141,13 @@ class AcceleratorDevice(TorchDevice):
             torch_device=self.torch_device,
             limit=self.capabilities.max_tensor_parallel,
         )
+
+    @property
+    def tuner(self) -> Callable[..., str]:
+        """What `quire tune` calls with a path and `is_dry`; it returns a sentence."""
+        from quire.backends.torch_accelerator.tuning import tune_device
+
+        return partial(tune_device, self, self._launcher.table)
 
     def close(self) -> None:
         """Gives what torch's allocator keeps back to the driver."""

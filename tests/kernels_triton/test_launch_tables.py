@@ -31,7 +31,10 @@ def test_table_serves_every_kernel_with_any_facts(path):
     assert table.provenance["method"]
     assert {"compute_units", "shared_bytes", "warp_size"} <= set(table.facts)
     for kernel in KERNELS:
-        assert table.find(kernel, {"head_size": 4096, "width": 1 << 20, "item_size": 8, "rows": 1 << 20, "tile": 1 << 20})
+        assert table.find(
+            kernel,
+            {"head_size": 4096, "width": 1 << 20, "item_size": 8, "rows": 1 << 20, "tile": 1 << 20},
+        )
     assert {entry.kernel for entry in table.entries} == KERNELS
     for entry in table.entries:
         assert not entry.max_spill_bytes or entry.note

@@ -25,6 +25,7 @@ from quire.core.serving.cli.plan import plan
 from quire.core.serving.cli.serve import serve
 from quire.core.serving.cli.top import top
 from quire.core.serving.cli.trace import trace
+from quire.core.serving.cli.tune import tune
 from quire.core.serving.operations.logging_setup import set_up_logging
 
 
@@ -82,7 +83,7 @@ def _make_application() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (generate, chat, serve, batch, backends, plan, doctor, demo, top, key):
+    for command in (generate, chat, serve, batch, backends, plan, doctor, demo, top, key, tune):
         app.command()(command)
     app.add_typer(bench, name="bench")
     app.add_typer(conformance, name="conformance")
