@@ -65,20 +65,12 @@ def paged_attention(
     for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if per_head is not None:
             checks.check_list(name, per_head, "float32", q.shape[1])
-    _cpu.paged_attention(
+    tensors = (q, k_cache, v_cache, k_scales, v_scales, out)
+    lists = (block_table, seq_lens, query_start_loc, sinks, alibi_slopes)
+    _cpu.paged_attention(  # type: ignore[call-arg]
         checks.dtype_code(q.dtype),
         stored,
-        q.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        0 if k_scales is None else k_scales.data_ptr(),
-        0 if v_scales is None else v_scales.data_ptr(),
-        out.data_ptr(),
-        block_table.data_ptr(),
-        seq_lens.data_ptr(),
-        query_start_loc.data_ptr(),
-        0 if sinks is None else sinks.data_ptr(),
-        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
+        *map(_address, tensors + lists),  # type: ignore[arg-type]
         sizes,
         strides,
         scale,
@@ -86,6 +78,10 @@ def paged_attention(
         chunk,
         soft_cap,
     )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _check(
@@ -166,7 +162,7 @@ def _write(name: str, source: Tensor, cached: Tensor, scales: Tensor | None, slo
         source.element_size(),
         source.data_ptr(),
         cached.data_ptr(),
-        0 if scales is None else scales.data_ptr(),
+        _address(scales),
         slots.data_ptr(),
         (num_tokens, num_heads, head_size, block_size, num_blocks),
         (*source_strides[:2], *cache_strides[:3]),
