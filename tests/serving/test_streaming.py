@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
+import socket
 from contextlib import asynccontextmanager
 
 import pytest
@@ -180,9 +182,12 @@ async def served_engine(**changes):
     config = EngineConfig(model="demo", device="null", max_num_seqs=64, **changes)
     engine = await AsyncEngine.start(config)
     listener = bind("127.0.0.1", 0)
+    # What the kernel keeps for a client that does not read is small: the rest is the server's.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
     listener.listen(1024)
     app = make_app(engine, ServerSettings())
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
+    app.state.http = server.server_state
     task = asyncio.create_task(server._serve([listener]))
     try:
         yield engine, app, listener.getsockname()[1]
@@ -281,3 +286,47 @@ def _scope(path: str) -> dict:
         "server": ("server", 80),
         "state": {},
     }
+
+
+async def read_one_byte_a_second(port: int, seconds: int, is_slow: asyncio.Event) -> bytes:
+    """A stream whose client takes a byte a second, and later all that is left."""
+    body = {"prompt": "def f(", "stream": True, "max_tokens": 400, "logprobs": 20, "n": 16}
+    data = json.dumps({**body, "ignore_eos": True}).encode()
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader, writer = await asyncio.open_connection(sock=connection, limit=1024)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    first = b""
+    for _ in range(seconds):
+        first += await reader.readexactly(1)
+        is_slow.set()
+        await asyncio.sleep(1)  # the pace is what is tested
+    rest = await reader.read()
+    writer.close()
+    return first + rest
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_clients_that_read_one_byte_a_second_harm_nobody_and_lose_nothing():
+    """Others are answered meanwhile, the server holds little for the slow, and they get all."""
+    async with served_engine() as (engine, app, port):
+        before, held = asyncio.all_tasks(), [0]
+        events = [asyncio.Event() for _ in range(4)]
+        slow = [asyncio.create_task(read_one_byte_a_second(port, 10, event)) for event in events]
+        await asyncio.gather(*(event.wait() for event in events))
+        for number in range(20):
+            assert await stream_once(port, random.Random(number), number, is_cut=False)
+            assert not any(task.done() for task in slow)
+            waiting = [
+                each.transport.get_write_buffer_size() for each in app.state.http.connections
+            ]
+            held.append(max(waiting, default=0))
+        answers = await asyncio.gather(*slow)
+        assert max(held) < 256 * 1024
+        for answer in answers:
+            told = re.findall(rb'"token_logprobs":\[([^]]*)\]', answer)
+            assert sum(row.count(b",") + 1 for row in told if row) == 400 * 16
+        assert all(answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") for answer in answers)
+        await check_nothing_is_left(engine, app, before)
