@@ -70,8 +70,9 @@ class AudioFeatures:
 def _load_extractor(directory: str) -> Any:
     from transformers import AutoFeatureExtractor
 
+    load: Any = AutoFeatureExtractor.from_pretrained
     try:
-        return AutoFeatureExtractor.from_pretrained(directory, local_files_only=True)
+        return load(directory, local_files_only=True)
     # Files may be broken in any way.
     except Exception as error:
         raise CheckpointError(

@@ -31,7 +31,8 @@ class SourceModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        self.encoder: Any = self.model.get_encoder()
+        find_encoder: Any = model.get_encoder
+        self.encoder: Any = find_encoder()
         self._output_class: Any = None
         self.input_kind = TOKENS if self.model.main_input_name == "input_ids" else AUDIO
 
