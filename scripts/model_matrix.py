@@ -37,9 +37,10 @@ _WAYS = """\
 *paged*: one flat token batch, attention served by the device. *cached*: request by request, with a
 transformers cache filled from pages, states included; slower. *recomputed*: the whole text for
 every token; slower by far. Which way is taken is said by `quire plan` as far as a dry run tells,
-and settled at load, where the model is held against its own logits: one that differs is refused. A
-package adds a family of its own by the entry point `quire.models`, named as the architecture;
-`--model-impl native` or `transformers` chooses."""
+and settled at load, where the model is held against its own logits: one that differs is refused.
+Rows may be from several runs. Linear layers, gated MLPs and RMS norms that the device's operators
+compute alike are computed by them. A package adds a family of its own by the entry point
+`quire.models`, named as the architecture; `--model-impl native` or `transformers` chooses."""
 LABELS = {
     "exact": "exact",
     "exact_uncached": "exact (as `generate` without a cache; with one it gives other tokens)",

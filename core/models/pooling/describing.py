@@ -53,6 +53,8 @@ def describe_pooling(
     Raises: CheckpointError, UnsupportedError.
     """
     config = read_config(directory, trust_remote_code=trust_remote_code)
+    if not hasattr(config.get_text_config(decoder=True), "vocab_size"):
+        raise _unsupported(directory, "a model of texts", f"{config.model_type}, which reads none")
     model = make_empty_model(without_pooler(model_class_of(config, directory, task)), config)
     return describe_model_class(model, config, layout_of(model, config, directory))
 

@@ -23,7 +23,7 @@ _NUM_CHECKED = 4
 
 def indexers_of(model: nn.Module) -> list[Any]:
     """The modules that choose."""
-    return [module for module in model.modules() if "Indexer" in type(module).__name__]
+    return [module for module in model.modules() if type(module).__name__.endswith("Indexer")]
 
 
 def refuse_unseen_selection(model: nn.Module, passed: tuple[str, ...]) -> None:
