@@ -30,6 +30,8 @@ def causal_conv1d(
     starts = sequences.starts_host
     for number in range(sequences.num_sequences):
         rows = slice(starts[number], starts[number + 1])
+        if rows.start == rows.stop:
+            continue
         inputs = torch.cat((states[number], x[rows].T), dim=-1)  # [C, W - 1 + n]
         windows = _wide(inputs).unfold(-1, weight.shape[-1], 1)  # [C, n, W]
         summed = (windows * _wide(weight).unsqueeze(1)).sum(-1).T

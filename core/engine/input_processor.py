@@ -25,7 +25,6 @@ from quire.core.errors import RequestError
 from quire.core.sampling_params import MAX_SEED, SamplingParams
 from quire.core.scheduler.request import RequestSpec
 
-
 _LONG_TEXT_CHARS = 2000
 """From here a text is tokenized in a thread, so that the event loop goes on."""
 _NEVER = -1e9

@@ -238,9 +238,7 @@ class LLM(PoolingMethods):
     def _read_all(self, prompts: Sequence[Prompt], *, add_special_tokens: bool) -> list[ModelInput]:
         parsed = [parse_prompt(prompt) for prompt in prompts]
         if self.facts.encoder_input is not None or not all(one.is_plain for one in parsed):
-            return [
-                self._inputs.read(one, add_special_tokens=add_special_tokens) for one in parsed
-            ]
+            return [self._inputs.read(one, add_special_tokens=add_special_tokens) for one in parsed]
         texts = [one.text or "" for one in parsed if one.token_ids is None]
         encoded = iter(
             self._inputs.require_codec().encode_all(texts, add_special_tokens=add_special_tokens)

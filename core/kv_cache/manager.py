@@ -37,10 +37,10 @@ class KVCacheManager:
         policies = self._policies
         self._token_groups = [g for g, policy in enumerate(policies) if policy.follows_tokens]
         self._source_groups = [g for g, policy in enumerate(policies) if not policy.follows_tokens]
-        assert self._token_groups or not groups, f"no group follows the tokens of requests: {groups}"
-        self._hash_sizes = sorted(
-            {groups[group].block_size for group in self._token_groups} or {1}
+        assert self._token_groups or not groups, (
+            f"no group follows the tokens of requests: {groups}"
         )
+        self._hash_sizes = sorted({groups[group].block_size for group in self._token_groups} or {1})
         self._hashes_of_group = {
             group: self._hash_sizes.index(groups[group].block_size) for group in self._token_groups
         }

@@ -19,7 +19,7 @@ class HostFeature:
     """The index in the step."""
     feature: Feature
 
-    def on(self, device: torch.device | None) -> StepFeature:
+    def on(self, device: str | None) -> StepFeature:
         """With its arrays on a device."""
         arrays = {name: _tensor(a).to(device) for name, a in self.feature.arrays.items()}
         return StepFeature(request=self.request, feature=self.feature, arrays=arrays)

@@ -48,8 +48,10 @@ class InputBatch:
         index_dtype: str = "int32",
         max_source_tokens: Sequence[int | None] = (),
     ) -> None:
-        """`max_source_tokens`: for each group, the most encoder tokens of a request, None where
-        blocks follow its own tokens; empty: they do in all.
+        """An empty batch.
+
+        `max_source_tokens`: for each group, the most encoder tokens of a request, None where blocks
+        follow its own tokens; empty: they do in all.
         """
         self.source_groups = frozenset(
             group for group, limit in enumerate(max_source_tokens) if limit is not None

@@ -33,7 +33,6 @@ from quire.core.worker.device_errors import device_errors
 from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.pooling_runner import PoolingRunner
-from quire.core.worker.running_step import RunningStep
 
 _PROBE_TOKENS = 128
 """Of the step from which the memory of the largest is reckoned."""
@@ -232,9 +231,7 @@ class DefaultWorker(Worker):
         if isinstance(model, PoolingModel):
             return PoolingRunner(model, self._device)
         with device_errors("workspace"):
-            return ModelRunner(
-                model, self._device, caches, self._config, self.logits_processors
-            )
+            return ModelRunner(model, self._device, caches, self._config, self.logits_processors)
 
     def _make_caches(self, num_blocks: Sequence[int]) -> list[LayerCache]:
         """The cache of each layer, `num_blocks` for each group."""

@@ -43,9 +43,7 @@ def run(command):
     assert "0 failed" in done.stdout
 
 
-@pytest.mark.skipif(
-    not COMPILER or platform.machine() != "x86_64", reason="needs g++ on an x86-64"
-)
+@pytest.mark.skipif(not COMPILER or platform.machine() != "x86_64", reason="needs g++ on an x86-64")
 @pytest.mark.parametrize("level", LEVELS)
 def test_kernels_are_clean_under_sanitizers(level, tmp_path):
     """A read past the end of a row is silent until the row ends where a page does."""

@@ -64,7 +64,7 @@ def model_class_of(config: Any, directory: Path, *, trust_remote_code: bool) -> 
         # A class of somebody's own may compute something else of the same tensors.
         raise _unsupported(
             "architecture", ", ".join(names),
-            f"no such class in transformers, whose {config.model_type} is {mapped.__name__}",
+            f"no such class in transformers, whose {config.model_type} is another",
             "install the package that brings it, or correct config.json", directory,
         )  # fmt: skip
     if trust_remote_code and getattr(config, "auto_map", None):
