@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from quire.core.interface.worker import Feature
 
 IMAGE = "image"
+logger = logging.getLogger(__name__)
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _NOT_FOR_THE_TOWER = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "num_crops"}
 )
@@ -189,15 +193,19 @@ def make_image_reader(config: EngineConfig, facts: EngineFacts) -> ImageReader |
 
     Raises: CheckpointError if its processor cannot be read.
     """
+    directory = Path(facts.model_directory)
     if IMAGE not in facts.accepts:
+        return None
+    if not any((directory / name).is_file() for name in _PROCESSOR_FILES):
+        logger.warning("%s has no preprocessor_config.json: it answers text alone", directory)
         return None
     policy = MediaPolicy(
         allowed_domains=tuple(config.allowed_media_domains),
         allow_private=config.allow_private_media,
         local_folder=config.allowed_local_media_path,
     )
-    processor = load_processor(Path(facts.model_directory), config.tokenizer)
-    settings = json.loads((Path(facts.model_directory) / "config.json").read_text("utf-8"))
+    processor = load_processor(directory, config.tokenizer)
+    settings = json.loads((directory / "config.json").read_text("utf-8"))
     named = settings.get("image_token_id", settings.get("image_token_index"))
     image_token_id = named if named is not None else processor.image_token_id
     return ImageReader(

@@ -24,6 +24,7 @@ def tune(tmp_path, backend, *more):
     return file, done
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_dry_run_writes_a_table_that_can_be_read_and_says_where_it_is_from(tmp_path):
     """Every row of the old table is in the new one, and every candidate ran and is written down."""
