@@ -10,7 +10,7 @@ from typing import Any
 from quire.conformance.cases import check, dtypes
 from quire.conformance.checks.l2_runner import Runner, running
 from quire.conformance.stepping import Job
-from quire.conformance.trial import Trial
+from quire.conformance.trial import Finding, Trial
 from quire.core.interface import (
     Capabilities,
     CapturedStep,
@@ -101,7 +101,11 @@ def replay_equals_eager(trial: Trial, *, dtype: str) -> None:
         for size in _sizes(trial):
             prompts = [replays.prompt(length) for length in _LENGTHS[:size]]
             before = graphs.num_replays
-            ours, theirs = _decode(replays, prompts), _decode(eager, prompts)
+            theirs = _decode(eager, prompts)
+            try:
+                ours = _decode(replays, prompts)
+            except Finding as finding:
+                raise Finding(f"replayed decode steps of {size} requests: {finding}") from finding
             trial.require(
                 graphs.num_replays > before,
                 f"step_mode is {trial.capabilities.step_mode!r} and no decode step of {size} "

@@ -49,9 +49,9 @@ def test_run_any_buckets_give_the_tokens_of_transformers(
     runner = driver.worker._running()
     forward = runner._forward
 
-    def noting(tensors, batches):
+    def noting(tensors, batches, *rest):
         shapes.add((batches[0].num_tokens, batches[0].num_requests))
-        return forward(tensors, batches)
+        return forward(tensors, batches, *rest)
 
     runner._forward = noting
     assert driver.run(23) == oracle("gemma3")
