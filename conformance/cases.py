@@ -76,6 +76,16 @@ def _needs_nothing(claims: Capabilities, arguments: Mapping[str, Any]) -> str:
     return ""
 
 
+def needs_claim(field: str, name: str) -> Needs:
+    """Excuses devices that do not list `name` in this field of their Capabilities."""
+
+    def needs(claims: Capabilities, arguments: Mapping[str, Any]) -> str:
+        del arguments
+        return "" if name in getattr(claims, field) else f"{name} is not among the claimed {field}"
+
+    return needs
+
+
 def check(
     *,
     level: int,

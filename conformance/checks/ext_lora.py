@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import torch
 
-from quire.conformance.cases import check, dtypes
+from quire.conformance.cases import check, dtypes, needs_claim
 from quire.conformance.checks import l1_ops
 from quire.conformance.trial import Trial
 
+_NEEDS = needs_claim("features", "lora")
 
-@check(level=1, op="", over=l1_ops.numeric_cases("lora"))
+
+@check(level=1, op="", over=l1_ops.numeric_cases("lora"), needs=_NEEDS)
 def numerics(trial: Trial, *, op: str, variant: str, dtype: str, scale: str) -> None:
     """The result is the formula's, as near as honest rounding in this dtype allows."""
     l1_ops.numerics(trial, op=op, variant=variant, dtype=dtype, scale=scale)
 
 
-@check(level=1, op="", over=l1_ops.op_cases("lora"))
+@check(level=1, op="", over=l1_ops.op_cases("lora"), needs=_NEEDS)
 def purity(trial: Trial, *, op: str, dtype: str) -> None:
     """Only the result is written, and nothing around it."""
     l1_ops.purity(trial, op=op, dtype=dtype)
 
 
-@check(level=1, op="", over=l1_ops.op_cases("lora"))
+@check(level=1, op="", over=l1_ops.op_cases("lora"), needs=_NEEDS)
 def new_data(trial: Trial, *, op: str, dtype: str) -> None:
     """The same shapes with new data, and so other adapters, give the new answer."""
     l1_ops.new_data(trial, op=op, dtype=dtype)
 
 
-@check(level=1, op="add_lora", over=dtypes(), on_torch=True)
+@check(level=1, op="add_lora", over=dtypes(), on_torch=True, needs=_NEEDS)
 def rows_without_an_adapter_keep_their_bits(trial: Trial, *, dtype: str) -> None:
     """Whoever asked for the plain model gets it to the bit, beside whoever did not."""
     where, kind = str(trial.device.torch_device), getattr(torch, dtype)

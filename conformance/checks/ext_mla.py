@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import torch
 
-from quire.conformance.cases import check, dtypes, product
+from quire.conformance.cases import check, dtypes, needs_claim, product
 from quire.conformance.checks import l1_ops
 from quire.conformance.paged import Paged, PagedRun, Ranges, make_paged
 from quire.conformance.trial import Trial
 from quire.core.interface import AttentionSpec
+
+_NEEDS = needs_claim("attention_kinds", "mla")
 
 _SHAPES = {
     "r32-p16": {"shape": (4, 32, 16)},
@@ -41,7 +43,7 @@ def _paged(trial: Trial, shape: tuple[int, int, int], dtype: str, lengths: list[
     return replace(paged, v=[k[..., :rank].contiguous() for k in paged.k])
 
 
-@check(level=1, op="paged_attention", over=product(_SHAPES, dtypes()), on_torch=True)
+@check(level=1, op="paged_attention", over=product(_SHAPES, dtypes()), on_torch=True, needs=_NEEDS)
 def mixed_batch(trial: Trial, *, shape: tuple[int, int, int], dtype: str) -> None:
     """Chunks of prompts and decoded tokens in one step, from the latent alone."""
     run = PagedRun(trial, _paged(trial, shape, dtype, [49, 33, 17, 70]))
@@ -54,7 +56,7 @@ def mixed_batch(trial: Trial, *, shape: tuple[int, int, int], dtype: str) -> Non
         run.measure(ranges, run.step(ranges), "latent attention", _HINT)
 
 
-@check(level=1, op="paged_attention", over=product(_SHAPES, dtypes()), on_torch=True)
+@check(level=1, op="paged_attention", over=product(_SHAPES, dtypes()), on_torch=True, needs=_NEEDS)
 def reads_no_values(trial: Trial, *, shape: tuple[int, int, int], dtype: str) -> None:
     """What is passed as values changes nothing: the cache has them already."""
     paged = _paged(trial, shape, dtype, [40])
@@ -64,7 +66,7 @@ def reads_no_values(trial: Trial, *, shape: tuple[int, int, int], dtype: str) ->
     PagedRun(trial, paged).measure([(0, 40)], out, "latent attention with NaN as values", _HINT)
 
 
-@check(level=1, op="paged_attention", over=product(_SHAPES, dtypes()), on_torch=True)
+@check(level=1, op="paged_attention", over=product(_SHAPES, dtypes()), on_torch=True, needs=_NEEDS)
 def keeps_the_latent_alone(trial: Trial, *, shape: tuple[int, int, int], dtype: str) -> None:
     """A block holds head_size numbers for each token, and blocks move whole."""
     paged = _paged(trial, shape, dtype, [45])
@@ -90,13 +92,13 @@ def keeps_the_latent_alone(trial: Trial, *, shape: tuple[int, int, int], dtype: 
     )
 
 
-@check(level=1, op="", over=l1_ops.numeric_cases("mla"))
+@check(level=1, op="", over=l1_ops.numeric_cases("mla"), needs=_NEEDS)
 def numerics(trial: Trial, *, op: str, variant: str, dtype: str, scale: str) -> None:
     """Projections of single heads are the formula's, as near as honest rounding allows."""
     l1_ops.numerics(trial, op=op, variant=variant, dtype=dtype, scale=scale)
 
 
-@check(level=1, op="", over=l1_ops.op_cases("mla"))
+@check(level=1, op="", over=l1_ops.op_cases("mla"), needs=_NEEDS)
 def purity(trial: Trial, *, op: str, dtype: str) -> None:
     """Nothing but the result is written."""
     l1_ops.purity(trial, op=op, dtype=dtype)

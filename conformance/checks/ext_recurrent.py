@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from quire.conformance.cases import check
+from quire.conformance.cases import check, needs_claim
 from quire.conformance.checks import l1_ops
 from quire.conformance.trial import Trial
 
+_NEEDS = needs_claim("features", "recurrent")
 
-@check(level=1, op="", over=l1_ops.numeric_cases("recurrent"))
+
+@check(level=1, op="", over=l1_ops.numeric_cases("recurrent"), needs=_NEEDS)
 def numerics(trial: Trial, *, op: str, variant: str, dtype: str, scale: str) -> None:
     """Results and states are the formula's, as near as honest rounding allows."""
     l1_ops.numerics(trial, op=op, variant=variant, dtype=dtype, scale=scale)
 
 
-@check(level=1, op="", over=l1_ops.op_cases("recurrent"))
+@check(level=1, op="", over=l1_ops.op_cases("recurrent"), needs=_NEEDS)
 def purity(trial: Trial, *, op: str, dtype: str) -> None:
     """Only the states are written, and nothing around them."""
     l1_ops.purity(trial, op=op, dtype=dtype)
 
 
-@check(level=1, op="", over=l1_ops.op_cases("recurrent"))
+@check(level=1, op="", over=l1_ops.op_cases("recurrent"), needs=_NEEDS)
 def new_data(trial: Trial, *, op: str, dtype: str) -> None:
     """The same shapes with new data give the new answer."""
     l1_ops.new_data(trial, op=op, dtype=dtype)

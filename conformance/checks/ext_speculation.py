@@ -26,6 +26,8 @@ _SAMPLINGS = {
 
 
 def _needs(claims: Capabilities, arguments: Mapping[str, Any]) -> str:
+    if "speculation" not in claims.features:
+        return "the feature speculation is not claimed"
     if arguments["dtype"] not in claims.cache_dtypes:
         return f"cache dtype {arguments['dtype']} is not claimed"
     return ""
