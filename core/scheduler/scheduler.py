@@ -147,7 +147,7 @@ class Scheduler:
                 if blocks is None:
                     continue
             draft.add(request, num_new, blocks)
-            if request.lookup is not None and num_new == 1:
+            if request.lookup is not None and draft.samples[-1]:
                 guess_ahead(request, draft, self._cache, self.settings.num_guessed_tokens)
             if draft.budget <= 0:
                 break

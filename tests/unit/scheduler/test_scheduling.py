@@ -407,3 +407,12 @@ def test_guesses_are_for_those_whose_sampling_allows_them(kit):
         house.add(kit.spec("a", max_tokens=8, sampling=sampling))
         house.run()
         assert house.scheduler.statistics().num_guesses == 0
+
+
+def test_nothing_is_guessed_behind_a_chunk_of_one_token(kit):
+    """What follows the middle of a prompt stands in the prompt; a guess is of what comes after."""
+    house = kit.house(num_guessed_tokens=3, max_chunk_tokens=1)
+    house.add(kit.spec("a", prompt=range(1, 9), max_tokens=6))
+    house.run()
+    house.check_output(house.stories["a"])
+    assert house.scheduler.statistics().num_right_guesses > 0
