@@ -261,6 +261,8 @@ class ModelRunner:
         self, step: StepRows, arrays: StepArrays, states: Sequence[RequestState]
     ) -> list[RequestImages]:
         """What the model is told of the requests whose prompts show images."""
+        if not self._model.description.accepts:
+            return []
         found = []
         for index, state in enumerate(states):
             shown = state.shown

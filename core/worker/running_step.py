@@ -54,9 +54,9 @@ class RunningStep(PendingStep):
         Raises: DeviceError; the requests are then unchanged, and `cancel` must follow.
         """
         self._event.wait()
-        self._result = make_step_result(self._outline, self._arrays)
-        requests = self._steps.requests
         accepted = accepted_tokens(self._outline, self._arrays["tokens"])
+        self._result = make_step_result(self._outline, self._arrays, accepted)
+        requests = self._steps.requests
         requests.fill_sampled(self._change, [tokens for tokens in accepted if tokens])
         requests.settle(self._change)
 

@@ -42,15 +42,17 @@ class StepOutline:
     failures: CustomFailures = field(default_factory=CustomFailures)
 
 
-def make_step_result(outline: StepOutline, arrays: Arrays) -> StepResult:
-    """Puts the arrays of `Sampler.outputs` and `PromptRows.fields` into the columns of a result."""
+def make_step_result(outline: StepOutline, arrays: Arrays, tokens: list[list[int]]) -> StepResult:
+    """Puts the arrays of `Sampler.outputs` and `PromptRows.fields` into the columns of a result.
+
+    `tokens`: what `accepted_tokens` says of the same step.
+    """
     errors = _errors(outline, arrays)
     prompt_logprobs = _prompt_logprobs(outline, arrays)
     for request_id, entries in prompt_logprobs.items():
         if any(math.isnan(entry.logprob) for entry in entries):
             errors.setdefault(request_id, _BROKEN)
     batch = outline.batch
-    tokens = accepted_tokens(outline, arrays["tokens"])
     if errors:
         tokens = [
             [] if name in errors else mine
@@ -72,6 +74,8 @@ def accepted_tokens(outline: StepOutline, sampled: Array) -> list[list[int]]:
     tokens: list[list[int]] = [[] for _ in batch.request_ids]
     for index, token in zip(outline.sampled, sampled.tolist(), strict=False):
         tokens[index].append(token)
+    if not batch.draft_token_ids:
+        return tokens
     for index, request_id in enumerate(batch.request_ids):
         guesses = batch.draft_token_ids.get(request_id)
         if guesses and tokens[index]:
