@@ -60,6 +60,15 @@ class SamplingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         """Whether the largest logit is taken."""
         return self.temperature == 0.0
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens already seen count against themselves."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.frequency_penalty != 0.0
+            or self.presence_penalty != 0.0
+        )
+
 
 class FeatureArray(msgspec.Struct, frozen=True, kw_only=True):
     """One array as plain data."""

@@ -46,9 +46,7 @@ class PromptLookup:
 def may_guess(sampling: SamplingSpec) -> bool:
     """Whether a request's sampling allows guesses; see `StepBatch.draft_token_ids`."""
     depends_on_output = (
-        sampling.repetition_penalty != 1.0
-        or sampling.frequency_penalty != 0.0
-        or sampling.presence_penalty != 0.0
+        sampling.has_penalties
         or sampling.bad_words
         or sampling.min_tokens
         or sampling.logits_processors

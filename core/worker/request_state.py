@@ -111,19 +111,10 @@ def _prepare(state: RequestState, prompt: list[int], output: list[int]) -> None:
         state.bias = np.array(list(biases.values()), np.float32)
     if sampling.allowed_token_ids is not None:
         state.allowed_ids = np.unique(np.array(sampling.allowed_token_ids, np.int64))
-    if has_penalties(sampling):
+    if sampling.has_penalties:
         state.seen = SeenTokens(prompt, output)
     if sampling.logits_processors:
         state.prompt_ids = prompt
-
-
-def has_penalties(sampling: SamplingSpec) -> bool:
-    """Whether tokens already seen count against themselves."""
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.frequency_penalty != 0.0
-        or sampling.presence_penalty != 0.0
-    )
 
 
 def _problems(new: NewRequest, vocab_size: int, processors: LogitsProcessors) -> Iterator[str]:

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.core.interface import SamplingSpec
-from quire.core.worker.request_state import has_penalties
 
 _Number = TypeVar("_Number", bound=np.generic)
 
@@ -89,9 +88,9 @@ class SamplingSettings:
 
 def _features(spec: SamplingSpec) -> int:
     biases = spec.logit_bias or spec.bad_words or (spec.min_tokens and spec.min_tokens_forbids)
-    reads = has_penalties(spec) or spec.logits_processors or _needs_prefix(spec)
+    reads = spec.has_penalties or spec.logits_processors or _needs_prefix(spec)
     return (
-        has_penalties(spec) * PENALISES
+        spec.has_penalties * PENALISES
         | bool(biases) * BIASES
         | (spec.allowed_token_ids is not None) * KEEPS
         | bool(spec.logits_processors) * PROCESSES
