@@ -142,6 +142,10 @@ class ModelFacts(Protocol):
     def pooling(self) -> object | None:
         """What a model that makes numbers of texts does; None: it generates."""
 
+    @property
+    def needs_whole_prompts(self) -> bool:
+        """Whether a prompt may not be cut into chunks, since tokens see later ones."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
@@ -182,8 +186,7 @@ def resolve(user: EngineConfig, capabilities: Capabilities, facts: ModelFacts) -
     if facts.pooling is not None and user.max_num_batched_tokens < max_model_len:
         change("max_num_batched_tokens", max_model_len, "texts are computed whole")
     is_whole = not user.enable_chunked_prefill
-    # Not every description knows of images.
-    if getattr(facts, "needs_whole_prompts", False):
+    if facts.needs_whole_prompts:
         change("enable_chunked_prefill", False, "tokens of an image see each other")
         is_whole = True
     if is_whole and user.max_num_batched_tokens < max_model_len:

@@ -1,7 +1,7 @@
 """What a kind of attention needs of its blocks: one small object for each kind.
 
-The manager knows no kinds; it asks these questions. A new kind (encoder states for cross-attention)
-answers them in a class of its own and enters `make_group_policy`.
+The manager knows no kinds; it asks these questions. A new kind answers them in a class of its own
+and enters `make_group_policy`.
 """
 
 from __future__ import annotations
