@@ -39,3 +39,7 @@ class DummyWeights:
             numbers[filled : filled + len(piece)] = piece
             filled, start = filled + len(piece), 0
         return numbers.view(tensor.shape).mul_(tensor.shape[-1] ** -0.5)
+
+    def read_into(self, tensor: TensorShape, target: Tensor) -> None:
+        """The same numbers, written to `target`, of the tensor's shape."""
+        target.copy_(self.read(tensor))

@@ -69,7 +69,7 @@ def _stacked(
     rows, columns = parts[0].shape
     stacked = torch.empty((len(parts), rows, columns), dtype=dtype, device=device)
     for place, part in zip(stacked, parts, strict=True):
-        place.copy_(source.read(part))
+        source.read_into(part, place)
     return stacked.view(-1, per_expert * rows, columns)
 
 

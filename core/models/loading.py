@@ -54,6 +54,10 @@ class WeightSource(Protocol):
         """One tensor on the host, in any floating dtype."""
         ...
 
+    def read_into(self, tensor: TensorShape, target: Tensor) -> None:
+        """Writes one tensor to `target`, of its shape, on any device and in any floating dtype."""
+        ...
+
 
 def load_model(config: WorkerConfig, device: Device, family: Family | None = None) -> CausalLM:
     """Loads `config.model` onto `device`, as a native model; `family`: one from outside the table.
@@ -241,7 +245,7 @@ class _WeightBuilder:
         stacked = torch.empty(shape, dtype=self._dtype, device=self._device)
         row = 0
         for part in parts:
-            stacked[row : row + part.shape[0]].copy_(self._source.read(part))
+            self._source.read_into(part, stacked[row : row + part.shape[0]])
             row += part.shape[0]
         return stacked
 

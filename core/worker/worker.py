@@ -35,6 +35,7 @@ from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.pooling_runner import PoolingRunner
 
 _PROBE_TOKENS = 128
+_PROBE_REQUESTS = 16
 """Of the step from which the memory of the largest is reckoned."""
 
 
@@ -255,10 +256,11 @@ class DefaultWorker(Worker):
         """
         config = self._config
         num_tokens = min(_PROBE_TOKENS, config.max_num_batched_tokens)
+        num_requests = min(_PROBE_REQUESTS, config.max_num_seqs)
         self._measured_step_bytes(1, 1)  # what is taken once and for all grows with nothing
         by_token = self._measured_step_bytes(num_tokens, 1) / num_tokens
-        by_request = self._measured_step_bytes(config.max_num_seqs, config.max_num_seqs)
-        return int(by_token * config.max_num_batched_tokens) + by_request
+        by_request = self._measured_step_bytes(num_requests, num_requests) / num_requests
+        return int(by_token * config.max_num_batched_tokens + by_request * config.max_num_seqs)
 
     def _measured_step_bytes(self, num_tokens: int, num_requests: int) -> int:
         """What a step takes of the device, with a cache of NULL_BLOCK alone."""

@@ -18,8 +18,10 @@ from tiny_models import FAMILIES, make_tiny_model, make_torch_model  # noqa: E40
 from quire.backends.reference import ReferenceOps, TorchDevice  # noqa: E402
 from quire.core.errors import CheckpointError, DeviceOutOfMemory, UnsupportedError  # noqa: E402
 from quire.core.interface import DeviceInfo  # noqa: E402
+from quire.core.models.checkpoint_files import CheckpointFiles  # noqa: E402
 from quire.core.models.description import describe_model  # noqa: E402
 from quire.core.models.loading import load_model  # noqa: E402
+from quire.core.models.weight_layout import TensorShape  # noqa: E402
 
 PROMPT = list(range(10, 60))
 
@@ -305,3 +307,43 @@ def test_large_model_shows_its_progress_on_a_terminal_alone(llama, monkeypatch, 
     monkeypatch.setattr(loading, "_progress_bar", lambda *a: shown.append(a) or real(*a))
     load_tiny(llama)
     assert shown == [("LlamaForCausalLM", 2)]
+
+
+def opened(directory):
+    """The files of a checkpoint and the tensors in them."""
+    files = CheckpointFiles(directory, lambda name: name)
+    content = load_file(directory / "model.safetensors")
+    return files, {
+        name: (TensorShape(name=name, shape=tuple(tensor.shape)), tensor)
+        for name, tensor in content.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensor_read_into_place_is_the_tensor_of_the_library(llama, dtype):
+    """Bytes are read without a mapping, from offsets: each must be the tensor asked for."""
+    files, tensors = opened(llama)
+    for shape, tensor in tensors.values():
+        place = torch.empty(tensor.shape, dtype=dtype)
+        files.read_into(shape, place)
+        assert torch.equal(place, tensor.to(dtype))
+
+
+def test_tensor_read_into_columns_leaves_the_others_alone(llama):
+    """A place whose rows are apart cannot take the file's bytes as they lie."""
+    files, tensors = opened(llama)
+    shape, tensor = next(pair for pair in tensors.values() if pair[1].dim() == 2)
+    around = torch.zeros(tensor.shape[0], 2 * tensor.shape[1], dtype=tensor.dtype)
+    files.read_into(shape, around[:, : tensor.shape[1]])
+    assert torch.equal(around[:, : tensor.shape[1]], tensor)
+    assert not around[:, tensor.shape[1] :].any()
+
+
+def test_file_cut_after_it_was_checked_is_refused_by_name(llama):
+    """A download that is replaced while it is read must not leave weights unset."""
+    files, tensors = opened(llama)
+    path = llama / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors .*truncated"):
+        for shape, tensor in tensors.values():
+            files.read_into(shape, torch.empty_like(tensor))
