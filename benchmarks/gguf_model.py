@@ -19,9 +19,11 @@ _TENSORS = {
     "mlp.down_proj": "ffn_down",
 }
 """Names of a layer: Hugging Face's and GGUF's."""
-FORMATS = {"float16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
+FORMATS = {"bfloat16": "BF16", "float16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 """Class of precision to GGUF's name for the weights of matrices. Q4_0: groups of 32."""
 _CONTEXT = 4096
+_NORMAL, _CONTROL = 1, 3
+"""Types of tokens."""
 
 
 def write_gguf(directory: Path, kind: str) -> Path:
@@ -77,7 +79,9 @@ def _add_tokens(writer: Any, config: Any) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * len(tokens))
+    # OpenVINO compiles no tokenizer that has no control token at all.
+    ends = {config.bos_token_id, config.eos_token_id}
+    writer.add_token_types([_CONTROL if i in ends else _NORMAL for i in range(len(tokens))])
     writer.add_token_merges([f"{table[0]} {table[0]}"])
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)

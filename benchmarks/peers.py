@@ -2,15 +2,18 @@
 
     pip install "quire[bench]"; python benchmarks/peers.py --precision int8 --rounds 3
 
-Weights are random, made once and written in each engine's format. An engine that is not installed,
-or fails to load the model, is named in the record with the reason. Engines that take one request at
-a time run a sample of the long loads, since their rate does not depend on how many there are.
+Weights are random, made once and written in each engine's format. Each engine has a process of its
+own and the same number of threads; while one runs, the others wait. An engine that is not
+installed, or fails, is named in the record with the reason. Engines that take one request at a time
+run a sample of the long loads, since their rate does not depend on how many there are.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -18,19 +21,25 @@ import numpy as np
 import typer
 
 from quire.benchmarks import workloads
-from quire.benchmarks.peer_engines import PEERS, Runner, start_quire
+from quire.benchmarks.peer_engines import DETERMINISTIC, PEERS, QUIRE, Outcome, Peer
+from quire.benchmarks.peer_process import PeerError, PeerProcess
 from quire.benchmarks.recording import Measurement, Record, paired_ratio
 from quire.benchmarks.shapes import SHAPES, make_model
 from quire.benchmarks.versus_transformers import LOADS, Load
 from quire.benchmarks.workloads import Work
 
-PRECISIONS = ("bfloat16", "float16", "int8", "int4")
+_WARM_UP = Work(list(range(20, 40)), 4)
+_PACKAGES = {"llama.cpp": "llama-cpp-python", "OpenVINO GenAI": "openvino-genai"}
 
 
 def main(
-    precision: Annotated[str, typer.Option(help=", ".join(PRECISIONS))] = "int8",
+    precision: Annotated[str, typer.Option(help=", ".join(QUIRE.precisions))] = "int8",
     shape: Annotated[str, typer.Option(help="a Qwen2 shape")] = "qwen2-0.5b",
     rounds: Annotated[int, typer.Option(help="interleaved rounds")] = 3,
+    threads: Annotated[int, typer.Option(help="of each engine; 0: one a core")] = 0,
+    sample: Annotated[
+        int, typer.Option(help="requests of a load that engines run that take one at a time")
+    ] = 2,
     only: Annotated[str, typer.Option(help="run loads whose name contains this")] = "",
     deterministic: Annotated[
         bool, typer.Option(help="Quire with --deterministic as one more subject")
@@ -39,73 +48,102 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON to write; a plot goes beside it")] = None,
 ) -> None:
     """Prints, records and draws the rates of all."""
-    if precision not in PRECISIONS:
-        raise typer.BadParameter(f"{precision}; there are {', '.join(PRECISIONS)}")
+    if precision not in QUIRE.precisions:
+        raise typer.BadParameter(f"{precision}; there are {', '.join(QUIRE.precisions)}")
     home = folder or Path(tempfile.gettempdir()) / "quire-benchmarks"
     directory = make_model(shape, home, dtype="bfloat16")
-    record = Record(
-        name=f"peers_{shape}_{precision}",
-        settings={"shape": shape, "precision": precision, "rounds": rounds},
-    )
-    runners = {"quire": (start_quire(directory, precision), True)}
-    if deterministic:
-        runner = start_quire(directory, precision, deterministic=True)
-        runners["quire --deterministic"] = (runner, True)
-    runners |= _start_peers(directory, precision, record)
-    warm_up = [Work(list(range(20, 40)), 4)]
-    for runner, _ in runners.values():
-        runner(warm_up)
-    for load in LOADS:
-        if only in load.name:
-            _measure(load, runners, SHAPES[shape]["vocab_size"], rounds, record)
+    settings = {
+        "shape": shape,
+        "precision": precision,
+        "rounds": rounds,
+        "threads": threads or os.cpu_count() or 1,
+        "sample": sample,
+    }
+    record = Record(name=f"peers_{shape}_{precision}", settings=settings)
+    subjects = (QUIRE, *([DETERMINISTIC] if deterministic else []), *PEERS)
+    started = _start(subjects, directory, record)
+    try:
+        for load in LOADS:
+            if only in load.name:
+                _measure(load, started, record)
+    finally:
+        for process in started.values():
+            process.close()
     record.show()
     written = record.write(out)
     print(f"written to {written} and {_draw(record, written.with_suffix('.svg'))}")
 
 
-def _start_peers(directory: Path, precision: str, record: Record) -> dict[str, tuple[Runner, bool]]:
-    """Those that run the model, and whether they batch; for the others a fact in the record."""
-    started = {}
-    for peer in PEERS:
+def _start(subjects: Sequence[Peer], directory: Path, record: Record) -> dict[Peer, PeerProcess]:
+    """Those that run the model; for the others a fact in the record."""
+    precision, threads = record.settings["precision"], record.settings["threads"]
+    started: dict[Peer, PeerProcess] = {}
+    for peer in subjects:
         problem = peer.problem(precision)
-        if not problem:
-            try:
-                started[peer.name] = (peer.start(directory, precision), peer.is_batching)
-                continue
-            # Whatever another project's loader raises is what the table has to say.
-            except Exception as error:
-                problem = " ".join(f"did not load the model: {error}".split())
-        record.facts[peer.name] = problem
+        if problem:
+            record.facts[peer.name] = problem
+            continue
+        process = PeerProcess(peer.name, directory, precision, threads)
+        try:
+            process.wait_ready()
+            process.run([_WARM_UP])
+        except PeerError as error:
+            process.close()
+            record.facts[peer.name] = f"did not run the model: {error}"
+            continue
+        started[peer] = process
+        record.facts |= _version_of(peer)
     return started
 
 
-def _measure(
-    load: Load,
-    runners: dict[str, tuple[Runner, bool]],
-    vocab_size: int,
-    rounds: int,
-    record: Record,
-) -> None:
-    """One load by each in turn, `rounds` times; adds figures and ratios to `record`."""
-    rates: dict[str, list[float]] = {name: [] for name in runners}
-    for number in range(rounds):
+def _version_of(peer: Peer) -> dict[str, str]:
+    try:
+        package = _PACKAGES.get(peer.name, "")
+        return {peer.name: f"{package} {version(package)}"} if package else {}
+    except PackageNotFoundError:
+        return {}
+
+
+def _measure(load: Load, started: dict[Peer, PeerProcess], record: Record) -> None:
+    """One load by each in turn, every round; adds figures and ratios, drops who fails."""
+    rates: dict[Peer, list[float]] = {peer: [] for peer in started}
+    last: dict[Peer, Outcome] = {}
+    size = min(load.sample, record.settings["sample"])
+    for number in range(record.settings["rounds"]):
+        vocab_size = SHAPES[record.settings["shape"]]["vocab_size"]
         works = load.make(np.random.default_rng(1000 + number), vocab_size)
-        for name, (run, is_batching) in runners.items():
-            given = works if is_batching else workloads.sample_of(works, load.sample)
-            rates[name].append(_count(load, given) / run(given))
-    unit = "prompt tokens/s" if load.counts_prompt else "output tokens/s"
-    rows = [
-        Measurement(
-            work=load.name,
-            subject=name,
-            unit=unit,
-            values=tuple(rates[name]),
-            note="" if is_batching else f"one at a time, {load.sample} of the requests",
-        )
-        for name, (_, is_batching) in runners.items()
-    ]
+        for peer, process in list(started.items()):
+            given = works if peer.is_batching else workloads.sample_of(works, size)
+            try:
+                last[peer] = process.run(given)
+            except PeerError as error:
+                record.facts[peer.name] = f"failed at {load.name}: {error}"
+                started.pop(peer).close()
+                continue
+            rates[peer].append(_count(load, given) / last[peer].seconds)
+    rows = [_row(load, peer, rates[peer], last, size) for peer in started]
     record.measurements += rows
     record.ratios += [paired_ratio(load.name, rows[0], row) for row in rows[1:]]
+
+
+def _row(
+    load: Load, peer: Peer, rates: list[float], last: Mapping[Peer, Outcome], size: int
+) -> Measurement:
+    notes = [] if peer.is_batching else [f"one at a time, {size} of the requests"]
+    ours = last.get(QUIRE)
+    if ours is not None and peer is not QUIRE and len(ours.tokens) > 1:
+        notes.append(_agreement(ours.tokens, last[peer].tokens))
+    unit = "prompt tokens/s" if load.counts_prompt else "output tokens/s"
+    return Measurement(
+        work=load.name, subject=peer.name, unit=unit, values=tuple(rates), note="; ".join(notes)
+    )
+
+
+def _agreement(ours: Sequence[int], theirs: Sequence[int]) -> str:
+    """How far two greedy outputs are the same; each precision rounds in its own way."""
+    pairs = zip(ours, theirs, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+    return f"the first {same} of {len(ours)} tokens are Quire's"
 
 
 def _count(load: Load, works: Sequence[Work]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 
 from quire.benchmarks import peers
 from quire.benchmarks.gguf_model import write_gguf
-from quire.benchmarks.peer_engines import PEERS
+from quire.benchmarks.peer_engines import PEERS, QUIRE, Outcome
+from quire.benchmarks.peer_process import PeerError
 from quire.benchmarks.recording import Measurement, Record
 from quire.benchmarks.shapes import make_model
+from quire.benchmarks.versus_transformers import LOADS
+from quire.benchmarks.workloads import Work
 
 
 def test_peer_that_is_not_installed_or_lacks_the_precision_says_so() -> None:
@@ -21,19 +25,41 @@ def test_peer_that_is_not_installed_or_lacks_the_precision_says_so() -> None:
     assert "has no int3" in absent.problem("int3")
 
 
-def test_peer_that_fails_to_load_is_a_fact_with_its_reason(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_peer_that_fails_to_load_is_a_fact_with_its_reason(tmp_path: Path) -> None:
     """Another project's error must neither end the run nor be forgotten."""
+    record = Record(name="peers", settings={"precision": "bfloat16", "threads": 1})
+    assert peers._start([PEERS[0]], tmp_path / "nothing", record) == {}
+    assert record.facts[PEERS[0].name].startswith("did not run the model: ")
+    assert "nothing" in record.facts[PEERS[0].name]
 
-    def fail(directory: Path, precision: str) -> peers.Runner:
-        raise RuntimeError("no such\nlayer")
 
-    broken = replace(PEERS[0], start=fail)
-    monkeypatch.setattr(peers, "PEERS", (broken,))
-    record = Record(name="peers", settings={})
-    assert peers._start_peers(tmp_path, "bfloat16", record) == {}
-    assert record.facts == {broken.name: "did not load the model: no such layer"}
+def test_peer_whose_process_dies_is_dropped_and_the_others_go_on() -> None:
+    """A crash in C++ takes no more with it than its own rows."""
+    alive, dead = QUIRE, PEERS[0]
+    record = Record(
+        name="peers", settings={"rounds": 2, "sample": 1, "shape": "qwen2-tiny", "threads": 1}
+    )
+    processes = {alive: _Stub(fails_at=99), dead: _Stub(fails_at=1)}
+    peers._measure(LOADS[0], processes, record)  # type: ignore[arg-type]
+    assert list(processes) == [alive]
+    assert [row.subject for row in record.measurements] == ["quire"]
+    assert record.facts == {dead.name: "failed at one stream: ended with status -11"}
+
+
+class _Stub:
+    """A process that ends at its n-th load."""
+
+    def __init__(self, *, fails_at: int) -> None:
+        self._left = fails_at
+
+    def run(self, works: Sequence[Work]) -> Outcome:
+        if self._left == 0:
+            raise PeerError("ended with status -11")
+        self._left -= 1
+        return Outcome(1.0, [1, 2])
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 def test_plot_shows_every_subject(tmp_path: Path) -> None:
