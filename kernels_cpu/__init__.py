@@ -7,6 +7,7 @@ words, and every function raises that as a RuntimeError.
 from __future__ import annotations
 
 from quire.kernels_cpu.attention import paged_attention, write_cache
+from quire.kernels_cpu.decoder import FusedDecoderLayer, Step
 from quire.kernels_cpu.elementwise import (
     add_rms_norm,
     gated_activation,
@@ -41,8 +42,10 @@ from quire.kernels_cpu.vocabulary import logprobs, mask_tokens, most_likely, sam
 __all__ = [
     "HAVE_NATIVE",
     "WHY_NOT_NATIVE",
+    "FusedDecoderLayer",
     "PackedExpertWeights",
     "PackedWeights",
+    "Step",
     "add_rms_norm",
     "available_isas",
     "causal_conv1d",

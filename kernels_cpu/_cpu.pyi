@@ -225,3 +225,53 @@ def logprobs(
     sizes: Sequence[int],
     /,
 ) -> None: ...
+
+class Step:
+    def __init__(
+        self,
+        query_start_loc: int,
+        seq_lens: int,
+        block_table: int,
+        slots: int,
+        sizes: Sequence[int],
+    ) -> None: ...
+
+class DecoderLayer:
+    def __init__(
+        self,
+        dtype: int,
+        element_size: int,
+        qkv: Linear,
+        output: Linear,
+        gate_up: Linear,
+        down: Linear,
+        norms: Sequence[int],
+        sinks: int,
+        sizes: Sequence[int],
+        gate: int,
+        eps: float,
+        scale: float,
+        soft_cap: float,
+        is_interleaved: bool,
+        is_norm_joint: bool,
+    ) -> None: ...
+    def bind_cache(
+        self,
+        stored: int,
+        k: int,
+        v: int,
+        k_scales: int,
+        v_scales: int,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+    ) -> None: ...
+    def run(
+        self,
+        step: Step,
+        x: int,
+        residual: int,
+        cos: int,
+        sin: int,
+        cos_stride: int,
+        sin_stride: int,
+    ) -> None: ...

@@ -58,10 +58,10 @@ def paged_attention(
     Source: Vaswani et al. 2017, eq. 1; block-wise softmax: Milakov & Gimelshein 2018.
     """
     native.require_native()
-    stored = _stored_as(q.dtype, k_cache.dtype)
+    stored = stored_as(q.dtype, k_cache.dtype)
     sizes, strides = _check(q, k_cache, v_cache, out, block_table, seq_lens, query_start_loc)
-    _check_scales("k_scales", k_scales, k_cache, stored)
-    _check_scales("v_scales", v_scales, v_cache, stored)
+    check_scales("k_scales", k_scales, k_cache, stored)
+    check_scales("v_scales", v_scales, v_cache, stored)
     for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if per_head is not None:
             checks.check_list(name, per_head, "float32", q.shape[1])
@@ -147,13 +147,13 @@ def write_cache(
 
 
 def _write(name: str, source: Tensor, cached: Tensor, scales: Tensor | None, slots: Tensor) -> None:
-    stored = _stored_as(source.dtype, cached.dtype)
+    stored = stored_as(source.dtype, cached.dtype)
     source_strides = checks.check_dense(name, source, source.dtype, 3)
     cache_strides = checks.check_dense(f"{name}_cache", cached, cached.dtype, 4)
     num_tokens, num_heads, head_size = source.shape
     num_blocks, block_size = cached.shape[:2]
     checks.check_shape(f"{name}_cache", cached, (num_blocks, block_size, num_heads, head_size))
-    _check_scales(f"{name}_scales", scales, cached, stored)
+    check_scales(f"{name}_scales", scales, cached, stored)
     if slots.shape[0] != num_tokens:
         raise ValueError(f"{name} has {num_tokens} tokens for {slots.shape[0]} slots")
     _cpu.write_cache(
@@ -170,7 +170,7 @@ def _write(name: str, source: Tensor, cached: Tensor, scales: Tensor | None, slo
 
 
 @cache
-def _stored_as(dtype: torch.dtype, cache_dtype: torch.dtype) -> int:
+def stored_as(dtype: torch.dtype, cache_dtype: torch.dtype) -> int:
     """The number by which the compiled module knows how a cache keeps numbers."""
     if cache_dtype is dtype:
         return 0
@@ -180,7 +180,8 @@ def _stored_as(dtype: torch.dtype, cache_dtype: torch.dtype) -> int:
     return code
 
 
-def _check_scales(name: str, scales: Tensor | None, cached: Tensor, stored: int) -> None:
+def check_scales(name: str, scales: Tensor | None, cached: Tensor, stored: int) -> None:
+    """Scales float32 [N, B, Hk] where the cache is int8, and nowhere else."""
     if (stored == _INT8) != (scales is not None):
         raise ValueError(f"{name}: an int8 cache has scales, and no other has")
     if scales is not None:

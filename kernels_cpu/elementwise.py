@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 if native.HAVE_NATIVE:
     from quire.kernels_cpu import _cpu
 
-_GATES = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+GATES = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+"""The numbers by which the compiled module knows gates."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -85,15 +86,15 @@ def gated_activation(x: Tensor, kind: str, out: Tensor) -> None:
     Raises: ValueError, TypeError. Source: Shazeer 2020, eq. 5; Hendrycks & Gimpel 2016.
     """
     native.require_native()
-    if kind not in _GATES:
-        raise ValueError(f"no gate named {kind!r}; there are {', '.join(_GATES)}")
+    if kind not in GATES:
+        raise ValueError(f"no gate named {kind!r}; there are {', '.join(GATES)}")
     x_stride = checks.check_dense("x", x, x.dtype, 2)[0]
     out_stride = checks.check_dense("out", out, x.dtype, 2)[0]
     num_rows, width = out.shape
     checks.check_shape("x", x, (num_rows, 2 * width))
     _cpu.gated_activation(
         checks.dtype_code(x.dtype),
-        _GATES[kind],
+        GATES[kind],
         x.data_ptr(),
         out.data_ptr(),
         num_rows,

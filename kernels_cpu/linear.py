@@ -25,7 +25,7 @@ class PackedWeights:
     The order is the same at every ISA level. Immutable; safe to use from several threads.
     """
 
-    __slots__ = ("_handle", "_kept", "num_inputs", "num_outputs", "size_bytes")
+    __slots__ = ("_kept", "handle", "num_inputs", "num_outputs", "size_bytes")
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class PackedWeights:
         kept = (lanes, _panels(scales), _panels(zeros), _padded(bias))
         self._kept = kept
         self.size_bytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
-        self._handle = _cpu.Linear(
+        self.handle = _cpu.Linear(
             format_code,
             _ROUNDINGS[rounding],
             lanes.data_ptr(),
@@ -87,7 +87,7 @@ class PackedWeights:
         if num_inputs != self.num_inputs:
             raise ValueError(f"x has {num_inputs} inputs for weights with {self.num_inputs}")
         checks.check_shape("out", out, (num_rows, self.num_outputs))
-        self._handle.multiply(
+        self.handle.multiply(
             checks.dtype_code(dtype), x.data_ptr(), out.data_ptr(), num_rows, x_stride, out_stride
         )
 

@@ -24,6 +24,8 @@ class NativePlan(AttentionPlan):
     seq_lens: Tensor
     block_table: Tensor
     slot_mapping: Tensor
+    step: kernels_cpu.Step
+    """The same, for layers that are computed in one call."""
 
 
 class CpuAttention(ReferenceAttention):
@@ -44,12 +46,13 @@ class CpuAttention(ReferenceAttention):
         if not self._is_native:
             return super().plan(batch)
         num_requests = batch.num_requests
-        return NativePlan(
+        tensors = (
             batch.query_start_loc[: num_requests + 1].contiguous(),
             batch.seq_lens[:num_requests].contiguous(),
             batch.block_table[:num_requests].to(torch.int32),
-            batch.slot_mapping.contiguous(),
+            batch.slot_mapping.long().contiguous(),
         )
+        return NativePlan(*tensors, kernels_cpu.Step(*tensors))
 
     def forward(
         self,

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from quire import kernels_cpu
-from quire.backends.cpu import linear, native_layers, native_linear, sampling
+from quire.backends.cpu import fused_layer, linear, native_layers, native_linear, sampling
 from quire.backends.cpu.host import read_cpu
 from quire.backends.reference import ReferenceOps
 from quire.backends.reference.sampling import draw
 from quire.core.interface import (
+    AttentionBackend,
+    DecoderLayerParts,
     DeviceError,
     ExpertWeights,
+    FusedLayer,
     PackedExperts,
     PackedLinear,
     QuantizedWeight,
@@ -133,6 +136,13 @@ class CpuOps(ReferenceOps):
             kernels_cpu.rotary(q, k, cos, sin, is_interleaved=is_interleaved)
         else:
             super().rotary(q, k, cos, sin, is_interleaved=is_interleaved)
+
+    def fuse_decoder_layer(
+        self, parts: DecoderLayerParts, attention: AttentionBackend
+    ) -> FusedLayer | None:
+        if type(self) is not CpuOps:  # a subclass may compute an operator in its own way
+            return None
+        return fused_layer.fuse(parts, attention)
 
     def _is_served(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the compiled norms take these dtypes."""

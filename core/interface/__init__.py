@@ -31,6 +31,7 @@ from quire.core.interface.errors import (
     UnsupportedError,
 )
 from quire.core.interface.experts import ExpertWeights, PackedExperts, RoutingSpec
+from quire.core.interface.fusion import DecoderLayerParts, FusedLayer
 from quire.core.interface.graphs import CapturedStep, GraphCapture
 from quire.core.interface.op_specs import OP_SPECS, OpSpec
 from quire.core.interface.ops import (
@@ -82,6 +83,7 @@ __all__ = [
     "Communicator",
     "CompletedStep",
     "ConfigError",
+    "DecoderLayerParts",
     "Device",
     "DeviceError",
     "DeviceInfo",
@@ -92,6 +94,7 @@ __all__ = [
     "ExpertWeights",
     "Feature",
     "FeatureArray",
+    "FusedLayer",
     "GraphCapture",
     "ImmediateQueue",
     "LayerCache",

@@ -20,7 +20,9 @@ from quire.core.interface.contract import check_contract
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quire.core.interface.attention import AttentionBackend
     from quire.core.interface.experts import ExpertWeights, PackedExperts, RoutingSpec
+    from quire.core.interface.fusion import DecoderLayerParts, FusedLayer
     from quire.core.interface.quantization import QuantizedWeight
     from quire.core.interface.recurrence import Sequences
 
@@ -168,6 +170,16 @@ class Ops(ABC):
     @abstractmethod
     def soft_cap(self, x: Tensor, cap: float) -> None:
         """X = cap * tanh(x / cap), in place. Source: Gemma 2 report, section 2."""
+
+    def fuse_decoder_layer(
+        self, parts: DecoderLayerParts, attention: AttentionBackend
+    ) -> FusedLayer | None:
+        """One call for a whole layer; None: it is computed operator by operator. Asked at load.
+
+        Its result is, bit for bit, what this device's operators give one by one. `attention` is
+        what this device gave for the layer.
+        """
+        return None
 
     # --- adapters (extension `lora`) ------------------------------------------------------------
 

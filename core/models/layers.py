@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quire.core.interface.attention import AttentionBackend, AttentionPlan, LayerCache
+from quire.core.interface.fusion import DecoderLayerParts, FusedLayer
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.mlp import DenseMlp, DenseWeights, MixtureMlp, MixtureWeights, Mlp
@@ -43,7 +44,8 @@ class DecoderLayer:
 
     __slots__ = (
         "_add_rms_norm", "_attention", "_attention_output_norm", "_eps", "_following_norm",
-        "_linear", "_mlp", "_mlp_norm", "_mlp_output_norm", "_output", "_rms_norm", "group", "rope",
+        "_fused", "_linear", "_mlp", "_mlp_norm", "_mlp_output_norm", "_output", "_rms_norm",
+        "group", "rope",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +73,12 @@ class DecoderLayer:
         self._linear = ops.linear
         self._rms_norm = ops.rms_norm
         self._add_rms_norm = ops.add_rms_norm
+        self._fused = _fuse(decoder, weights, following_norm, rope, ops, attention)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the device computes the layer in one call."""
+        return self._fused is not None
 
     def forward(
         self,
@@ -83,9 +91,11 @@ class DecoderLayer:
     ) -> Tensor:
         """x [T, H], normalised, to the normalised input [T, H] of what follows.
 
-        angles: (cos, sin), float32 [T, F]. Adds to `residual` [T, H], writes to `cache`, and uses
-        `out` [T, Hq, Dv] of the attention as scratch.
+        angles: (cos, sin), float32 [T, F]. May overwrite x and return it. Adds to `residual`
+        [T, H], writes to `cache`, and uses `out` [T, Hq, Dv] of the attention as scratch.
         """
+        if self._fused is not None:
+            return self._fused(x, residual, angles, cache, plan)
         x = self._linear(self._attention(x, angles, cache, plan, out), self._output)
         if self._attention_output_norm is not None:
             x = self._rms_norm(x, self._attention_output_norm, self._eps)
@@ -111,3 +121,39 @@ def _make_mlp(decoder: DecoderSpec, weights: DenseWeights | MixtureWeights, ops:
         return DenseMlp(decoder.activation, weights, ops)
     assert decoder.mixture is not None
     return MixtureMlp(decoder.mixture, decoder.activation, weights, ops)
+
+
+def _fuse(
+    decoder: DecoderSpec,
+    weights: LayerWeights,
+    following_norm: Tensor,
+    rope: int,
+    ops: Ops,
+    attention: AttentionBackend,
+) -> FusedLayer | None:
+    """The device's one call for a layer of plain heads and one MLP, if it has one."""
+    heads, mlp = weights.attention, weights.mlp
+    if not (isinstance(heads, HeadWeights) and isinstance(mlp, DenseWeights)):
+        return None
+    parts = DecoderLayerParts(
+        qkv=heads.qkv,
+        output=weights.output,
+        gate_up=mlp.gate_up,
+        down=mlp.down,
+        mlp_norm=weights.mlp_norm,
+        following_norm=following_norm,
+        num_heads=decoder.num_heads,
+        num_kv_heads=decoder.num_kv_heads,
+        head_size=decoder.head_size,
+        num_rotated=decoder.ropes[rope].rotary_size,
+        activation=decoder.activation,
+        eps=decoder.norm_eps,
+        is_rope_interleaved=decoder.is_rope_interleaved,
+        attention_output_norm=weights.attention_output_norm,
+        mlp_output_norm=weights.mlp_output_norm,
+        q_norm=heads.q_norm,
+        k_norm=heads.k_norm,
+        is_qk_norm_joint=decoder.is_qk_norm_joint,
+        sinks=heads.sinks,
+    )
+    return ops.fuse_decoder_layer(parts, attention)

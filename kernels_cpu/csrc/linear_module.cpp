@@ -27,33 +27,27 @@ static void pack(int format, uintptr_t source, int64_t row_bytes, int64_t num_ou
   pack_lanes(Format(format), at<const uint8_t>(source), row_bytes, num_outputs, num_inputs, at<uint32_t>(target));
 }
 
-class Linear {
- public:
-  Linear(int format, int rounding, uintptr_t lanes, int scale_dtype, uintptr_t scales, uintptr_t zeros, uintptr_t bias,
-         int64_t num_outputs, int64_t num_inputs, int64_t group_size, int32_t zero)
-      : w_{} {
-    w_.format = Format(format), w_.rounding = Rounding(rounding);
-    w_.lanes = at<const uint32_t>(lanes);
-    w_.scale_dtype = DType(scale_dtype);
-    w_.scales = at<const void>(scales), w_.zeros = at<const uint8_t>(zeros), w_.bias = at<const float>(bias);
-    w_.zero = zero;
-    if (!set_sizes(w_, num_outputs, num_inputs, group_size))
-      throw std::invalid_argument("groups must divide the inputs");
-  }
+Linear::Linear(int format, int rounding, uintptr_t lanes, int scale_dtype, uintptr_t scales, uintptr_t zeros,
+               uintptr_t bias, int64_t num_outputs, int64_t num_inputs, int64_t group_size, int32_t zero)
+    : w_{} {
+  w_.format = Format(format), w_.rounding = Rounding(rounding);
+  w_.lanes = at<const uint32_t>(lanes);
+  w_.scale_dtype = DType(scale_dtype);
+  w_.scales = at<const void>(scales), w_.zeros = at<const uint8_t>(zeros), w_.bias = at<const float>(bias);
+  w_.zero = zero;
+  if (!set_sizes(w_, num_outputs, num_inputs, group_size))
+    throw std::invalid_argument("groups must divide the inputs");
+}
 
-  void multiply(int dtype, uintptr_t x, uintptr_t out, int64_t rows, int64_t x_stride, int64_t out_stride) const {
-    const LinearArgs a{&w_, DType(dtype), at<const void>(x), at<void>(out), rows, x_stride, out_stride};
-    bool has_memory;
-    {
-      nb::gil_scoped_release released;
-      has_memory = chosen_level().linear->multiply(a);
-    }
-    if (!has_memory) throw std::bad_alloc();
+void Linear::multiply(int dtype, uintptr_t x, uintptr_t out, int64_t rows, int64_t x_stride, int64_t out_stride) const {
+  const LinearArgs a{&w_, DType(dtype), at<const void>(x), at<void>(out), rows, x_stride, out_stride};
+  bool has_memory;
+  {
+    nb::gil_scoped_release released;
+    has_memory = chosen_level().linear->multiply(a);
   }
-
- private:
-  LinearWeights w_;
-};
+  if (!has_memory) throw std::bad_alloc();
+}
 
 void bind_linear(nb::module_& m) {
   m.def("num_lanes", &count_lanes);

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "batch_checks.h"
+#include "decoder_module.h"
 #include "layers_module.h"
 #include "levels.h"
 #include "linear_module.h"
@@ -19,30 +21,6 @@ namespace quire {
 template <class T>
 static T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
-}
-
-// A wrong index would read or write outside the cache; finding it costs less than a thousandth of the attention.
-static void check_batch(const AttentionArgs& a, int64_t num_tokens, int64_t num_blocks, int64_t max_blocks) {
-  if (a.query_start_loc[0] != 0 || a.query_start_loc[a.num_requests] != num_tokens)
-    throw std::invalid_argument("query_start_loc must start with 0 and end with the number of rows of q");
-  for (int64_t r = 0; r < a.num_requests; ++r) {
-    const int64_t num_new = a.query_start_loc[r + 1] - a.query_start_loc[r];
-    if (num_new < 0) throw std::invalid_argument("query_start_loc decreases at request " + std::to_string(r));
-    if (num_new == 0) continue;
-    if (a.seq_lens[r] < num_new || a.seq_lens[r] > max_blocks * a.block_size)
-      throw std::invalid_argument("seq_lens[" + std::to_string(r) + "] = " + std::to_string(a.seq_lens[r]) +
-                                  " is less than its new tokens or more than its row of block_table holds");
-    const int64_t first_position = a.seq_lens[r] - num_new;
-    int64_t first_key = a.window > 0 && first_position >= a.window ? first_position - a.window + 1 : 0;
-    if (a.chunk > 0 && first_position / a.chunk * a.chunk > first_key)
-      first_key = first_position / a.chunk * a.chunk;
-    for (int64_t b = first_key / a.block_size; b * a.block_size < a.seq_lens[r]; ++b) {
-      const int64_t block = a.block_table[r * a.table_stride + b];
-      if (block < 0 || block >= num_blocks)
-        throw std::out_of_range("block_table[" + std::to_string(r) + ", " + std::to_string(b) + "] = " +
-                                std::to_string(block) + " but the cache has " + std::to_string(num_blocks) + " blocks");
-    }
-  }
 }
 
 using Sizes = std::vector<int64_t>;
@@ -91,11 +69,7 @@ static void write_cache(int dtype, int stored, int64_t element_size, uintptr_t s
   a.num_tokens = sizes[0], a.num_heads = sizes[1], a.head_size = sizes[2], a.block_size = sizes[3];
   a.token_stride = strides[0], a.head_stride = strides[1];
   a.block_stride = strides[2], a.slot_stride = strides[3], a.cache_head_stride = strides[4];
-  const int64_t num_slots = sizes[3] * sizes[4];
-  for (int64_t token = 0; token < a.num_tokens; ++token)
-    if (a.slots[token] < 0 || a.slots[token] >= num_slots)
-      throw std::out_of_range("slot_mapping[" + std::to_string(token) + "] = " + std::to_string(a.slots[token]) +
-                              " but the cache has " + std::to_string(num_slots) + " slots");
+  check_slots(a.slots, a.num_tokens, sizes[3] * sizes[4]);
   nb::gil_scoped_release released;
   chosen_level().kernels->write_cache(a);
 }
@@ -142,4 +116,5 @@ NB_MODULE(_cpu, m) {
   m.def("rotary", &quire::rotary);
   quire::bind_linear(m);
   quire::bind_layers(m);
+  quire::bind_decoder(m);
 }

@@ -1,0 +1,229 @@
+// A whole decoder layer in one call: the kernels of its operators in their order, so its bits are theirs. What it saves
+// is what lies between two operators: the interpreter, and threads that fall asleep meanwhile.
+// Shapes and dtypes are checked in Python (kernels_cpu/decoder.py); what only the contents can tell, here.
+#include "decoder_module.h"
+
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "batch_checks.h"
+#include "levels.h"
+#include "linear_module.h"
+
+namespace nb = nanobind;
+
+namespace quire {
+namespace {
+
+using Sizes = std::vector<int64_t>;
+constexpr int64_t MLP_ROWS = 512;  // rows that go through the MLP together: what lies between stays in the caches
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// What one step asks of every layer of a group. Python keeps the tensors alive.
+struct Step {
+  const int32_t *query_start_loc, *seq_lens, *block_table;
+  const int64_t* slots;
+  int64_t num_requests, max_blocks, table_stride, num_tokens;
+
+  // sizes: requests, tokens, columns and row stride of the block table.
+  Step(uintptr_t query_start_loc, uintptr_t seq_lens, uintptr_t block_table, uintptr_t slots, const Sizes& sizes)
+      : query_start_loc(at<const int32_t>(query_start_loc)), seq_lens(at<const int32_t>(seq_lens)),
+        block_table(at<const int32_t>(block_table)), slots(at<const int64_t>(slots)), num_requests(sizes.at(0)),
+        max_blocks(sizes.at(2)), table_stride(sizes.at(3)), num_tokens(sizes.at(1)) {}
+};
+
+// The memory of what lies between two operators.
+class Buffers {
+ public:
+  explicit Buffers(size_t size) : bytes_(new char[size + 64]), next_(bytes_.get()) {}
+  char* take(int64_t size) {
+    char* result = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(next_) + 63) & ~uintptr_t(63));
+    next_ = result + size;
+    return result;
+  }
+  static size_t padded(int64_t size) { return size_t(size + 63) & ~size_t(63); }
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+  char* next_;
+};
+
+class DecoderLayer {
+ public:
+  // norms: after attention, before the MLP, after the MLP, of what follows; of queries, of keys; 0 where there is none.
+  // sizes: hidden, query heads, key heads, head size, rotated pairs, window, chunk.
+  DecoderLayer(int dtype, int64_t element_size, const Linear& qkv, const Linear& output, const Linear& gate_up,
+               const Linear& down, const std::vector<uintptr_t>& norms, uintptr_t sinks, const Sizes& sizes, int gate,
+               float eps, float scale, float soft_cap, bool is_interleaved, bool is_norm_joint)
+      : dtype_(DType(dtype)), element_size_(element_size), qkv_(qkv), output_(output), gate_up_(gate_up), down_(down),
+        norms_(norms), gate_(Gate(gate)), eps_(eps), is_interleaved_(is_interleaved), is_norm_joint_(is_norm_joint) {
+    if (norms.size() != 6 || sizes.size() != 7) throw std::invalid_argument("six norms and seven sizes");
+    hidden_ = sizes[0], pairs_ = sizes[4];
+    attention_.dtype = dtype_;
+    attention_.num_heads = sizes[1], attention_.num_kv_heads = sizes[2];
+    attention_.head_size = attention_.v_head_size = sizes[3];
+    attention_.q_head_stride = attention_.out_head_stride = sizes[3];
+    attention_.q_token_stride = (sizes[1] + 2 * sizes[2]) * sizes[3];
+    attention_.out_token_stride = sizes[1] * sizes[3];
+    attention_.window = sizes[5], attention_.chunk = sizes[6];
+    attention_.scale = scale, attention_.soft_cap = soft_cap;
+    attention_.sinks = at<const float>(sinks);
+  }
+
+  // sizes: blocks, block size; strides: k (block, slot, head), v (block, slot, head).
+  void bind_cache(int stored, uintptr_t k, uintptr_t v, uintptr_t k_scales, uintptr_t v_scales,
+                  const Sizes& sizes, const Sizes& strides) {
+    if (sizes.size() != 2 || strides.size() != 6) throw std::invalid_argument("two sizes and six strides");
+    AttentionArgs& a = attention_;
+    a.stored = Stored(stored);
+    a.k_cache = at<const void>(k), a.v_cache = at<const void>(v);
+    a.k_scales = at<const float>(k_scales), a.v_scales = at<const float>(v_scales);
+    num_blocks_ = sizes[0], a.block_size = sizes[1];
+    a.k_block_stride = strides[0], a.k_slot_stride = strides[1], a.k_head_stride = strides[2];
+    a.v_block_stride = strides[3], a.v_slot_stride = strides[4], a.v_head_stride = strides[5];
+  }
+
+  // x [T, H] in, and out: normalised for what follows; residual [T, H] in place. Strides are those of rows of the angles.
+  void run(const Step& step, uintptr_t x, uintptr_t residual, uintptr_t cos, uintptr_t sin, int64_t cos_stride,
+           int64_t sin_stride) const {
+    AttentionArgs a = attention_;
+    a.query_start_loc = step.query_start_loc, a.seq_lens = step.seq_lens, a.block_table = step.block_table;
+    a.num_requests = step.num_requests, a.table_stride = step.table_stride;
+    check_batch(a, step.num_tokens, num_blocks_, step.max_blocks);
+    check_slots(step.slots, step.num_tokens, num_blocks_ * a.block_size);
+    nb::gil_scoped_release released;
+    Call call{*this, chosen_level(), step.num_tokens, at<char>(x), at<char>(residual)};
+    call.attend(a, step, {at<const float>(cos), at<const float>(sin), cos_stride, sin_stride});
+    call.follow();
+  }
+
+ private:
+  struct Angles {
+    const float *cos, *sin;
+    int64_t cos_stride, sin_stride;
+  };
+
+  // One call: the level is chosen once, and rows are counted once.
+  struct Call {
+    const DecoderLayer& layer;
+    const Level level;
+    int64_t rows;
+    char *x, *residual;
+
+    void multiply(const Linear& by, const char* in, char* out, int64_t count) const {
+      const LinearWeights& w = by.weights();
+      if (!level.linear->multiply({&w, layer.dtype_, in, out, count, w.num_inputs, w.num_outputs}))
+        throw std::bad_alloc();
+    }
+
+    void norm(const char* in, char* sum, int index, char* out, int64_t count, int64_t width, int64_t stride) const {
+      const void* weight = at<const void>(layer.norms_[size_t(index)]);
+      if (weight)
+        level.kernels->rms_norm({layer.dtype_, in, sum, weight, out, count, width, stride, sum ? stride : 0, stride,
+                                 layer.eps_});
+    }
+
+    // Each head, or all of them together.
+    void norm_heads(char* heads, int index, int64_t count) const {
+      if (!layer.norms_[size_t(index)]) return;
+      const int64_t size = layer.attention_.head_size, bytes = layer.attention_.q_token_stride * layer.element_size_;
+      const int64_t rows_of_token = layer.is_norm_joint_ ? 1 : count, width = layer.is_norm_joint_ ? count * size : size;
+#pragma omp parallel for schedule(static) if (rows > 16)
+      for (int64_t t = 0; t < rows; ++t) norm(heads + t * bytes, nullptr, index, heads + t * bytes, rows_of_token, width, width);
+    }
+
+    void rotate(char* heads, int64_t count, const Angles& angles) const {
+      const AttentionArgs& a = layer.attention_;
+      if (layer.pairs_)
+        level.kernels->rotary({layer.dtype_, heads, angles.cos, angles.sin, rows, count, layer.pairs_, a.q_token_stride,
+                               a.head_size, angles.cos_stride, angles.sin_stride, layer.is_interleaved_});
+    }
+
+    void write(const char* heads, const Step& step, bool is_key) const {
+      const AttentionArgs& a = layer.attention_;
+      CacheWriteArgs w{};
+      w.dtype = layer.dtype_, w.stored = a.stored, w.element_size = layer.element_size_;
+      w.source = heads, w.slots = step.slots;
+      w.cache = const_cast<void*>(is_key ? a.k_cache : a.v_cache);
+      w.scales = const_cast<float*>(is_key ? a.k_scales : a.v_scales);
+      w.num_tokens = rows, w.num_heads = a.num_kv_heads, w.head_size = a.head_size, w.block_size = a.block_size;
+      w.token_stride = a.q_token_stride, w.head_stride = a.head_size;
+      w.block_stride = is_key ? a.k_block_stride : a.v_block_stride;
+      w.slot_stride = is_key ? a.k_slot_stride : a.v_slot_stride;
+      w.cache_head_stride = is_key ? a.k_head_stride : a.v_head_stride;
+      level.kernels->write_cache(w);
+    }
+
+    // From x to the normalised input of the MLP, which takes the place of x.
+    void attend(AttentionArgs a, const Step& step, const Angles& angles) const {
+      const int64_t size = layer.element_size_, head = a.head_size * size;
+      const int64_t of_heads = rows * a.q_token_stride * size, of_out = rows * a.out_token_stride * size;
+      const int64_t of_sum = rows * layer.hidden_ * size;
+      Buffers buffers(Buffers::padded(of_heads) + Buffers::padded(of_out) + Buffers::padded(of_sum));
+      char *heads = buffers.take(of_heads), *attended = buffers.take(of_out), *sum = buffers.take(of_sum);
+      char *keys = heads + a.num_heads * head, *values = keys + a.num_kv_heads * head;
+      multiply(layer.qkv_, x, heads, rows);
+      norm_heads(heads, 4, a.num_heads);
+      norm_heads(keys, 5, a.num_kv_heads);
+      rotate(heads, a.num_heads, angles);
+      rotate(keys, a.num_kv_heads, angles);
+      write(keys, step, true);
+      write(values, step, false);
+      a.q = heads, a.out = attended;
+      if (!level.kernels->paged_attention(a)) throw std::bad_alloc();
+      multiply(layer.output_, attended, sum, rows);
+      norm(sum, nullptr, 0, sum, rows, layer.hidden_, layer.hidden_);
+      norm(sum, residual, 1, x, rows, layer.hidden_, layer.hidden_);
+    }
+
+    // The MLP, some rows at a time: a row's bits do not depend on its company.
+    void follow() const {
+      const int64_t hidden = layer.hidden_, inner = layer.down_.weights().num_inputs, size = layer.element_size_;
+      const int64_t most = rows < MLP_ROWS ? rows : MLP_ROWS;
+      Buffers buffers(Buffers::padded(most * 2 * inner * size) + Buffers::padded(most * inner * size) +
+                      Buffers::padded(most * hidden * size));
+      char *both = buffers.take(most * 2 * inner * size), *gated = buffers.take(most * inner * size);
+      char* sum = buffers.take(most * hidden * size);
+      for (int64_t row = 0; row < rows; row += most) {
+        const int64_t count = rows - row < most ? rows - row : most, offset = row * hidden * size;
+        multiply(layer.gate_up_, x + offset, both, count);
+        level.kernels->gated_activation({layer.dtype_, layer.gate_, both, gated, count, inner, 2 * inner, inner});
+        multiply(layer.down_, gated, sum, count);
+        norm(sum, nullptr, 2, sum, count, hidden, hidden);
+        norm(sum, residual + offset, 3, x + offset, count, hidden, hidden);
+      }
+    }
+  };
+
+  DType dtype_;
+  int64_t element_size_;
+  const Linear &qkv_, &output_, &gate_up_, &down_;  // Python keeps them alive
+  std::vector<uintptr_t> norms_;
+  Gate gate_;
+  float eps_;
+  bool is_interleaved_, is_norm_joint_;
+  int64_t hidden_ = 0, pairs_ = 0, num_blocks_ = 0;
+  AttentionArgs attention_{};
+};
+
+}  // namespace
+
+void bind_decoder(nb::module_& m) {
+  nb::class_<Step>(m, "Step").def(nb::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, const Sizes&>());
+  nb::class_<DecoderLayer>(m, "DecoderLayer")
+      .def(nb::init<int, int64_t, const Linear&, const Linear&, const Linear&, const Linear&,
+                    const std::vector<uintptr_t>&, uintptr_t, const Sizes&, int, float, float, float, bool, bool>(),
+           nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
+      .def("bind_cache", &DecoderLayer::bind_cache)
+      .def("run", &DecoderLayer::run);
+}
+
+}  // namespace quire

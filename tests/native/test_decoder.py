@@ -1,0 +1,288 @@
+"""A decoder layer in one call against the same layer, operator by operator: bit for bit."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+kernels = pytest.importorskip("quire.kernels_cpu")
+
+from quire.backends.cpu.attention import CpuAttention  # noqa: E402
+from quire.backends.cpu.ops import CpuOps  # noqa: E402
+from quire.core.interface import AttentionBatch, AttentionSpec, QuantizedWeight  # noqa: E402
+from quire.core.models.layers import DecoderLayer, LayerWeights  # noqa: E402
+from quire.core.models.mlp import DenseWeights  # noqa: E402
+from quire.core.models.self_attention import HeadWeights  # noqa: E402
+
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(not kernels.HAVE_NATIVE, reason=str(kernels.WHY_NOT_NATIVE)),
+]
+BLOCK_SIZE = 4
+EPS = 1e-6
+
+
+class OneByOne(CpuOps):
+    """The same kernels; no layer is fused for a subclass, which may have operators of its own."""
+
+
+def draw(generator, *shape):
+    return torch.randn(*shape, generator=generator)
+
+
+def pack(ops, precision, weight, bias, dtype):
+    """A layer in plain numbers, or in codes of so many bits."""
+    if precision == "plain":
+        return ops.pack_linear(weight.to(dtype), None if bias is None else bias.to(dtype))
+    bits, group_size = precision
+    num_outputs, num_inputs = weight.shape
+    generator = torch.Generator().manual_seed(num_outputs)
+    num_bytes = num_inputs if bits == 8 else (num_inputs + 1) // 2
+    codes = torch.randint(0, 256, (num_outputs, num_bytes), generator=generator).byte()
+    groups = num_inputs // group_size if group_size else 1
+    quantized = QuantizedWeight(
+        bits=bits,
+        group_size=group_size,
+        num_inputs=num_inputs,
+        codes=codes,
+        scales=torch.rand(num_outputs, groups, generator=generator) / 100,
+        zeros=None,
+        activations="group" if group_size else "token",
+    )
+    name = str(dtype).removeprefix("torch.")
+    return ops.pack_quantized_linear(quantized, None if bias is None else bias.to(dtype), name)
+
+
+def make_weights(ops, p, generator):
+    """Random weights of one layer, and the norm of what follows."""
+    hidden, inner = p["hidden"], p["inner"]
+    size, heads, kv_heads = p["head_size"], p["heads"], p["kv_heads"]
+    dtype = p["dtype"]
+
+    def linear(num_outputs, num_inputs, has_bias=False):
+        weight = draw(generator, num_outputs, num_inputs) / num_inputs**0.5
+        bias = draw(generator, num_outputs) if has_bias else None
+        return pack(ops, p["precision"], weight, bias, dtype)
+
+    def norm(width):
+        return (1 + draw(generator, width) / 10).to(dtype)
+
+    joint = p["norms"] == "joint"
+    has_norms, is_sandwich = p["norms"] != "none", p["is_sandwich"]
+    weights = LayerWeights(
+        input_norm=norm(hidden),
+        attention=HeadWeights(
+            qkv=linear((heads + 2 * kv_heads) * size, hidden, has_bias=True),
+            q_norm=norm(size * (heads if joint else 1)) if has_norms else None,
+            k_norm=norm(size * (kv_heads if joint else 1)) if has_norms else None,
+            sinks=draw(generator, heads) if p["has_sinks"] else None,
+        ),
+        output=linear(hidden, heads * size),
+        attention_output_norm=norm(hidden) if is_sandwich else None,
+        mlp_norm=norm(hidden),
+        mlp=DenseWeights(gate_up=linear(2 * inner, hidden), down=linear(hidden, inner)),
+        mlp_output_norm=norm(hidden) if is_sandwich else None,
+    )
+    return weights, norm(hidden)
+
+
+def make_layer(ops_class, p):
+    """A layer, and its attention; the same weights for every class of operators."""
+    ops, generator = ops_class(), torch.Generator().manual_seed(p["seed"])
+    spec = AttentionSpec(
+        num_heads=p["heads"],
+        num_kv_heads=p["kv_heads"],
+        head_size=p["head_size"],
+        v_head_size=p["head_size"],
+        scale=p["head_size"] ** -0.5,
+        dtype=str(p["dtype"]).removeprefix("torch."),
+        cache_dtype=p["cache_dtype"] or str(p["dtype"]).removeprefix("torch."),
+        block_size=BLOCK_SIZE,
+        kind=p["kind"],
+        window=None if p["kind"] == "causal" else 5,
+        soft_cap=p["soft_cap"],
+        has_sinks=p["has_sinks"],
+    )
+    decoder = SimpleNamespace(
+        norm_eps=EPS,
+        num_heads=p["heads"],
+        num_kv_heads=p["kv_heads"],
+        head_size=p["head_size"],
+        is_rope_interleaved=p["is_interleaved"],
+        is_qk_norm_joint=p["norms"] == "joint",
+        activation=p["activation"],
+        ropes=(SimpleNamespace(rotary_size=2 * p["pairs"]),),
+    )
+    weights, following = make_weights(ops, p, generator)
+    attention = CpuAttention(spec)
+    layer = DecoderLayer(decoder, weights, following, ops=ops, attention=attention, group=0, rope=0)
+    return layer, attention
+
+
+def run_steps(layer, attention, p):
+    """Every step's result and residual, and what the cache holds in the end."""
+    lengths = [sum(step[r] for step in p["steps"]) for r in range(len(p["steps"][0]))]
+    each = -(-max(*lengths, 1) // BLOCK_SIZE)
+    cache = attention.allocate(each * len(lengths) + 1)
+    for tensor in cache.tensors.values():
+        tensor.view(torch.uint8).zero_()
+    table = torch.arange(each * len(lengths)).flip(0).view(len(lengths), -1)
+    generator = torch.Generator().manual_seed(p["seed"] + 1)
+    done, results = [0] * len(lengths), []
+    for new in p["steps"]:
+        starts = [0, *torch.tensor(new).cumsum(0).tolist()]
+        slots, positions = [], []
+        for r, n in enumerate(new):
+            here = torch.arange(done[r], done[r] + n)
+            positions.append(here)
+            slots.append(table[r][here // BLOCK_SIZE] * BLOCK_SIZE + here % BLOCK_SIZE)
+            done[r] += n
+        batch = AttentionBatch(
+            query_start_loc=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor(done, dtype=torch.int32),
+            block_table=table.int(),
+            slot_mapping=torch.cat(slots),
+            query_start_loc_host=starts,
+            seq_lens_host=list(done),
+            num_requests=len(lengths),
+            num_tokens=starts[-1],
+            max_query_len=max(new),
+            max_seq_len=max(done),
+        )
+        turns = torch.cat(positions)[:, None] * (torch.arange(p["pairs"]) + 1.0)
+        x = draw(generator, starts[-1], p["hidden"]).to(p["dtype"])
+        residual = draw(generator, starts[-1], p["hidden"]).to(p["dtype"])
+        out = x.new_empty((starts[-1], p["heads"], p["head_size"]))
+        angles = (turns.cos(), turns.sin())
+        plan = attention.plan(batch)
+        results += [layer.forward(x, residual, angles, cache, plan, out).clone(), residual]
+    return results + [cache.tensors[name] for name in sorted(cache.tensors)]
+
+
+def assert_same_bits(p):
+    fused, attention = make_layer(CpuOps, p)
+    plain, other = make_layer(OneByOne, p)
+    assert fused.is_fused
+    assert not plain.is_fused
+    ours, theirs = run_steps(fused, attention, p), run_steps(plain, other, p)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+BASE = {
+    "dtype": torch.bfloat16,
+    "precision": "plain",
+    "hidden": 48,
+    "inner": 40,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_size": 16,
+    "pairs": 8,
+    "norms": "none",
+    "is_sandwich": False,
+    "has_sinks": False,
+    "is_interleaved": False,
+    "activation": "silu",
+    "kind": "causal",
+    "soft_cap": None,
+    "cache_dtype": None,
+    "steps": [[7, 3], [1, 1], [2, 0]],
+    "seed": 0,
+}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    group=st.integers(1, 5),
+    kv_heads=st.integers(1, 3),
+    head_size=st.sampled_from([4, 6, 16, 20, 64]),
+    hidden=st.integers(1, 9),
+    inner=st.integers(1, 9),
+    changes=st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from([torch.bfloat16, torch.float16]),
+            "precision": st.sampled_from(["plain", (8, 0), (4, 0)]),
+            "norms": st.sampled_from(["none", "each", "joint"]),
+            "is_sandwich": st.booleans(),
+            "has_sinks": st.booleans(),
+            "is_interleaved": st.booleans(),
+            "activation": st.sampled_from(["silu", "gelu_tanh", "gelu"]),
+            "kind": st.sampled_from(["causal", "sliding_window", "chunked"]),
+            "soft_cap": st.sampled_from([None, 20.0]),
+            "cache_dtype": st.sampled_from([None, "int8", "float8_e4m3fn"]),
+            "seed": st.integers(0, 100),
+        }
+    ),
+    steps=st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=2), min_size=1, max_size=3),
+)
+def test_fused_layer_odd_shapes_has_the_bits_of_its_operators(
+    group, kv_heads, head_size, hidden, inner, changes, steps
+):
+    """Whatever the sizes, norms, precisions and caches, fusing changes no bit."""
+    sizes = {
+        "heads": group * kv_heads,
+        "kv_heads": kv_heads,
+        "head_size": head_size,
+        "pairs": max(head_size // 4, 1),
+        "hidden": 4 * hidden,
+        "inner": 4 * inner,
+    }
+    assert_same_bits(BASE | sizes | changes | {"steps": steps})
+
+
+def test_fused_layer_more_rows_than_go_through_the_mlp_at_once_has_the_same_bits():
+    """A long prompt goes through the MLP in pieces, the last of them short."""
+    assert_same_bits(BASE | {"steps": [[520, 17]], "norms": "each"})
+
+
+def test_fused_layer_groups_of_int4_has_the_bits_of_its_operators():
+    """Codes of four bits in groups, as checkpoints have them."""
+    assert_same_bits(BASE | {"precision": (4, 16), "hidden": 64, "inner": 32})
+
+
+def test_float32_layer_is_not_fused():
+    """oneDNN multiplies float32: the layer goes operator by operator."""
+    layer, _ = make_layer(CpuOps, BASE | {"dtype": torch.float32})
+    assert not layer.is_fused
+
+
+def test_fused_layer_slot_outside_the_cache_is_refused():
+    """A wrong slot raises instead of writing into somebody's memory."""
+    layer, attention = make_layer(CpuOps, BASE)
+    cache = attention.allocate(1)
+    with pytest.raises(IndexError, match="slot"):
+        run_one(layer, attention, cache, slot=BLOCK_SIZE)
+
+
+def test_fused_layer_rows_that_do_not_match_the_step_are_refused():
+    """As many rows as the step has tokens, in the layer's dtype."""
+    layer, attention = make_layer(CpuOps, BASE)
+    cache = attention.allocate(1)
+    with pytest.raises(ValueError, match="x"):
+        run_one(layer, attention, cache, rows=2)
+    with pytest.raises(TypeError, match="float32"):
+        run_one(layer, attention, cache, dtype=torch.float32)
+
+
+def run_one(layer, attention, cache, *, slot=0, rows=1, dtype=torch.bfloat16):
+    """One token of one request."""
+    batch = AttentionBatch(
+        query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
+        seq_lens=torch.tensor([1], dtype=torch.int32),
+        block_table=torch.zeros((1, 1), dtype=torch.int32),
+        slot_mapping=torch.tensor([slot]),
+        query_start_loc_host=[0, 1],
+        seq_lens_host=[1],
+        num_requests=1,
+        num_tokens=1,
+        max_query_len=1,
+        max_seq_len=1,
+    )
+    x = torch.ones(rows, BASE["hidden"], dtype=dtype)
+    out = x.new_empty((1, BASE["heads"], BASE["head_size"]))
+    angles = (torch.ones(1, BASE["pairs"]), torch.zeros(1, BASE["pairs"]))
+    return layer.forward(x, x.clone(), angles, cache, attention.plan(batch), out)
