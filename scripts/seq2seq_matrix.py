@@ -175,7 +175,7 @@ def run_engine(directory: Path, asked: list[dict[str, Any]]) -> list[list[list[i
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     settings: dict[str, Any] = {
         "device": "cpu", "dtype": "float32", "max_num_seqs": 3, "max_num_batched_tokens": 8,
-        "max_model_len": 64, "block_size": 16, "num_threads": 1, "cache_memory_bytes": 4 << 20,
+        "max_model_len": 64, "block_size": 16, "num_threads": 1, "cache_memory_bytes": 8 << 20,
     }  # fmt: skip
     with LLM(model=str(directory), **settings) as llm:
         return [

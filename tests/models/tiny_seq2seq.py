@@ -39,6 +39,9 @@ def seq2seq_architectures() -> list[str]:
         {
             *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
             *auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+            # Of the mapping with head, by another name.
+            "umt5",
+            "switch_transformers",
         }
     )
 

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from quire.core.interface.attention import AttentionBatch, AttentionPlan, LayerCache
 from quire.core.models.attention_groups import AttentionGroup, PageTensor
-from quire.core.models.seq2seq.source_model import LayerKeys
 from quire.core.models.transformers_adapter.cached import own_spec
 from quire.core.models.transformers_adapter.pages import OwnPages, read_slots, write_slots
+
+LayerKeys = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each [heads, n, size]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,9 @@ from quire.core.errors import Reason, UnsupportedError
 from quire.core.models.attention_groups import AttentionGroup
 from quire.core.models.description import ModelDescription
 from quire.core.models.model_config import dtype_of, eos_token_ids_of
-from quire.core.models.seq2seq.cross_pages import LayerShape, page_group
-from quire.core.models.seq2seq.source_model import AUDIO, LayerKeys, SourceModel
+from quire.core.models.seq2seq.cross_pages import LayerKeys, LayerShape, page_group
+from quire.core.models.seq2seq.flat_run import is_flat
+from quire.core.models.seq2seq.source_model import AUDIO, SourceModel
 from quire.core.models.transformers_adapter.checkpoint import (
     make_dummy_model,
     make_empty_model,
@@ -28,6 +29,8 @@ _LENGTHS = ("max_position_embeddings",)
 _WITHOUT_LENGTH = 4096
 """For models of relative positions, which know no length."""
 _NUM_SOURCE, _NUM_TOKENS = 7, 5
+_FLAT_NOTE = "an encoder-decoder: all requests of a step run in one row"
+_CACHED_NOTE = "an encoder-decoder: requests are decoded one after the other, with a cache each"
 _SAMPLED_OPS = ("softmax", "sample", "log_softmax")
 
 
@@ -193,7 +196,7 @@ def describe_form(
         implementation="transformers",
         tasks=("generate", "transcribe") if hears else ("generate",),
         encoder_input=source_model.input_kind,
-        notes=("an encoder-decoder: requests are decoded one after the other, with a cache each",),
+        notes=(_FLAT_NOTE if is_flat(source_model.model) else _CACHED_NOTE,),
     )
 
 

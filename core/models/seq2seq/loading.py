@@ -18,6 +18,7 @@ from quire.core.models.seq2seq.describing import (
     find_form,
     groups_of,
 )
+from quire.core.models.seq2seq.flat_run import flat_run
 from quire.core.models.seq2seq.self_check import deviation_of
 from quire.core.models.seq2seq.seq2seq_model import Seq2SeqModel
 from quire.core.models.seq2seq.source_model import AUDIO, SourceModel
@@ -79,6 +80,9 @@ def load_seq2seq(config: WorkerConfig, device: Device) -> Seq2SeqModel:
         max_encoded_tokens=max(config.max_num_batched_tokens, groups[1].max_tokens or 0),
         logits_processors=timestamp_rules(directory) if source_model.input_kind == AUDIO else {},
     )
+    source_model.flat = flat_run(source_model.model, reads_text=source_model.input_kind != AUDIO)
+    if source_model.flat is not None and _deviates(deviation_of(model, hf_config), model):
+        source_model.flat = None
     _check(model, hf_config)
     return model
 
@@ -104,12 +108,14 @@ def _load(config: WorkerConfig, directory: Path, hf_config: Any, device: Device)
         ) from error
 
 
+def _deviates(found: float | str, model: Seq2SeqModel) -> bool:
+    return isinstance(found, str) or found > tolerance(model.description.dtype)
+
+
 def _check(model: Seq2SeqModel, hf_config: Any) -> None:
     """Raises: UnsupportedError if the model's logits are not those of its own run."""
     found = deviation_of(model, hf_config)
-    if found is None:
-        return
-    if isinstance(found, float) and found <= tolerance(model.description.dtype):
+    if not _deviates(found, model):
         return
     have = found if isinstance(found, str) else f"logits off by {found:.2g} of their spread"
     reason = Reason(

@@ -51,11 +51,15 @@ def _deviation(model: Seq2SeqModel, config: Any) -> float:
         torch.randint(3, high, (n,), generator=generator).to(source_model.device) for n in _LENGTHS
     ]
     name = source_model.input_name
-    sources = [source_model.encode([{name: one}])[0] for one in given]
-    expected = [
-        source_model.whole_logits(text, source).float()
-        for text, source in zip(texts, sources, strict=True)
-    ]
+    flat, source_model.flat = source_model.flat, None
+    try:
+        sources = [source_model.encode([{name: one}])[0] for one in given]
+        expected = [
+            source_model.whole_logits(text, source).float()
+            for text, source in zip(texts, sources, strict=True)
+        ]
+    finally:
+        source_model.flat = flat
     run = _Run(model, texts, given, [len(source) for source in sources])
     for step in _STEPS:
         run.step(step)

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from quire.core.errors import QuireError
 from quire.core.models.seq2seq.cross_pages import CrossPlan, read_layers, write_layers
+from quire.core.models.seq2seq.flat_attention import DecoderStep, plan_groups
 from quire.core.models.transformers_adapter.pages import PagesPlan, RequestSlice
 
 if TYPE_CHECKING:
     from quire.core.interface.attention import AttentionBackend
     from quire.core.models.attention_groups import AttentionGroup
     from quire.core.models.description import ModelDescription
-    from quire.core.models.seq2seq.source_model import LayerKeys, SourceModel
+    from quire.core.models.seq2seq.cross_pages import LayerKeys
+    from quire.core.models.seq2seq.flat_run import FlatRun
+    from quire.core.models.seq2seq.source_model import SourceModel
     from quire.core.models.step_context import StepContext
 
 OWN, CROSS = 0, 1
@@ -27,7 +30,6 @@ class Seq2SeqModel:
     """A `LanguageModel` around a `SourceModel`."""
 
     can_be_recorded = False
-    way = "cached"
 
     def __init__(
         self,
@@ -51,16 +53,24 @@ class Seq2SeqModel:
         self._max_encoded_tokens = max_encoded_tokens
         self._num_layers = len(self.attention_groups[OWN].pages) // 2
 
+    @property
+    def way(self) -> str:
+        """`flat`: all requests in one row; `cached`: one after the other."""
+        return "cached" if self.source_model.flat is None else "flat"
+
     def forward(self, step: StepContext) -> Tensor:
         """Encodes what new requests bring, then runs the T tokens; rows [T, V] are logits."""
         plan, cross = _plans(step)
         sources = self._encoded(step)
-        rows = [
-            self._run_request(step, plan, cross, index, sources.get(index))
-            for index in range(len(plan.requests))
-            if plan.requests[index].num_new
-        ]
-        hidden = torch.cat(rows)
+        if self.source_model.flat is not None:
+            hidden = self._run_flat(self.source_model.flat, step, plan, cross, sources)
+        else:
+            rows = [
+                self._run_request(step, plan, cross, index, sources.get(index))
+                for index in range(len(plan.requests))
+                if plan.requests[index].num_new
+            ]
+            hidden = torch.cat(rows)
         padding = len(step.token_ids) - len(hidden)
         return hidden if padding == 0 else torch.cat([hidden, hidden[-1:].expand(padding, -1)])
 
@@ -92,6 +102,32 @@ class Seq2SeqModel:
             begin = end
         return found
 
+    def _run_flat(
+        self,
+        flat: FlatRun,
+        step: StepContext,
+        plan: PagesPlan,
+        cross: CrossPlan,
+        sources: dict[int, Tensor],
+    ) -> Tensor:
+        """Logits of all requests' tokens from one forward of the decoder."""
+        num_tokens = plan.requests[-1].end
+        slots = [_slots_of(cross, index, source) for index, source in sources.items()]
+        own, groups = step.caches[OWN], plan_groups(plan, cross)
+        decoder_step = DecoderStep(
+            positions=step.positions[:num_tokens],
+            own=own,
+            cross=step.caches[CROSS],
+            slot_mapping=plan.slot_mapping[:num_tokens],
+            new_cross_slots=torch.cat(slots) if slots else plan.slot_mapping[:0],
+            groups=groups,
+            max_len=max(group.own_slots.shape[1] for group in groups),
+        )
+        shapes = [page.shape for page in self.attention_groups[CROSS].pages[::2]]
+        source = torch.cat(list(sources.values())) if sources else self._stand_in(1)
+        encoded = self.source_model.encoded(source)
+        return flat.decode(step.token_ids[:num_tokens], decoder_step, encoded, shapes)
+
     def _run_request(
         self,
         step: StepContext,
@@ -106,10 +142,8 @@ class Seq2SeqModel:
         if source is None:
             source = self._stand_in(len(cross_slots))
             kept = read_layers(step.caches[CROSS], self._num_layers, cross_slots, source.dtype)
-        elif len(source) != len(cross_slots):
-            raise QuireError(
-                f"the encoder made {len(source)} tokens of what {len(cross_slots)} were kept for"
-            )
+        else:
+            cross_slots = _slots_of(cross, index, source)
         output = self.source_model.decode(
             step.token_ids[request.begin : request.end],
             source,
@@ -135,6 +169,16 @@ class Seq2SeqModel:
         model = self.source_model
         width = self.description.hidden_size
         return torch.zeros((1, width), dtype=model.dtype, device=model.device).expand(length, -1)
+
+
+def _slots_of(cross: CrossPlan, request: int, source: Tensor) -> Tensor:
+    """Where the keys of a new source go."""
+    slots = cross.slots(request)
+    if len(source) != len(slots):
+        raise QuireError(
+            f"the encoder made {len(source)} tokens of what {len(slots)} were kept for"
+        )
+    return slots
 
 
 def _plans(step: StepContext) -> tuple[PagesPlan, CrossPlan]:

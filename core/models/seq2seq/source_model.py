@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LayerKeys = tuple[Tensor, Tensor]
-"""Keys and values of one layer, each [heads, n, size]."""
+from quire.core.models.seq2seq.cross_pages import LayerKeys
+from quire.core.models.seq2seq.flat_run import FlatRun
+
 TOKENS, AUDIO = "tokens", "audio"
 
 
@@ -34,6 +35,8 @@ class SourceModel:
         find_encoder: Any = model.get_encoder
         self.encoder: Any = find_encoder()
         self._output_class: Any = None
+        self.flat: FlatRun | None = None
+        """Set: many requests run in one flat row."""
         self.input_kind = TOKENS if self.model.main_input_name == "input_ids" else AUDIO
 
     @property
@@ -56,8 +59,12 @@ class SourceModel:
     def encode(self, arrays: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """The encoder's output [S, H] for each of several inputs.
 
-        Inputs of one shape run together; nothing is padded, so that none depends on another.
+        Inputs of one shape run together, or texts in one row; nothing is padded, so that none
+        depends on another.
         """
+        if self.flat is not None and self.flat.encodes:
+            rows, self._output_class = self.flat.encode([one[self.input_name] for one in arrays])
+            return rows
         found: list[Tensor | None] = [None] * len(arrays)
         together: dict[tuple[int, ...], list[int]] = {}
         for index, given in enumerate(arrays):
@@ -92,16 +99,20 @@ class SourceModel:
             cross=_layers(output.past_key_values.cross_attention_cache),
         )
 
+    def encoded(self, source: Tensor) -> Any:
+        """Rows [S, H] as an encoder's output."""
+        assert self._output_class is not None, "nothing was ever encoded"
+        return self._output_class(last_hidden_state=source.unsqueeze(0))
+
     def whole_logits(self, token_ids: Tensor, source: Tensor) -> Tensor:
         """Logits [n, V] of an uncached run."""
         logits: Tensor = self._run(token_ids, source, use_cache=False).logits[0]
         return logits
 
     def _run(self, token_ids: Tensor, source: Tensor, **settings: Any) -> Any:
-        assert self._output_class is not None, "nothing was ever encoded"
         return self.model(
             decoder_input_ids=token_ids.unsqueeze(0),
-            encoder_outputs=self._output_class(last_hidden_state=source.unsqueeze(0)),
+            encoder_outputs=self.encoded(source),
             return_dict=True,
             **settings,
         )
