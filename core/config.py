@@ -13,6 +13,7 @@ TASKS = (
     "auto", "generate", "embed", "classify", "score", "reward", "token_embed", "token_classify",
 )  # fmt: skip
 """What `EngineConfig.task` may be."""
+_MAX_STREAM_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,9 @@ class EngineConfig:
     process of its own. None: no limit."""
     seed: int = 0
     """From which the seeds of requests without one are drawn."""
+    stream_interval_s: float = 0.03
+    """The shortest time between two pieces of one stream: tokens in between come together, the
+    first and the last at once. Many fast streams cost a server less so. 0: each as it is made."""
     num_threads: int | None = None
     """Threads for work on the host; None: the backend's choice."""
     logits_processors: Mapping[str, str] = field(default_factory=dict)
@@ -265,6 +269,11 @@ def _problems(config: EngineConfig) -> list[str]:
     if config.num_speculative_tokens < 0:
         problems.append(
             f"num_speculative_tokens is {config.num_speculative_tokens}; it must be at least 0"
+        )
+    if not 0.0 <= config.stream_interval_s <= _MAX_STREAM_INTERVAL_S:
+        problems.append(
+            f"stream_interval_s is {config.stream_interval_s}; it must be from 0 to "
+            f"{_MAX_STREAM_INTERVAL_S:g}"
         )
     if config.step_timeout_s is not None and not config.step_timeout_s > 0:
         problems.append(f"step_timeout_s is {config.step_timeout_s}; it must be above 0")

@@ -62,6 +62,7 @@ class AsyncEngine:
         self._chat = chat
         self._streams: dict[str, RequestStream] = {}
         self._is_closing = False
+        self._flusher: asyncio.TimerHandle | None = None
         self._receiver = asyncio.get_running_loop().create_task(
             self._receive(), name="quire-receive-updates"
         )
@@ -79,7 +80,12 @@ class AsyncEngine:
         client = await AsyncProcessClient.start(config, build_core=build_core)
         try:
             await asyncio.to_thread(importer.join)
-            front = await asyncio.to_thread(make_front, client.config, client.facts)
+            front = await asyncio.to_thread(
+                make_front,
+                client.config,
+                client.facts,
+                stream_interval_s=client.config.stream_interval_s,
+            )
             template = client.config.chat_template
             chat = ChatRenderer(front.codec, template) if front.codec else None
             return cls(client, front, chat)
@@ -322,6 +328,8 @@ class AsyncEngine:
             EngineDeadError("the engine is shutting down; send the request to another")
         )
         self._receiver.cancel()
+        if self._flusher is not None:
+            self._flusher.cancel()
         await asyncio.gather(self._receiver, return_exceptions=True)
         await self._client.close()
         self._front.grammars.close()
@@ -386,6 +394,8 @@ class AsyncEngine:
                     to_abort = self._front.outputs.process(some)
                     if to_abort:
                         self._client.abort(to_abort)
+                if self._flusher is None:
+                    self._flush()
         except EngineDeadError as error:
             self._fail_all(error)
         except Exception as error:  # ours; without this task every stream would wait for ever
@@ -393,6 +403,12 @@ class AsyncEngine:
                 EngineDeadError("the front of the engine failed", root_cause=repr(error))
             )
             raise
+
+    def _flush(self) -> None:
+        """Hands over what was held back, and comes again when more of it is due."""
+        wait_s = self._front.outputs.flush()
+        loop = asyncio.get_running_loop()
+        self._flusher = None if wait_s is None else loop.call_later(wait_s, self._flush)
 
     def _fail_all(self, error: EngineDeadError) -> None:
         self._front.outputs.forget_all()

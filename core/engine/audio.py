@@ -39,6 +39,19 @@ class TranscriptionParams(msgspec.Struct, frozen=True, kw_only=True):
     timestamps: bool = False
     """Whether the times of segments are wanted; without, they may be those of whole windows."""
     word_timestamps: bool = False
+    fallback_temperatures: tuple[float, ...] = ()
+    """At which a window is heard again that is not believed, one after the other; empty: whatever
+    is heard first is told, and no threshold counts."""
+    compression_ratio_threshold: float = 2.4
+    """A text that compresses better repeats itself, and is not believed."""
+    logprob_threshold: float = -1.0
+    """What is less likely on average, by token, is not believed."""
+    no_speech_threshold: float = 0.6
+    """Likelier silence is left out, where what was heard is not believed."""
+
+
+FALLBACK_TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Those of Whisper's authors, after 0."""
 
 
 class TranscriptWord(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,4 +74,6 @@ class TranscriptSegment(msgspec.Struct, frozen=True, kw_only=True):
     """As given, or as found."""
     average_logprob: float = 0.0
     no_speech_probability: float = 0.0
+    temperature: float = 0.0
+    """At which it was heard."""
     words: list[TranscriptWord] = []

@@ -82,8 +82,24 @@ class Detokenizer:
         if token_id in self._byte_values:
             return self._append_byte(token_id)
         before = self._leave_bytes() if self._is_in_bytes else ""
+        self._window.append(token_id)
+        return before + self._news()
+
+    def extend(self, token_ids: Sequence[int]) -> str:
+        """`append` of several: the same text, decoded once."""
+        byte_values = self._byte_values
+        if len(token_ids) == 1 or self._is_in_bytes or not byte_values.keys().isdisjoint(token_ids):
+            return "".join(map(self.append, token_ids))
+        skipped, num_known = self._skipped_ids, self._num_known_ids
+        known = [one for one in token_ids if one not in skipped and one < num_known]
+        if not known:
+            return ""
+        self._window += known
+        return self._news()
+
+    def _news(self) -> str:
+        """The text that the end of the window makes certain."""
         window = self._window
-        window.append(token_id)
         text = self._decode(window)
         is_unfinished = text.endswith(_UNFINISHED)
         end = len(text) - is_unfinished
@@ -93,7 +109,7 @@ class Detokenizer:
             self._move_window()
         elif len(window) > _MAX_WINDOW_TOKENS:
             self._cut_window(len(text) - self._num_emitted)
-        return before + delta
+        return delta
 
     def finish_with(self, token_ids: Sequence[int]) -> str:
         """Takes all tokens that are left and returns their text, at the price of one."""

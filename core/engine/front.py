@@ -46,8 +46,11 @@ def make_front(
     facts: EngineFacts,
     *,
     name_function: Callable[[Any], str] | None = None,
+    stream_interval_s: float = 0.0,
 ) -> Front:
     """The front for a core that is ready. Loads the tokenizer.
+
+    `stream_interval_s`: see `OutputProcessor`; who sets it calls `flush`.
 
     Raises: CheckpointError for a tokenizer or defaults that cannot be read.
     """
@@ -70,7 +73,7 @@ def make_front(
     return Front(
         codec=codec,
         inputs=inputs,
-        outputs=OutputProcessor(),
+        outputs=OutputProcessor(stream_interval_s=stream_interval_s),
         pooling=PoolingDesk(facts, codec),
         grammars=front_checker(codec, facts.model, facts.vocab_size),
     )

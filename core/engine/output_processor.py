@@ -12,11 +12,20 @@ from quire.core.scheduler.request import FinishReason, RequestUpdate
 
 
 class OutputProcessor:
-    """Follows every request in flight and hands each output to its request's sink."""
+    """Follows every request in flight and hands each output to its request's sink.
 
-    def __init__(self) -> None:
+    With `stream_interval_s` above 0 a stream's pieces come no faster than that: tokens in between
+    are handed over together, with the next piece, in `flush` or at the end. First tokens and ends
+    never wait. Each piece costs its reader a wake-up, a message and often a packet, which many
+    streams at once feel and no reader does.
+    """
+
+    def __init__(self, *, stream_interval_s: float = 0.0) -> None:
         self._requests: dict[str, RequestState] = {}
         self._outputs: dict[str, OutputState] = {}
+        self._stream_interval_s = stream_interval_s
+        self._holding: dict[str, OutputState] = {}
+        """Outputs that hold tokens back."""
 
     @property
     def num_unfinished(self) -> int:
@@ -64,9 +73,31 @@ class OutputProcessor:
             metrics.last_token_time_s = now
             if output.is_silent and update.finish_reason is None:
                 output.token_ids += update.new_token_ids
-            elif self._take(output, update, now):
+            elif now - output.shown_time_s < self._stream_interval_s and _may_wait(output, update):
+                output.hold(update)
+                self._holding[update.request_id] = output
+            elif self._take(output, output.with_held(update), now):
                 to_abort.append(update.request_id)
         return to_abort
+
+    def flush(self) -> float | None:
+        """Hands over what was held for long enough.
+
+        Returns the seconds until more is due, None if nothing is held.
+        """
+        now = time.monotonic()
+        wait_s: float | None = None
+        for output in list(self._holding.values()):
+            left_s = output.shown_time_s + self._stream_interval_s - now
+            if output.held is None:
+                del self._holding[output.request_id]
+            elif left_s <= 0.0:
+                del self._holding[output.request_id]
+                held, output.held = output.held, None
+                self._take(output, held, now)
+            else:
+                wait_s = left_s if wait_s is None else min(wait_s, left_s)
+        return wait_s
 
     def abort(self, request_ids: Iterable[str]) -> list[str]:
         """Ends requests.
@@ -92,6 +123,7 @@ class OutputProcessor:
         requests = list(self._requests.values())
         self._requests.clear()
         self._outputs.clear()
+        self._holding.clear()
         return requests
 
     def _note_first_token(self, request: RequestState, update: RequestUpdate, now: float) -> None:
@@ -110,11 +142,13 @@ class OutputProcessor:
             request.metrics.num_preemptions += update.num_preemptions
             self._drop(output, now)
         if update.new_token_ids or output.finish_reason is not None:
+            output.shown_time_s = now
             self._show(request, [output])
         return is_stopped_here
 
     def _drop(self, output: OutputState, now: float) -> None:
         del self._outputs[output.request_id]
+        self._holding.pop(output.request_id, None)
         request = output.request
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
@@ -129,3 +163,8 @@ class OutputProcessor:
         elif request.kind == "cumulative":
             changed = request.children
         request.sink(request.output([output.show() for output in changed]))
+
+
+def _may_wait(output: OutputState, update: RequestUpdate) -> bool:
+    """Whether an update can be handed over together with the next."""
+    return output.is_patient and update.finish_reason is None and not update.prompt_logprobs

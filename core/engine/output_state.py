@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import msgspec
+
 from quire.core.engine.input_processor import PreparedRequest
 from quire.core.engine.output_text import OutputText
 from quire.core.engine.tokenizer import TextCodec
@@ -96,12 +98,15 @@ class OutputState:
         "_text",
         "cumulative_logprob",
         "finish_reason",
+        "held",
         "index",
+        "is_patient",
         "is_silent",
         "logprobs",
         "pieces",
         "request",
         "request_id",
+        "shown_time_s",
         "stop_reason",
         "token_ids",
     )
@@ -130,6 +135,28 @@ class OutputState:
         )
         """Whether tokens are only gathered: nothing is looked at and nothing shown before the end.
         """
+        self.is_patient = request.kind != "final" and not params.stop_strings
+        """Whether tokens may wait for those after them: nothing in them can end the output."""
+        self.held: RequestUpdate | None = None
+        """What waits to be taken together with what comes next."""
+        self.shown_time_s = 0.0
+        """When the last piece was handed over, on the clock `time.monotonic`; 0: none was."""
+
+    def hold(self, update: RequestUpdate) -> None:
+        """Keeps an update that ends nothing for the next `take` of `with_held`."""
+        self.held = self.with_held(update)
+
+    def with_held(self, update: RequestUpdate) -> RequestUpdate:
+        """What was held and `update` as one; nothing is held afterwards."""
+        held, self.held = self.held, None
+        if held is None:
+            return update
+        held.new_token_ids.extend(update.new_token_ids)
+        if held.logprobs is not None and update.logprobs is not None:
+            held.logprobs.extend(update.logprobs)
+        return msgspec.structs.replace(
+            update, new_token_ids=held.new_token_ids, logprobs=held.logprobs
+        )
 
     def take(self, update: RequestUpdate) -> bool:
         """Takes one step's tokens.
@@ -153,6 +180,9 @@ class OutputState:
 
     def end(self, reason: FinishReason) -> None:
         """Ends the output from outside: aborted."""
+        if self.held is not None:
+            held, self.held = self.held, None
+            self.take(held)
         if self._text is not None:
             self._take_text((), reason)
         self.finish_reason = reason

@@ -40,10 +40,7 @@ class OutputText:
     def append(self, token_ids: Sequence[int]) -> tuple[str, int]:
         """The new text, and how many of the tokens count: all, unless a stop string came before."""
         if self._stop_filter is None:
-            append = self._detokenizer.append
-            if len(token_ids) == 1:
-                return append(token_ids[0]), 1
-            return "".join(map(append, token_ids)), len(token_ids)
+            return self._detokenizer.extend(token_ids), len(token_ids)
         pieces = []
         for number, token_id in enumerate(token_ids, 1):
             pieces.append(self._filtered(self._detokenizer.append(token_id)))

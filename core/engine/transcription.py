@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.core.engine.audio import AudioClip, TranscriptionParams, TranscriptSegment
 from quire.core.engine.speech_tokens import read_speech_tokens
+from quire.core.engine.transcription_fallback import Heard, verdict_of
 from quire.core.errors import QuireError, RequestError
 from quire.core.sampling_params import SamplingParams
 
@@ -30,14 +31,6 @@ TIMESTAMP_RULE = "whisper_timestamps"
 Generate = Callable[..., AsyncIterator["RequestOutput"]]
 """`AsyncEngine.generate`."""
 _WINDOWS_AT_ONCE = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heard:
-    """What came of one window."""
-
-    token_ids: list[int]
-    logprobs: list[float]
 
 
 class Transcriber:
@@ -137,16 +130,18 @@ class _Run:
     async def without_times(self, prompt: list[int]) -> AsyncIterator[TranscriptSegment]:
         """One segment for each window; several are heard at once."""
         begins = range(0, len(self._samples), self._window)
-        running: dict[int, asyncio.Task[Heard]] = {}
+        running: dict[int, asyncio.Task[tuple[Heard | None, float]]] = {}
         try:
             for begin in begins:
                 for other in begins[begin // self._window :][:_WINDOWS_AT_ONCE]:
                     if other not in running:
-                        running[other] = asyncio.create_task(self._hear(other, prompt))
-                heard = await running[begin]
+                        running[other] = asyncio.create_task(self._believed(other, prompt))
+                heard, silence = await running[begin]
                 del running[begin]
+                if heard is None:
+                    continue
                 end = min(begin + self._window, len(self._samples))
-                yield self._segment(heard, begin / self._rate, end / self._rate, 0.0)
+                yield self._segment(heard, begin / self._rate, end / self._rate, silence)
         finally:
             for task in running.values():
                 task.cancel()
@@ -159,8 +154,11 @@ class _Run:
         begin = 0
         while begin < len(self._samples):
             silence = await self._no_speech(begin)
-            heard = await self._hear(begin, prompt)
+            heard, _ = await self._believed(begin, prompt, silence)
             length = min(self._window, len(self._samples) - begin)
+            if heard is None:
+                begin += length
+                continue
             parts, num_done = cut_at_times(
                 heard.token_ids, first, length, self._window // self._owner.num_positions
             )
@@ -169,12 +167,32 @@ class _Run:
                     Heard(
                         token_ids=heard.token_ids[part.begin : part.end],
                         logprobs=heard.logprobs[part.begin : part.end],
+                        temperature=heard.temperature,
                     ),
                     (begin + part.start_sample) / self._rate,
                     (begin + part.end_sample) / self._rate,
                     silence,
                 )
             begin += num_done
+
+    async def _believed(
+        self, begin: int, prompt: list[int], silence: float | None = None
+    ) -> tuple[Heard | None, float]:
+        """A window heard until it is believed, or as it was at last; None: silence.
+
+        silence: how likely nobody speaks; None: not asked yet, and asked only where it counts.
+        """
+        params = self._params
+        for temperature in (params.temperature, *params.fallback_temperatures):
+            heard = await self._hear(begin, prompt, self._sampling(prompt, temperature, begin))
+            verdict = verdict_of(heard, self._text_of(heard), params)
+            if verdict == "good":
+                break
+            if verdict == "maybe_silence":
+                silence = await self._no_speech(begin) if silence is None else silence
+                if silence > params.no_speech_threshold:
+                    return None, silence
+        return heard, silence or 0.0
 
     async def _no_speech(self, begin: int) -> float:
         """How likely the model finds it that nobody speaks."""
@@ -191,9 +209,7 @@ class _Run:
         heard = await self._hear(begin, [tokens.start], params)
         return float(_exp(heard.logprobs[0]))
 
-    async def _hear(
-        self, begin: int, prompt: list[int], params: SamplingParams | None = None
-    ) -> Heard:
+    async def _hear(self, begin: int, prompt: list[int], params: SamplingParams) -> Heard:
         """The model's answer about the window that begins at a sample."""
         self._num_asked += 1
         name = f"{self._request_id}/{self._num_asked}"
@@ -201,7 +217,6 @@ class _Run:
             samples=self._samples[begin : begin + self._window], sample_rate=self._rate
         )
         asked = {"prompt_token_ids": prompt, "multi_modal_data": {"audio": clip}}
-        params = params or self._sampling(prompt)
         outputs: list[RequestOutput] = []
         stream = self._owner.generate(asked, params, name, output_kind="final")
         async with aclosing(stream) as found:  # type: ignore[type-var]
@@ -209,12 +224,14 @@ class _Run:
         if not outputs or outputs[-1].error is not None:
             why = outputs[-1].error if outputs else "it was ended"
             raise QuireError(f"a window of the sound failed: {why}")
-        return _heard(outputs[-1].outputs[0])
+        return _heard(outputs[-1].outputs[0], params.temperature)
 
-    def _sampling(self, prompt: Sequence[int]) -> SamplingParams:
+    def _sampling(self, prompt: Sequence[int], temperature: float, begin: int) -> SamplingParams:
         limit = self._owner.max_model_len
         return SamplingParams(
-            temperature=self._params.temperature,
+            temperature=temperature,
+            # The same sound gives the same text each time that it is heard again.
+            seed=begin if self._params.fallback_temperatures else None,
             max_tokens=max(1, min(limit // 2, limit - len(prompt))),
             logprobs=1,
             skip_special_tokens=False,
@@ -224,17 +241,20 @@ class _Run:
     def _segment(
         self, heard: Heard, start_s: float, end_s: float, silence: float
     ) -> TranscriptSegment:
-        codec = self._owner.codec
-        first = self._owner.tokens.first_timestamp
-        ids = [i for i in heard.token_ids if first is None or i < first]
         return TranscriptSegment(
             start_s=start_s,
             end_s=end_s,
-            text=codec.decode(ids, skip_special_tokens=True),
+            text=self._text_of(heard),
             token_ids=heard.token_ids,
             average_logprob=sum(heard.logprobs) / max(1, len(heard.logprobs)),
             no_speech_probability=silence,
+            temperature=heard.temperature,
         )
+
+    def _text_of(self, heard: Heard) -> str:
+        first = self._owner.tokens.first_timestamp
+        ids = [i for i in heard.token_ids if first is None or i < first]
+        return self._owner.codec.decode(ids, skip_special_tokens=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,13 +309,19 @@ def cut_at_times(
     return parts, num_done or num_samples
 
 
-def _heard(output: CompletionOutput) -> Heard:
+def _heard(output: CompletionOutput, temperature: float) -> Heard:
     """Tokens and their log-probabilities, without the token that ended them."""
     token_ids = list(output.token_ids)
     logprobs = [next(iter(one.values())).logprob for one in output.logprobs or ()]
+    average = sum(logprobs) / max(1, len(logprobs))
     if output.finish_reason == "stop" and output.stop_reason is None and token_ids:
         token_ids, logprobs = token_ids[:-1], logprobs[:-1]
-    return Heard(token_ids=token_ids, logprobs=logprobs[: len(token_ids)])
+    return Heard(
+        token_ids=token_ids,
+        logprobs=logprobs[: len(token_ids)],
+        average_logprob=average,
+        temperature=temperature,
+    )
 
 
 def _exp(value: float) -> float:

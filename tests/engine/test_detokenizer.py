@@ -120,6 +120,21 @@ def test_finish_with_all_tokens_equals_one_by_one(codecs, kind, data, skip):
 
 
 @settings(max_examples=200, deadline=None)
+@given(data=st.data(), skip=st.booleans())
+@pytest.mark.parametrize("kind", KINDS)
+def test_extend_in_any_pieces_equals_one_by_one(codecs, kind, data, skip):
+    """Tokens that are handed over together read as they would have one after the other."""
+    codec = codecs[kind]
+    one = st.integers(0, codec.num_known_ids + 2)
+    prompt = data.draw(st.lists(one, max_size=8))
+    pieces = data.draw(st.lists(st.lists(one, max_size=8), max_size=12))
+    ids = [token_id for piece in pieces for token_id in piece]
+    detokenizer = Detokenizer(codec, prompt_token_ids=prompt, skip_special_tokens=skip)
+    text = "".join(map(detokenizer.extend, pieces)) + detokenizer.finish()
+    assert text == "".join(stream(codec, ids, prompt, skip=skip))
+
+
+@settings(max_examples=200, deadline=None)
 @given(values=st.lists(st.integers(0, 255), max_size=24))
 def test_append_byte_tokens_equal_utf8_decoding_with_replacement(codecs, values):
     """Bytes that are no character come out as marks in the end; the characters among them survive."""

@@ -224,3 +224,89 @@ def test_process_metrics_are_in_order(follow):
     assert metrics.first_scheduled_time_s == 1.0
     assert metrics.arrival_time_s <= metrics.first_token_time_s <= metrics.last_token_time_s
     assert metrics.finished_time_s == metrics.last_token_time_s
+
+
+class Clock:
+    """A clock that tests move."""
+
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("quire.core.engine.output_processor.time.monotonic", clock)
+    return clock
+
+
+@pytest.fixture
+def paced(follow, clock) -> Follow:
+    """Pieces come no faster than one a second."""
+    follow.outputs = OutputProcessor(stream_interval_s=1.0)
+    return follow
+
+
+def seen_tokens(follow: Follow) -> list[list[int]]:
+    return [list(one.outputs[0].token_ids) for one in follow.seen]
+
+
+def test_paced_stream_gives_first_and_last_at_once_and_the_rest_together(paced, clock):
+    """Neither the first token nor the end waits, whatever the interval."""
+    ids = paced.encode("gathering of sheets")
+    paced.add("delta", max_tokens=100)
+    for token_id in ids[:-1]:
+        paced.step(token_id)
+        clock.now_s += 0.001
+    paced.step(ids[-1], end="length")
+    assert seen_tokens(paced) == [ids[:1], ids[1:]]
+    assert "".join(one.outputs[0].text for one in paced.seen) == "gathering of sheets"
+    assert paced.seen[-1].is_finished
+    assert paced.outputs.flush() is None
+
+
+def test_paced_stream_is_flushed_when_its_time_has_come(paced, clock):
+    """A step that takes long must not keep back what was made before it."""
+    ids = paced.encode("abc")
+    paced.add("delta", max_tokens=100)
+    paced.step(ids[0])
+    paced.step(ids[1])
+    clock.now_s += 0.25
+    assert paced.outputs.flush() == pytest.approx(0.75)
+    assert seen_tokens(paced) == [ids[:1]]
+    clock.now_s += 0.75
+    assert paced.outputs.flush() is None
+    assert seen_tokens(paced) == [ids[:1], ids[1:2]]
+
+
+def test_paced_stream_that_is_aborted_ends_with_what_was_held(paced):
+    """What the engine has made and counted belongs to the user."""
+    ids = paced.encode("abcd")
+    paced.add("delta", max_tokens=100)
+    for token_id in ids:
+        paced.step(token_id)
+    assert paced.outputs.abort(["a"]) == ["a"]
+    assert seen_tokens(paced) == [ids[:1], ids[1:]]
+    assert "".join(one.outputs[0].text for one in paced.seen) == "abcd"
+    assert paced.seen[-1].outputs[0].finish_reason == "abort"
+
+
+def test_paced_stream_with_stop_strings_does_not_wait(paced):
+    """A token may end the output, which the core must know at once."""
+    ids = paced.encode("abXc")
+    paced.add("delta", stop=["X"], max_tokens=100)
+    assert [paced.step(token_id) for token_id in ids[:3]] == [[], [], ["a"]]
+    assert paced.seen[-1].outputs[0].finish_reason == "stop"
+
+
+def test_paced_stream_keeps_a_log_probability_for_each_token(paced):
+    """Held tokens bring theirs along."""
+    ids = paced.encode("abcd")
+    paced.add("delta", logprobs=0, max_tokens=100)
+    for token_id in ids[:-1]:
+        paced.step(token_id, logprobs=[fake_logprobs(token_id, 1)])
+    paced.step(ids[-1], end="length", logprobs=[fake_logprobs(ids[-1], 1)])
+    shown = [one for out in paced.seen for one in out.outputs[0].logprobs]
+    assert [next(iter(one)) for one in shown] == ids

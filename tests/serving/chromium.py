@@ -90,6 +90,9 @@ class Page:
             {"name": name.replace("_", "-"), "value": value} for name, value in features.items()
         ]
         self.send("Emulation.setEmulatedMedia", features=media)
+        # The page before this one asks a server that may be gone.
+        self.send("Page.navigate", url="about:blank")
+        self.wait("document.URL === 'about:blank'")
         self.problems.clear()
         self.send("Page.navigate", url=url)
         self.wait(
