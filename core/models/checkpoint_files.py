@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,6 +30,8 @@ _INDEX = "model.safetensors.index.json"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _OTHER_SUFFIXES = {".bin", ".pt", ".pth", ".gguf"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PIECE_BYTES = 4 * 2**20
+"""Of a tensor that is read by several threads."""
 _MAX_LISTED = 40
 """Problems shown of each kind; a wrong config makes hundreds of the same."""
 
@@ -193,17 +199,29 @@ def _is_plain(target: Tensor) -> bool:
 
 
 def _read_bytes(path: Path, place: StoredBytes, target: Tensor) -> None:
-    left = memoryview(target.flatten().view(torch.uint8).numpy())
+    """A large tensor in several pieces at once: fresh memory costs a page fault in each thread."""
+    whole = memoryview(target.flatten().view(torch.uint8).numpy())
+    starts = range(0, len(whole), _PIECE_BYTES)
+    pieces = [(place.offset + start, whole[start : start + _PIECE_BYTES]) for start in starts]
     try:
         with path.open("rb", buffering=0) as file:
-            file.seek(place.offset)
-            while left:
-                count = file.readinto(left)
-                if not count:
-                    raise OSError(f"it ends {len(left)} bytes early")
-                left = left[count:]
+            if len(pieces) == 1:
+                _read_piece(file, pieces[0])
+                return
+            with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+                list(threads.map(partial(_read_piece, file), pieces))
     except OSError as error:
         raise _damaged(path, error) from error
+
+
+def _read_piece(file: FileIO, piece: tuple[int, memoryview]) -> None:
+    """Fills the memory from the file's offset; leaves the file's own position alone."""
+    offset, left = piece
+    while left:
+        count = os.preadv(file.fileno(), [left], offset)
+        if not count:
+            raise OSError(f"it ends {len(left)} bytes early")
+        left, offset = left[count:], offset + count
 
 
 class _TorchFile:

@@ -34,9 +34,9 @@ from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.pooling_runner import PoolingRunner
 
-_PROBE_TOKENS = 128
+_PROBE_TOKENS = 16
 _PROBE_REQUESTS = 16
-"""Of the step from which the memory of the largest is reckoned."""
+"""Of the steps from which the memory of the largest is reckoned: few, since they are computed."""
 
 
 class DefaultWorker(Worker):

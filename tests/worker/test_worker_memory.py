@@ -201,7 +201,7 @@ def test_budget_of_shared_memory_is_at_least_what_shapes_say(tiny):
 
 def test_budget_of_shared_memory_scales_what_small_steps_take(tiny):
     """Tokens and requests are measured apart; what is taken only once is not scaled."""
-    device = with_peak(with_free(make_device(), 2**40), 10**9, 128 * 10**6, 10**8)
+    device = with_peak(with_free(make_device(), 2**40), 10**9, 16 * 10**6, 10**8)
     worker = make_loaded(tiny, device, max_num_batched_tokens=1024)
     worker.cache_budget_bytes()
     assert worker.memory_by_tag()["activations"] == 1024 * 10**6 + 10**8
