@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pydantic_core
 
 from quire.core.engine.audio import TranscriptionParams, TranscriptSegment
+from quire.core.engine.transcription_fallback import compression_ratio
 from quire.core.serving.protocol.audio import (
     DurationUsage,
     TranscribedSegment,
@@ -48,9 +48,7 @@ def verbose(
         usage=_usage(duration_s),
     )
     if tells_segments:
-        answer.segments = [
-            _segment(index, segment, params.temperature) for index, segment in enumerate(segments)
-        ]
+        answer.segments = [_segment(index, segment) for index, segment in enumerate(segments)]
     if tells_words:
         answer.words = [
             TranscribedWord(word=word.word, start=word.start_s, end=word.end_s)
@@ -102,8 +100,7 @@ def _seconds(duration_s: float) -> int:
     return math.ceil(duration_s)
 
 
-def _segment(index: int, segment: TranscriptSegment, temperature: float) -> TranscribedSegment:
-    raw = segment.text.encode()
+def _segment(index: int, segment: TranscriptSegment) -> TranscribedSegment:
     return TranscribedSegment(
         id=index,
         seek=round(segment.start_s * 100),
@@ -111,10 +108,10 @@ def _segment(index: int, segment: TranscriptSegment, temperature: float) -> Tran
         end=segment.end_s,
         text=segment.text,
         tokens=segment.token_ids,
-        temperature=temperature,
+        temperature=segment.temperature,
         avg_logprob=segment.average_logprob,
         # High where a text repeats itself, which is how a model that lost its way is noticed.
-        compression_ratio=len(raw) / len(zlib.compress(raw)),
+        compression_ratio=compression_ratio(segment.text),
         no_speech_prob=segment.no_speech_probability,
     )
 

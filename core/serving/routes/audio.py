@@ -10,7 +10,12 @@ from fastapi import APIRouter, Request, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from quire.core.engine.audio import AudioClip, TranscriptionParams, TranscriptSegment
+from quire.core.engine.audio import (
+    FALLBACK_TEMPERATURES,
+    AudioClip,
+    TranscriptionParams,
+    TranscriptSegment,
+)
 from quire.core.engine.pooling import check_task
 from quire.core.errors import RequestError
 from quire.core.serving import transcript_answers
@@ -36,6 +41,7 @@ async def create_transcription(request: Request, server: Server) -> Response:
         language=body.language,
         prompt=body.prompt,
         temperature=body.temperature,
+        fallback_temperatures=_fallback(body.temperature),
         timestamps=body.response_format in {"srt", "vtt", "verbose_json"},
         word_timestamps=body.tells_words,
     )
@@ -53,9 +59,15 @@ async def create_translation(request: Request, server: Server) -> Response:
         task="translate",
         prompt=body.prompt,
         temperature=body.temperature,
+        fallback_temperatures=_fallback(body.temperature),
         timestamps=body.response_format in {"srt", "vtt", "verbose_json"},
     )
     return await _transcribe(request, server, body, params, data)
+
+
+def _fallback(temperature: float) -> tuple[float, ...]:
+    """As the API has it: at 0 the temperature rises where a window is not believed."""
+    return () if temperature else FALLBACK_TEMPERATURES
 
 
 async def _transcribe(
