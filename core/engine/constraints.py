@@ -7,7 +7,6 @@ tokens, not steps.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -53,12 +52,11 @@ class Constraints:
         return len(self._parked)
 
     def prepare(self) -> None:
-        """Makes ready what the first grammar would wait for, as far as it can be had.
+        """Begins to make ready what the first grammar would wait for; returns at once.
 
-        Whoever asks for a grammar is told why, if it cannot.
+        If it cannot be had, whoever asks for a grammar is told why.
         """
-        with contextlib.suppress(QuireError):
-            self._compiler.prepare()
+        self._compiler.prepare_soon()
 
     def park(self, spec: RequestSpec, constraint: ConstraintSpec) -> None:
         """Lets a request wait for its grammar. Raises: RequestError for an id that waits here."""

@@ -123,7 +123,7 @@ class EngineCore:
         self._num_prompt_tokens += len(spec.prompt_token_ids)
 
     def prepare_grammars(self) -> None:
-        """Makes ready what the first request with a grammar would make others wait for."""
+        """Begins, in a thread, what the first request with a grammar would make others wait for."""
         self._constraints.prepare()
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestUpdate]:

@@ -74,10 +74,10 @@ def _serve(
     core: EngineCore | None = None
     try:
         core = build_core(config)
-        core.prepare_grammars()
         gc.collect()
         gc.freeze()  # the collector need not look at modules and weights again and again
         mailbox.send(Ready(core.config, core.facts))
+        core.prepare_grammars()  # nobody's start waits for what perhaps nobody asks for
         CoreLoop(core, mailbox, deadline).run()
         return True
     except BaseException as error:  # whatever it is, the front must hear of it

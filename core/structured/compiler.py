@@ -53,7 +53,7 @@ class GrammarCompiler:
     """Compiles in a few threads and remembers. May be used from several threads.
 
     The tokenizer's table is made by `prepare`, or else with the first grammar: the library holds
-    the interpreter meanwhile, so a process that serves others does it before they come.
+    the interpreter meanwhile, so a process that serves others begins it as soon as it is ready.
     """
 
     def __init__(
@@ -110,6 +110,11 @@ class GrammarCompiler:
         """
         self._table(_library())
 
+    def prepare_soon(self) -> Future[None]:
+        """`prepare` in a thread of the compiler's own; grammars that come meanwhile wait for it."""
+        with self._lock:
+            return self._threads().submit(self.prepare)
+
     def close(self) -> None:
         """Ends the threads once they are done with what they have."""
         with self._lock:
@@ -117,11 +122,14 @@ class GrammarCompiler:
                 self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, spec: GrammarSpec) -> Future[CompiledGrammar]:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="quire-grammar")
-        future = self._pool.submit(self._compile, spec)
+        future = self._threads().submit(self._compile, spec)
         self._cache[spec] = future
         return future
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="quire-grammar")
+        return self._pool
 
     def _compile(self, spec: GrammarSpec) -> CompiledGrammar:
         llguidance = _library()

@@ -422,3 +422,27 @@ def test_bad_grammar_is_refused_before_anything_runs(demo):
         StructuredOutputsParams(json="{}", regex="a")
     with pytest.raises(RequestError, match="schemas"):
         SamplingParams(structured_outputs={"schemas": {}})
+
+
+def test_table_that_is_being_made_holds_nobody_up_and_is_made_once():
+    """Making ready returns at once; a grammar that comes meanwhile waits for the same table."""
+    release, reads = threading.Event(), []
+
+    def read() -> str:
+        reads.append(1)
+        release.wait(60)
+        return TOKENIZER.read_text()
+
+    compiler = GrammarCompiler(read, vocab_size=VOCAB_SIZE)
+    try:
+        ready = compiler.prepare_soon()
+        grammar = compiler.submit(GrammarSpec(kind="regex", text="a"))
+        assert not ready.done()
+        assert not grammar.done()
+        release.set()
+        assert ready.result(60) is None
+        assert grammar.result(60).start() is not None
+        assert reads == [1]
+    finally:
+        release.set()
+        compiler.close()
