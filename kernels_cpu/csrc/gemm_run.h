@@ -71,7 +71,7 @@ static void run(const LinearArgs& a, const Prepared& p, int threads, float* wide
     for (int64_t unit = 0; unit < units; ++unit) {
       const int64_t row = unit / panels * CHUNK;
       const int64_t end = row + CHUNK < a.rows ? row + CHUNK : a.rows;
-      panel_of_chunk<Kind, T>(a, p, row, end, unit % panels);
+      Chunks<Kind, T>::run(a, p, row, end, unit % panels);
     }
   }
 }

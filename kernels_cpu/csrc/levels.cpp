@@ -9,10 +9,21 @@
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
+#if defined(QUIRE_HAVE_amx) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 // LEVEL(name, condition): best first; a condition may ask what the level below it has asked.
+#if defined(QUIRE_HAVE_amx)
+#define QUIRE_LEVEL_AMX(LEVEL) \
+  LEVEL(amx, has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") && has_amx())
+#else
+#define QUIRE_LEVEL_AMX(LEVEL)
+#endif
 #if defined(QUIRE_HAVE_avx2)
 #define QUIRE_LEVELS(LEVEL)                                                    \
+  QUIRE_LEVEL_AMX(LEVEL)                                                       \
   LEVEL(avx512_bf16, has_avx512() && __builtin_cpu_supports("avx512vnni") &&   \
                          __builtin_cpu_supports("avx512bf16"))                 \
   LEVEL(avx512_vnni, has_avx512() && __builtin_cpu_supports("avx512vnni"))     \
@@ -44,6 +55,21 @@ static bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+#if defined(QUIRE_HAVE_amx)
+// Tiles of int8 and bfloat16, and the leave of the system to use them, which a process asks for once.
+static bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool has_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
+#if defined(__linux__)
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return has_tiles && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  (void)has_tiles;
+  return false;
+#endif
+}
+#endif
 
 // Compilers learned the name late.
 static bool has_avx_vnni() {

@@ -6,6 +6,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(QUIRE_AMX_MODEL)
+#include QUIRE_AMX_MODEL  // a header: the tiles in plain C++, for tests
+#endif
 #if defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #endif
@@ -23,6 +26,7 @@ namespace {
 // vectors.h comes first, then each reads those before it.
 #include "gemm_tiles.h"
 #include "gemm.h"
+#include "amx_tiles.h"
 #include "gemm_run.h"
 }  // namespace
 }  // namespace QUIRE_ISA

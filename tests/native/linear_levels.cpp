@@ -52,6 +52,43 @@ static void try_float32(int64_t rows, int64_t n, int64_t k) {
   expect("float32", out, wanted, sizes);
 }
 
+static uint16_t narrow(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return uint16_t(bits >> 16);
+}
+static float wide(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+static void try_bfloat16(int64_t rows, int64_t n, int64_t k) {
+  std::vector<uint16_t> x(rows * k), weight(n * k), out(rows * n);
+  for (uint16_t& v : x) v = narrow(draw());
+  for (uint16_t& v : weight) v = narrow(draw());
+  LinearWeights w{};
+  w.format = Format::bf16;
+  set_sizes(w, n, k, 0);
+  std::vector<uint32_t> lanes(num_lanes(w.format, n, k));
+  pack_lanes(w.format, reinterpret_cast<uint8_t*>(weight.data()), k * 2, n, k, lanes.data());
+  w.lanes = lanes.data();
+  QUIRE_CAT(linear_, QUIRE_ISA).multiply({&w, DType::bf16, x.data(), out.data(), rows, k, n});
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t o = 0; o < n; ++o) {
+      double wanted = 0, size = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        const double term = double(wide(x[m * k + i])) * wide(weight[o * k + i]);
+        wanted += term, size += std::fabs(term);
+      }
+      if (!(std::fabs(wide(out[m * n + o]) - wanted) <= std::fabs(wanted) / 128 + 1e-5 * size + 1e-6)) {
+        std::printf("bfloat16: %g, expected %g\n", wide(out[m * n + o]), wanted), ++num_failed;
+        return;
+      }
+    }
+}
+
 static void try_codes(Format format, Rounding rounding, int64_t rows, int64_t n, int64_t k, int64_t group) {
   const int bits = format == Format::u8 ? 8 : 4;
   const int64_t row_bytes = (k * bits + 7) / 8;
@@ -88,14 +125,27 @@ static void try_codes(Format format, Rounding rounding, int64_t rows, int64_t n,
   expect(bits == 8 ? "8 bits" : "4 bits", out, wanted, sizes);
 }
 
-int main() {
-  for (const int64_t rows : {1, 2, 3, 5, 9}) {
+static void try_fixed_shapes() {
+  for (const int64_t rows : {1, 2, 3, 5, 9, 41}) {
     try_float32(rows, 130, 37);
+    try_bfloat16(rows, 130, 37);
     for (const Rounding rounding : {Rounding::none, Rounding::by_token, Rounding::by_group}) {
       try_codes(Format::u8, rounding, rows, 70, 96, 0);
       try_codes(Format::u8, rounding, rows, 70, 53, 0);
       try_codes(Format::u4, rounding, rows, 130, 128, 32);
     }
+  }
+}
+
+// Without arguments the shapes above; with one, those on standard input: "bits rounding rows outputs inputs group".
+int main(int argc, char**) {
+  if (argc < 2) try_fixed_shapes();
+  int bits, rounding;
+  long long rows, n, k, group;
+  while (argc > 1 && std::scanf("%d %d %lld %lld %lld %lld", &bits, &rounding, &rows, &n, &k, &group) == 6) {
+    if (bits == 32) try_float32(rows, n, k);
+    else if (bits == 16) try_bfloat16(rows, n, k);
+    else try_codes(bits == 8 ? Format::u8 : Format::u4, Rounding(rounding), rows, n, k, group);
   }
   std::printf("%d failed\n", num_failed);
   return num_failed;
