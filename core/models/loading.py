@@ -14,6 +14,7 @@ from torch import Tensor
 from quire.core.errors import DeviceOutOfMemory, Reason, UnsupportedError
 from quire.core.interface.backend import Device
 from quire.core.interface.ops import PackedLinear
+from quire.core.interface.quantization import QuantizedWeight
 from quire.core.interface.worker import WorkerConfig
 from quire.core.models.checkpoint_files import CheckpointFiles
 from quire.core.models.decoder import CausalLM, DecoderWeights, make_attention_backends
@@ -31,6 +32,7 @@ from quire.core.models.quantization import (
     parse_quantization,
     quantize,
 )
+from quire.core.models.quantized_files import QuantizedFiles, move_quantized, stack_quantized
 from quire.core.models.self_attention import HeadWeights, LatentWeights
 from quire.core.models.weight_layout import (
     DecoderTensors,
@@ -92,11 +94,18 @@ def _open_source(
     if config.load_format == "dummy":
         return DummyWeights(config.seed, norm_offset=model_config.decoder.norm_offset)
     names = model_config.family.names
-    files = CheckpointFiles(Path(config.model), names.rename)
+    files = _open_files(Path(config.model), model_config)
     # Some tied checkpoints store the head all the same.
     tied = (f"{names.lm_head}.weight",) if tensors.lm_head is None else ()
     files.check(tensors, may_have=tied)
     return files
+
+
+def _open_files(directory: Path, model_config: ModelConfig) -> CheckpointFiles:
+    rename = model_config.family.names.rename
+    if model_config.stored is None:
+        return CheckpointFiles(directory, rename)
+    return QuantizedFiles(directory, rename, model_config.stored)
 
 
 class _WeightBuilder:
@@ -113,6 +122,7 @@ class _WeightBuilder:
         self._quantization = quantization
         self._description = description
         self._ops = device.ops()
+        self._keeps_codes = bool(device.capabilities.quantizations) and quantization is None
         self._device = device.torch_device
         self._dtype: torch.dtype = getattr(torch, description.dtype)
         assert description.decoder is not None
@@ -224,7 +234,21 @@ class _WeightBuilder:
 
     def _linear(self, linear: LinearTensors, *, is_head: bool = False) -> PackedLinear:
         bias = self._stack(linear.biases) if linear.biases else None
+        stored = self._stored_codes(linear.weights)
+        if stored is not None:
+            packed = self._ops.pack_quantized_linear(stored, bias, self._description.dtype)
+            self._size_bytes += packed.size_bytes
+            return packed
         return self._pack(self._stack(linear.weights), bias, is_head=is_head)
+
+    def _stored_codes(self, parts: tuple[TensorShape, ...]) -> QuantizedWeight | None:
+        """A layer as a quantized checkpoint has it, if the device multiplies by codes."""
+        if not self._keeps_codes or not isinstance(self._source, QuantizedFiles):
+            return None
+        found = [self._source.read_quantized(part) for part in parts]
+        codes = [weight for weight in found if weight is not None]
+        stacked = stack_quantized(codes) if len(codes) == len(parts) else None
+        return None if stacked is None else move_quantized(stacked, str(self._device))
 
     def _pack(self, weight: Tensor, bias: Tensor | None, *, is_head: bool = False) -> PackedLinear:
         if self._quantization is None:

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.errors import CheckpointError, QuireError, Reason, UnsupportedError
+from quire.core.models.checkpoint_quantization import (
+    CheckpointQuantization,
+    parse_checkpoint_quantization,
+)
 from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.families import Family, family_of
 
@@ -21,6 +25,8 @@ class ModelConfig:
     dtype: str
     """In which the checkpoint stores its weights."""
     eos_token_ids: tuple[int, ...]
+    stored: CheckpointQuantization | None = None
+    """How quantized weights are stored; None: they are plain."""
 
 
 def read_model_config(directory: Path, family: Family | None = None) -> ModelConfig:
@@ -32,13 +38,14 @@ def read_model_config(directory: Path, family: Family | None = None) -> ModelCon
     directory = Path(directory)
     raw = read_json(directory / "config.json")
     family = family or family_of(raw, where=directory)
-    refuse_quantized(raw, directory)
+    stored = parse_checkpoint_quantization(raw, directory)
     config = load_config(directory)
     return ModelConfig(
         family=family,
         decoder=_describe(family, config, directory),
         dtype=dtype_of(config),
         eos_token_ids=eos_token_ids_of(directory, config),
+        stored=stored,
     )
 
 

@@ -136,7 +136,7 @@ def test_registered_family_is_described(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized by gptq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized by bitsandbytes"),
         ({"hidden_act": "relu2"}, "activation 'relu2'"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "proportional"),
     ],
