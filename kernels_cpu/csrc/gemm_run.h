@@ -49,6 +49,31 @@ static inline int current_thread() {
 #endif
 }
 
+// The units of one thread. They lie side by side in memory, and with few rows are the same in every call: the thread
+// reads them front to back, from memory that it was the first to touch (linear_pack.h). Who is done helps the others.
+struct alignas(64) Share {
+  int64_t next, end;
+};
+
+static inline void share_units(Share* shares, int threads, int64_t units) {
+  const int64_t each = units / threads, rest = units % threads;
+  for (int t = 0; t < threads; ++t) {
+    shares[t].next = t * each + (t < rest ? t : rest);
+    shares[t].end = shares[t].next + each + (t < rest);
+  }
+}
+
+// The next unit of thread `own`, or one of another thread's; -1: none is left.
+static inline int64_t take_unit(Share* shares, int threads, int own) {
+  for (int i = 0; i < threads; ++i) {
+    Share& share = shares[own + i < threads ? own + i : own + i - threads];
+    if (__atomic_load_n(&share.next, __ATOMIC_RELAXED) >= share.end) continue;
+    const int64_t unit = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
+    if (unit < share.end) return unit;
+  }
+  return -1;
+}
+
 constexpr int64_t FEW_ROWS = 8;  // one thread prepares so many in less time than threads take to meet
 
 // `prepare(row, wide)` for every row, then every panel with every chunk of rows. With few rows threads meet once.
@@ -57,18 +82,20 @@ static void run(const LinearArgs& a, const Prepared& p, int threads, float* wide
   const int64_t panels = (a.weights->num_outputs + PANEL - 1) / PANEL;
   const int64_t units = panels * chunks_of(a.rows);
   const bool is_shared = a.rows > FEW_ROWS;
+  Share* shares = reinterpret_cast<Share*>(__builtin_alloca_with_align(size_t(threads) * sizeof(Share), 512));
+  share_units(shares, threads, units);
   if (!is_shared)
     for (int64_t row = 0; row < a.rows; ++row) prepare(row, wide);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     if (is_shared) {
-      float* own = wide + current_thread() * padded;
-      (void)own;
+      float* own_wide = wide + current_thread() * padded;
+      (void)own_wide;
 #pragma omp for schedule(static)
-      for (int64_t row = 0; row < a.rows; ++row) prepare(row, own);
+      for (int64_t row = 0; row < a.rows; ++row) prepare(row, own_wide);
     }
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t unit = 0; unit < units; ++unit) {
+    const int own = current_thread();
+    for (int64_t unit; (unit = take_unit(shares, threads, own)) >= 0;) {
       const int64_t row = unit / panels * CHUNK;
       const int64_t end = row + CHUNK < a.rows ? row + CHUNK : a.rows;
       Chunks<Kind, T>::run(a, p, row, end, unit % panels);

@@ -7,6 +7,17 @@ typedef uint32_t vu_mem __attribute__((vector_size(W * 4), aligned(4), may_alias
 
 constexpr int VECS_OF_PANEL = int(PANEL) / W;
 
+constexpr int64_t AHEAD = 12 * PANEL;  // lanes: a lone row waits for memory, whose own prefetchers stop at every page
+
+// Asks for the lanes that come AHEAD; those past the end of the weights are asked for in vain.
+template <int ROWS, int VECS>
+static inline void prefetch_lanes(const uint32_t* lanes) {
+  if constexpr (ROWS == 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < VECS * W; i += 16) __builtin_prefetch(lanes + AHEAD + i);
+  }
+}
+
 static inline vu load_lanes(const uint32_t* p) { return *reinterpret_cast<const vu_mem*>(p); }
 
 // Four codes of each lane times four rounded activations, added to the lane's sum. `x` comes from `Dots::prepare`.
@@ -94,6 +105,7 @@ static inline void tile_floats(const uint32_t* lanes, int64_t num_slots, const f
   constexpr int INPUTS = int(inputs_of(F));
   constexpr bool HAS_CODES = F == Format::u8 || F == Format::u4;
   for (int64_t slot = 0; slot < num_slots; ++slot, lanes += PANEL) {
+    prefetch_lanes<ROWS, VECS>(lanes);
     vu raw[VECS];
 #pragma GCC unroll 16
     for (int v = 0; v < VECS; ++v) raw[v] = load_lanes(lanes + v * W);
@@ -122,6 +134,7 @@ template <int ROWS, int VECS>
 static inline void tile_pairs(const uint32_t* lanes, int64_t num_slots, const uint32_t* const* x,
                               vf (&sums)[ROWS][VECS]) {
   for (int64_t slot = 0; slot < num_slots; ++slot, lanes += PANEL) {
+    prefetch_lanes<ROWS, VECS>(lanes);
     vu raw[VECS];
 #pragma GCC unroll 16
     for (int v = 0; v < VECS; ++v) raw[v] = load_lanes(lanes + v * W);
@@ -142,7 +155,11 @@ template <Format F, int ROWS, int VECS>
 static inline void tile_codes(const uint32_t* lanes, int64_t num_slots, const uint32_t* const* x,
                               vi (&sums)[ROWS][VECS]) {
   constexpr int WORDS = Dots::WORDS * (F == Format::u4 ? 2 : 1);
+  // A lone row has too few sums to hide the latency of one: exact sums may be taken in two.
+  constexpr bool HAS_TWO = F == Format::u4 && ROWS == 1;
+  vi seconds[HAS_TWO ? VECS : 1] = {};
   for (int64_t slot = 0; slot < num_slots; ++slot, lanes += PANEL) {
+    prefetch_lanes<ROWS, VECS>(lanes);
     vu raw[VECS];
 #pragma GCC unroll 16
     for (int v = 0; v < VECS; ++v) raw[v] = load_lanes(lanes + v * W);
@@ -158,7 +175,8 @@ static inline void tile_codes(const uint32_t* lanes, int64_t num_slots, const ui
 #pragma GCC unroll 16
         for (int v = 0; v < VECS; ++v) {
           sums[m][v] = Dots::add(sums[m][v], raw[v], x[m] + slot * WORDS);
-          sums[m][v] = Dots::add(sums[m][v], high[v], x[m] + slot * WORDS + Dots::WORDS);
+          vi& sum = HAS_TWO ? seconds[v] : sums[m][v];
+          sum = Dots::add(sum, high[v], x[m] + slot * WORDS + Dots::WORDS);
         }
     } else {
 #pragma GCC unroll 16
@@ -167,4 +185,7 @@ static inline void tile_codes(const uint32_t* lanes, int64_t num_slots, const ui
         for (int v = 0; v < VECS; ++v) sums[m][v] = Dots::add(sums[m][v], raw[v], x[m] + slot * WORDS);
     }
   }
+  if constexpr (HAS_TWO)
+#pragma GCC unroll 16
+    for (int v = 0; v < VECS; ++v) sums[0][v] += seconds[v];
 }
