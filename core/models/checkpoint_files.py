@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quire.core.errors import CheckpointError
+from quire.core.interface.quantization import QuantizedWeight
 from quire.core.models.model_config import read_json
 from quire.core.models.weight_layout import TensorShape
 
@@ -114,6 +115,10 @@ class CheckpointFiles:
         elif target.numel():
             _read_bytes(stored.path, place, target)
 
+    def read_quantized(self, tensor: TensorShape) -> QuantizedWeight | None:  # noqa: ARG002
+        """A weight as the codes that are stored; None: it is plain, or no record says it."""
+        return None
+
     def read(self, tensor: TensorShape) -> Tensor:
         """One tensor in the checkpoint's dtype: a view of the mapped file, unmapped when dropped.
 
@@ -200,7 +205,7 @@ def _is_plain(target: Tensor) -> bool:
 
 def _read_bytes(path: Path, place: StoredBytes, target: Tensor) -> None:
     """A large tensor in several pieces at once: fresh memory costs a page fault in each thread."""
-    whole = memoryview(target.flatten().view(torch.uint8).numpy())
+    whole = target.flatten().view(torch.uint8).numpy().data
     starts = range(0, len(whole), _PIECE_BYTES)
     pieces = [(place.offset + start, whole[start : start + _PIECE_BYTES]) for start in starts]
     try:

@@ -22,6 +22,7 @@ from quire.core.models.description import ModelDescription, describe_config
 from quire.core.models.dummy_weights import DummyWeights
 from quire.core.models.expert_loading import read_experts, size_of_experts
 from quire.core.models.families import Family
+from quire.core.models.gguf_files import GGUF_NAME, GgufFiles
 from quire.core.models.layers import LayerWeights
 from quire.core.models.mlp import DenseWeights, MixtureWeights
 from quire.core.models.model_config import ModelConfig, read_model_config
@@ -103,6 +104,8 @@ def _open_source(
 
 def _open_files(directory: Path, model_config: ModelConfig) -> CheckpointFiles:
     rename = model_config.family.names.rename
+    if (directory / GGUF_NAME).is_file():
+        return GgufFiles(directory / GGUF_NAME, rename)
     if model_config.stored is None:
         return CheckpointFiles(directory, rename)
     return QuantizedFiles(directory, rename, model_config.stored)
@@ -243,7 +246,7 @@ class _WeightBuilder:
 
     def _stored_codes(self, parts: tuple[TensorShape, ...]) -> QuantizedWeight | None:
         """A layer as a quantized checkpoint has it, if the device multiplies by codes."""
-        if not self._keeps_codes or not isinstance(self._source, QuantizedFiles):
+        if not self._keeps_codes or not isinstance(self._source, CheckpointFiles):
             return None
         found = [self._source.read_quantized(part) for part in parts]
         codes = [weight for weight in found if weight is not None]

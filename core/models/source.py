@@ -6,6 +6,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from quire.core.env import read_environment
 from quire.core.errors import CheckpointError
 
 DEMO = "demo"
@@ -19,6 +20,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 def resolve_model_directory(model: str, revision: str | None = None) -> Path:
     """The local directory of `model`: `demo`, a directory, or a hub id (downloaded if need be).
 
+    For a GGUF file one is made.
+
     Raises: CheckpointError saying where was looked, and what to do.
     """
     if model == DEMO:
@@ -26,6 +29,11 @@ def resolve_model_directory(model: str, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.is_file():
+        # Here: planning reads no weights, and needs no torch for any other model.
+        from quire.core.models.gguf_directory import make_gguf_directory
+
+        return make_gguf_directory(path, read_environment().cache_directory)
     if path.exists():
         raise CheckpointError(
             f"{model} is a file; give the directory that holds config.json and the weights"
