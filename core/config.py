@@ -150,6 +150,10 @@ class ModelFacts(Protocol):
     def needs_whole_prompts(self) -> bool:
         """Whether a prompt may not be cut into chunks, since tokens see later ones."""
 
+    @property
+    def sees_whole_prompts(self) -> bool:
+        """Whether every token of a prompt sees all of it, so that no other prompt can share one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
@@ -191,8 +195,10 @@ def resolve(user: EngineConfig, capabilities: Capabilities, facts: ModelFacts) -
         change("max_num_batched_tokens", max_model_len, "texts are computed whole")
     is_whole = not user.enable_chunked_prefill
     if facts.needs_whole_prompts:
-        change("enable_chunked_prefill", False, "tokens of an image see each other")
+        change("enable_chunked_prefill", False, "tokens see each other, later ones included")
         is_whole = True
+    if facts.sees_whole_prompts:
+        change("enable_prefix_caching", False, "every token of a prompt sees all of it")
     if is_whole and user.max_num_batched_tokens < max_model_len:
         change("max_num_batched_tokens", max_model_len, "prompts are computed whole")
     if capabilities.request_buckets and user.max_num_seqs > capabilities.request_buckets[-1]:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _NOT_FOR_THE_TOWER = frozenset(
-    {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "num_crops"}
+    {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "num_crops", "labels"}
 )
 
 
@@ -116,7 +116,14 @@ class ImageReader:
         count = ids.count(self._image_token_id)
         if not count:
             raise RequestError("the image is too small to be seen", param="multi_modal_data")
+        ids = ids[: self._end_of_image(ids)]
         return _Shown(token_ids=ids, num_placeholders=count, arrays=arrays)
+
+    def _end_of_image(self, ids: list[int]) -> int:
+        """Where the text begins that a processor writes behind an image of its own accord."""
+        last = len(ids) - 1 - ids[::-1].index(self._image_token_id)
+        bos = self._processor.tokenizer.bos_token_id
+        return ids.index(bos, last) if bos in ids[last:] else len(ids)
 
     def _process(self, text: str, images: Sequence[Any], **settings: Any) -> Any:
         try:

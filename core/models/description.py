@@ -65,6 +65,8 @@ class ModelDescription:
     """What a prompt may bring besides text: `image`."""
     needs_whole_prompts: bool = False
     """Whether a prompt may not be cut into chunks, since tokens see later ones."""
+    sees_whole_prompts: bool = False
+    """Whether every token of a prompt sees all of it, so that no other prompt can share one."""
     notes: tuple[str, ...] = ()
     """What a user should know of how it runs."""
 

@@ -260,13 +260,13 @@ class ModelRunner:
     def _images(
         self, step: StepRows, arrays: StepArrays, states: Sequence[RequestState]
     ) -> list[RequestImages]:
-        """What the model is told of the requests whose prompts show images."""
+        """What the model is told of the requests whose prompts show images or are seen whole."""
         if not self._model.description.accepts:
             return []
         found = []
         for index, state in enumerate(states):
             shown = state.shown
-            if shown:
+            if shown or self._model.description.sees_whole_prompts:
                 row, begin = state.row, int(arrays.query_start_loc[index])
                 images = RequestImages(
                     begin=begin,

@@ -212,7 +212,8 @@ def make_image_processor(family: str) -> Any:
     if family == "gemma3":
         return hf.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
     if family == "paligemma":
-        return hf.SiglipImageProcessorPil(size={"height": 32, "width": 32})
+        size = {"height": 32, "width": 32}
+        return hf.SiglipImageProcessorPil(size=size, image_seq_length=16)
     made = hf.Idefics3ImageProcessorPil if family == "idefics3" else hf.SmolVLMImageProcessorPil
     return made(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
 

@@ -19,6 +19,7 @@ class Facts:
     max_model_len: int = 4096
     pooling: object = None
     needs_whole_prompts: bool = False
+    sees_whole_prompts: bool = False
 
 
 def test_from_user_with_unknown_settings_names_them_all() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from quire.core.errors import CheckpointError, Reason, UnsupportedError
 from quire.core.models.model_config import load_config, read_json, refuse_quantized
+from quire.core.models.transformers_adapter.seeing import settle_direction
 
 _MAX_LISTED = 12
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf")
@@ -34,7 +35,9 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
             "config.json that belongs to these weights"
         )
     refuse_quantized(raw, directory)
-    return load_config(directory, trust_remote_code=trust_remote_code)
+    config = load_config(directory, trust_remote_code=trust_remote_code)
+    settle_direction(config)
+    return config
 
 
 def _is_known(raw: dict[str, Any]) -> bool:

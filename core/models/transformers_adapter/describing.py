@@ -130,7 +130,9 @@ def describe_way(
         implementation=IMPLEMENTATION,
         notes=(way.note,) if way.note else (),
         accepts=() if sight is None else ("image",),
-        needs_whole_prompts=sight is not None and sight.is_bidirectional,
+        needs_whole_prompts=sight is not None
+        and (sight.is_bidirectional or sight.sees_whole_prompt),
+        sees_whole_prompts=sight is not None and sight.sees_whole_prompt,
     )
 
 

@@ -40,6 +40,10 @@ class Sight:
     """Whether positions are three rows, by the grids of the images."""
     is_bidirectional: bool = False
     """Whether the tokens of an image see each other, later ones included."""
+    sees_whole_prompt: bool = False
+    """Whether all tokens of a prompt see each other, later ones included."""
+    first_position: int = 0
+    """Of a prompt's first token."""
 
 
 SIGHTS = {
@@ -49,6 +53,8 @@ SIGHTS = {
     "qwen3_vl": Sight(has_grid=True),
     "gemma3": Sight(is_bidirectional=True),
     "idefics3": Sight(language_model="text_model"),
+    "smolvlm": Sight(language_model="text_model"),
+    "paligemma": Sight(sees_whole_prompt=True, first_position=1),
 }
 """By `model_type`: the families whose images were held against transformers' own generation."""
 
@@ -58,6 +64,17 @@ def sight_of(config: Any) -> Sight | None:
     if getattr(config, "vision_config", None) is None:
         return None
     return SIGHTS.get(config.model_type)
+
+
+def settle_direction(config: Any) -> None:
+    """Has a model whose prompts see themselves whole run texts causally; changes `config`.
+
+    So its own runs of a text agree however it is cut, which the self-check asks, and the prompts
+    of requests are answered as spans of tokens that see each other.
+    """
+    sight = sight_of(config)
+    if sight is not None and sight.sees_whole_prompt:
+        config.get_text_config(decoder=True).use_bidirectional_attention = False
 
 
 class Eyes:
@@ -96,15 +113,19 @@ class Eyes:
 
         Raises: QuireError if a step ends in the middle of one, which the engine never asks for.
         """
-        if not self.sight.is_bidirectional:
-            return []
         begin, end = request.num_computed, request.num_computed + request.num_new
-        spans = [span for span in _runs(self._all_places(request)) if span[0] < end > begin]
+        if self.sight.sees_whole_prompt:
+            found = [(0, len(request.prompt_ids))]
+        elif self.sight.is_bidirectional:
+            found = _runs(self._all_places(request))
+        else:
+            return []
+        spans = [span for span in found if span[0] < end > begin]
         spans = [span for span in spans if span[1] > begin]
         if any(stop > end for _, stop in spans):
             raise QuireError(
-                "a step ends in the middle of an image whose tokens see each other; run the "
-                "model with enable_chunked_prefill=False"
+                "a step ends in the middle of tokens that see each other; run the model with "
+                "enable_chunked_prefill=False"
             )
         return spans
 
@@ -173,7 +194,7 @@ class Eyes:
     def _positions(self, step: StepContext) -> Tensor:
         """int64 [1, T], or [3, 1, T] where images have grids."""
         if not self.sight.has_grid:
-            return step.positions.unsqueeze(0)
+            return step.positions.unsqueeze(0) + self.sight.first_position
         positions = step.positions.expand(3, -1).clone()
         for request in step.images:
             own = self._grid_positions(request).to(positions.device)
