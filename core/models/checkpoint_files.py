@@ -33,6 +33,8 @@ _OTHER_SUFFIXES = {".bin", ".pt", ".pth", ".gguf"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE_BYTES = 4 * 2**20
 """Of a tensor that is read by several threads."""
+_HOST = torch.frombuffer(bytearray(1), dtype=torch.uint8).device
+"""Where what is read from a file lies."""
 _MAX_LISTED = 40
 """Problems shown of each kind; a wrong config makes hundreds of the same."""
 
@@ -115,7 +117,7 @@ class CheckpointFiles:
         elif target.numel():
             _read_bytes(stored.path, place, target)
 
-    def read_quantized(self, tensor: TensorShape) -> QuantizedWeight | None:  # noqa: ARG002
+    def read_quantized(self, tensor: TensorShape) -> QuantizedWeight | None:
         """A weight as the codes that are stored; None: it is plain, or no record says it."""
         return None
 
@@ -200,7 +202,7 @@ def _places(path: Path) -> dict[str, StoredBytes]:
 
 def _is_plain(target: Tensor) -> bool:
     """Whether its elements lie on the host one after the other."""
-    return target.device.type == "cpu" and target.is_contiguous()
+    return target.device == _HOST and target.is_contiguous()
 
 
 def _read_bytes(path: Path, place: StoredBytes, target: Tensor) -> None:

@@ -128,7 +128,8 @@ class GgufFiles(CheckpointFiles):
         heads = self._heads.get(matched[2]) if matched and self._arch == "llama" else None
         if heads is None:
             return rows
-        return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        in_turn = rows.reshape(heads, -1, 2, *rows.shape[1:])
+        return in_turn.transpose(1, 2).flatten(0, 2)
 
 
 def standard_gguf_name(name: str) -> str:
