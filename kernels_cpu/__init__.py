@@ -23,7 +23,7 @@ from quire.kernels_cpu.experts import (
     pack_experts,
     route_experts,
 )
-from quire.kernels_cpu.linear import PackedWeights, pack_codes, pack_dense
+from quire.kernels_cpu.linear import PackedWeights, pack_codes, pack_dense, read_memory
 from quire.kernels_cpu.native import (
     HAVE_NATIVE,
     WHY_NOT_NATIVE,
@@ -62,6 +62,7 @@ __all__ = [
     "pack_dense",
     "pack_experts",
     "paged_attention",
+    "read_memory",
     "rms_norm",
     "rotary",
     "route_experts",

@@ -78,6 +78,8 @@ def pack_lanes(
     /,
 ) -> None: ...
 
+def read_memory(address: int, num_words: int) -> int: ...
+
 class Linear:
     def __init__(
         self,

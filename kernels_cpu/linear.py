@@ -15,6 +15,7 @@ if native.HAVE_NATIVE:
 
 _U8, _U4 = 3, 4
 _ROUNDINGS = {"none": 0, "token": 1, "group": 2}
+_WORDS_OF_READ = 64
 GROUP_STEP = 16
 """Groups of inputs are multiples of this."""
 
@@ -148,6 +149,19 @@ def pack_codes(
         group_size=group_size,
         zero=1 << (bits - 1),
     )
+
+
+def read_memory(memory: Tensor) -> int:
+    """The sum of a contiguous int64 vector, wrapped at 64 bits; its length a multiple of 64.
+
+    All threads read, each a part of its own from front to back: what reading weights cannot beat.
+    Raises: ValueError, TypeError.
+    """
+    native.require_native()
+    checks.check_list("memory", memory, "int64")
+    if memory.shape[0] % _WORDS_OF_READ:
+        raise ValueError(f"memory has {memory.shape[0]} words, not a multiple of {_WORDS_OF_READ}")
+    return _cpu.read_memory(memory.data_ptr(), memory.shape[0])
 
 
 def _row_bytes(num_inputs: int, bits: int) -> int:

@@ -49,9 +49,28 @@ void Linear::multiply(int dtype, uintptr_t x, uintptr_t out, int64_t rows, int64
   if (!has_memory) throw std::bad_alloc();
 }
 
+// The sum of all words of some memory, each thread's part front to back: the floor of what reads weights.
+static uint64_t read_memory(uintptr_t address, int64_t num_words) {
+  nb::gil_scoped_release released;
+  const uint64_t* words = at<const uint64_t>(address);
+  constexpr int64_t STEP = 64;
+  const int64_t steps = num_words / STEP;
+  uint64_t total = 0;
+#pragma omp parallel for schedule(static) reduction(+ : total)
+  for (int64_t step = 0; step < steps; ++step) {
+    const uint64_t* from = words + step * STEP;
+    uint64_t sums[8] = {};
+    for (int64_t i = 0; i < STEP; i += 8)
+      for (int j = 0; j < 8; ++j) sums[j] += from[i + j];
+    for (int j = 0; j < 8; ++j) total += sums[j];
+  }
+  return total;
+}
+
 void bind_linear(nb::module_& m) {
   m.def("num_lanes", &count_lanes);
   m.def("pack_lanes", &pack);
+  m.def("read_memory", &read_memory);
   nb::class_<Linear>(m, "Linear")
       .def(nb::init<int, int, uintptr_t, int, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int32_t>())
       .def("multiply", &Linear::multiply);

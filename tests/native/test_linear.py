@@ -247,3 +247,12 @@ def test_use_isa_unknown_level_says_which_there_are():
     """A forced level that the machine lacks is a clear error."""
     with pytest.raises(ValueError, match="the ISA level 'amx' was asked for; this machine"):
         kernels.use_isa("amx")
+
+
+def test_read_memory_reads_every_word_once():
+    """The bandwidth that shares are taken of is of all the memory, not of a part."""
+    words = torch.randint(-(2**62), 2**62, (64 * 7,), generator=generator(3))
+    expected = sum(words.tolist()) % 2**64
+    assert kernels.read_memory(words) == expected
+    with pytest.raises(ValueError, match="multiple of 64"):
+        kernels.read_memory(words[:65].contiguous())
