@@ -25,9 +25,13 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_models import make_tiny_model  # noqa: E402
 
 from quire.backends.cpu import CpuBackend  # noqa: E402
+from quire.backends.reference.quantization import widen  # noqa: E402
 from quire.core.errors import CheckpointError, UnsupportedError  # noqa: E402
+from quire.core.models.checkpoint_quantization import parse_checkpoint_quantization  # noqa: E402
 from quire.core.models.description import describe_model  # noqa: E402
 from quire.core.models.loading import load_model  # noqa: E402
+from quire.core.models.quantized_files import QuantizedFiles  # noqa: E402
+from quire.core.models.weight_layout import TensorShape, standard_name  # noqa: E402
 
 PROMPT = list(range(10, 50))
 NUM_TOKENS = 6
@@ -128,6 +132,23 @@ def test_codes_stay_codes_where_the_device_multiplies_by_them(tmp_path):
         assert packed.weight_bytes < 0.65 * wide.weight_bytes
     finally:
         device.close()
+
+
+def test_dynamic_activations_are_rounded_as_the_checkpoint_was_made_for(tmp_path):
+    """W8A8: the contract's rounding by the token, exactly as the record says it."""
+    directory, plain = make(tmp_path, "integers")
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group["input_activations"] = {"num_bits": 8, "dynamic": True, "strategy": "token"}
+    path.write_text(json.dumps(config))
+    stored = parse_checkpoint_quantization(config, directory)
+    files = QuantizedFiles(directory, standard_name, stored)
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = files.read_quantized(TensorShape(name=name, shape=(64, 112)))
+    assert (weight.activations, weight.group_size, weight.bits) == ("token", 0, 8)
+    meant = load_file(plain / "model.safetensors")[name]
+    assert torch.equal(widen(weight), meant)
 
 
 @pytest.mark.parametrize(
