@@ -154,8 +154,8 @@ def find_weight_files(directory: Path) -> list[Path]:
     if others:
         raise CheckpointError(
             f"{directory} has weights as {', '.join(others)}; native families read *.safetensors "
-            "and pytorch_model*.bin. Pass --model-impl transformers for GGUF, or save the model "
-            "again with save_pretrained"
+            "and pytorch_model*.bin in a directory. Name a GGUF file itself, or save the "
+            "model again with save_pretrained"
         )
     raise CheckpointError(
         f"{directory} has no *.safetensors file; download the weights, or pass --load-format dummy"
