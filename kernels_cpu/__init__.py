@@ -29,6 +29,7 @@ from quire.kernels_cpu.native import (
     WHY_NOT_NATIVE,
     available_isas,
     isa,
+    pin_threads,
     use_isa,
 )
 from quire.kernels_cpu.recurrence import (
@@ -62,6 +63,7 @@ __all__ = [
     "pack_dense",
     "pack_experts",
     "paged_attention",
+    "pin_threads",
     "read_memory",
     "rms_norm",
     "rotary",

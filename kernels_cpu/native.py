@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+
 try:
     from quire.kernels_cpu import _cpu
 except ImportError as error:
@@ -43,3 +46,17 @@ def use_isa(name: str) -> None:
     """
     require_native()
     _cpu.use_isa(name)
+
+
+def pin_threads(cpus: Sequence[int]) -> bool:
+    """Binds each thread of the pool to one of `cpus`, in turn; the calling thread is the first.
+
+    Threads that start later inherit the caller's CPU. Returns whether the system did it.
+    Raises: ValueError for a CPU that this process may not use.
+    """
+    require_native()
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(cpus)
+    strangers = [cpu for cpu in cpus if cpu not in usable]
+    if strangers or not cpus:
+        raise ValueError(f"CPUs {strangers or 'none'} asked for; usable are {sorted(usable)}")
+    return _cpu.pin_threads(cpus)

@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 
 from quire.backends.cpu.host import count_cores, read_cpu, read_memory
-from quire.backends.cpu.openmp import prefer_short_waits
+from quire.backends.cpu.openmp import binds_threads, prefer_short_waits
 from quire.core.interface import Backend, Device, DeviceError, DeviceInfo, Probe
 
 _NO_TORCH = "torch is not installed"
@@ -42,7 +42,7 @@ class CpuBackend(Backend):
         prefer_short_waits(os.environ)
         from quire.backends.cpu.device import CpuDevice
 
-        return CpuDevice(_device_info())
+        return CpuDevice(_device_info(), has_bound_threads=binds_threads(os.environ))
 
 
 def _device_info() -> DeviceInfo:

@@ -9,7 +9,7 @@ import torch
 from quire import kernels_cpu
 from quire.backends.cpu import linear
 from quire.backends.cpu.attention import CpuAttention
-from quire.backends.cpu.host import count_cores, read_cpu, read_memory
+from quire.backends.cpu.host import count_cores, list_cores, read_cpu, read_memory
 from quire.backends.cpu.ops import CpuOps
 from quire.backends.reference import ReferenceAttention, TorchDevice
 from quire.backends.reference.cache_codec import NARROW
@@ -26,6 +26,8 @@ from quire.core.interface import (
 
 _NUM_THREADS = "cpu.num_threads"
 _ISA = "cpu.isa"
+_PIN = "cpu.pin_threads"
+_SWITCH = ("0", "1")
 _MAX_TENSOR_PARALLEL = 8
 """Processes that may share one machine's cores; more would wait for each other alone."""
 _BLOCK_SIZES = (16, 32, 64, 128, 8, 4, 2, 1)
@@ -34,11 +36,13 @@ _BLOCK_SIZES = (16, 32, 64, 128, 8, 4, 2, 1)
 class CpuDevice(TorchDevice):
     """All cores that the process may use, as one device; torch's threads are its only setting."""
 
-    def __init__(self, info: DeviceInfo) -> None:
+    def __init__(self, info: DeviceInfo, *, has_bound_threads: bool = False) -> None:
         super().__init__(info=info, torch_device="cpu", capabilities=_capabilities())
         # Fewer if the user said so (OMP_NUM_THREADS), never more than there are cores: a thread
         # too many makes every parallel region wait for its turn.
-        torch.set_num_threads(min(torch.get_num_threads(), count_cores()))
+        # A bound main thread shows one CPU as usable: then the user's number stands.
+        if not has_bound_threads:
+            torch.set_num_threads(min(torch.get_num_threads(), count_cores()))
 
     def _make_ops(self) -> Ops:
         return CpuOps()
@@ -50,7 +54,7 @@ class CpuDevice(TorchDevice):
         return read_memory()
 
     def reasons_against(self, worker_config: WorkerConfig) -> Sequence[Reason]:
-        reasons = (_thread_reasons, _isa_reasons, _cache_reasons)
+        reasons = (_thread_reasons, _pin_reasons, _isa_reasons, _cache_reasons)
         return [reason for find in reasons for reason in find(worker_config)]
 
     def make_worker(self, config: WorkerConfig) -> Worker | None:
@@ -59,6 +63,8 @@ class CpuDevice(TorchDevice):
             kernels_cpu.use_isa(config.options[_ISA])
         if _NUM_THREADS in config.options:
             torch.set_num_threads(int(config.options[_NUM_THREADS]))
+        if config.options.get(_PIN) == "1":
+            kernels_cpu.pin_threads(list_cores())
         if config.deterministic:
             self._ops = CpuOps(is_deterministic=True)
         return None
@@ -73,6 +79,19 @@ def _thread_reasons(worker_config: WorkerConfig) -> Iterator[Reason]:
             have=f"{count_cores()} cores",
             remedy=f"give {_NUM_THREADS} a whole number from 1 to {count_cores()}",
         )
+
+
+def _pin_reasons(worker_config: WorkerConfig) -> Iterator[Reason]:
+    text = worker_config.options.get(_PIN, "0")
+    if text not in _SWITCH:
+        have, remedy = "the switches 0 and 1", f"give {_PIN} 0 or 1"
+    elif text == "1" and not kernels_cpu.HAVE_NATIVE:
+        have, remedy = str(kernels_cpu.WHY_NOT_NATIVE), f"leave {_PIN} out"
+    else:
+        return
+    yield Reason(
+        code="options.cpu.pin_threads", need=f"pinned threads: {text!r}", have=have, remedy=remedy
+    )
 
 
 def _isa_reasons(worker_config: WorkerConfig) -> Iterator[Reason]:

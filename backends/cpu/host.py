@@ -149,16 +149,21 @@ def count_cores(root: Path = Path("/")) -> int:
 
     Two hardware threads of one core count once: matrix products fill a core with one.
     """
+    return max(1, min(len(list_cores(root)), _cgroup_cores(root)))
+
+
+def list_cores(root: Path = Path("/")) -> list[int]:
+    """One CPU of each physical core that this process may use, by number."""
     if hasattr(os, "sched_getaffinity"):
         cpus = sorted(os.sched_getaffinity(0))
     else:
         cpus = list(range(os.cpu_count() or 1))
     topology = root / "sys/devices/system/cpu"
-    cores = {
-        _read(topology / f"cpu{cpu}/topology/thread_siblings_list").strip() or str(cpu)
-        for cpu in cpus
-    }
-    return max(1, min(len(cores), _cgroup_cores(root)))
+    first_of: dict[str, int] = {}
+    for cpu in cpus:
+        siblings = _read(topology / f"cpu{cpu}/topology/thread_siblings_list").strip()
+        first_of.setdefault(siblings or str(cpu), cpu)
+    return list(first_of.values())
 
 
 def _cgroup_cores(root: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 _CHOICES_OF_THE_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _SHORT_SPIN = "1000"
@@ -19,3 +19,9 @@ def prefer_short_waits(environment: MutableMapping[str, str]) -> None:
     """
     if not any(name in environment for name in _CHOICES_OF_THE_USER):
         environment["GOMP_SPINCOUNT"] = _SHORT_SPIN
+
+
+def binds_threads(environment: Mapping[str, str]) -> bool:
+    """Whether the user has OpenMP bind its threads to CPUs."""
+    chosen = environment.get("OMP_PROC_BIND", "false").strip().lower()
+    return chosen not in ("", "false") or "GOMP_CPU_AFFINITY" in environment

@@ -15,6 +15,13 @@
 #include "levels.h"
 #include "linear_module.h"
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace nb = nanobind;
 
 namespace quire {
@@ -99,6 +106,25 @@ static void rotary(int dtype, uintptr_t x, uintptr_t cos, uintptr_t sin, int64_t
   nb::gil_scoped_release released;
   chosen_level().kernels->rotary(a);
 }
+
+// Binds thread i of the pool to cpus[i % n], the caller's thread among them. False: this system cannot, or refused one.
+static bool pin_threads(const std::vector<int64_t>& cpus) {
+#if defined(__linux__) && defined(_OPENMP)
+  if (cpus.empty()) return false;
+  bool done = true;
+#pragma omp parallel reduction(&& : done)
+  {
+    cpu_set_t mine;
+    CPU_ZERO(&mine);
+    CPU_SET(size_t(cpus[size_t(omp_get_thread_num()) % cpus.size()]), &mine);
+    done = sched_setaffinity(0, sizeof mine, &mine) == 0;  // 0: the calling thread
+  }
+  return done;
+#else
+  (void)cpus;
+  return false;
+#endif
+}
 }  // namespace quire
 
 NB_MODULE(_cpu, m) {
@@ -109,6 +135,7 @@ NB_MODULE(_cpu, m) {
     return names;
   });
   m.def("use_isa", &quire::choose_level);
+  m.def("pin_threads", &quire::pin_threads);
   m.def("paged_attention", &quire::paged_attention);
   m.def("write_cache", &quire::write_cache);
   m.def("rms_norm", &quire::rms_norm);

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire import kernels_cpu
-from quire.backends.cpu import CpuBackend, host, sampling
+from quire.backends.cpu import CpuBackend, host, openmp, sampling
 from quire.backends.cpu import backend as backend_module
 from quire.backends.cpu.attention import CpuAttention
 from quire.backends.cpu.device import CpuDevice
@@ -263,7 +263,9 @@ def test_linear_without_onednn_is_the_reference(monkeypatch):
     assert "onednn" not in CpuOps().provider("linear")
 
 
-@pytest.mark.parametrize("options", [{"cpu.isa": "amx-2040"}, {"cpu.num_threads": "0"}])
+@pytest.mark.parametrize(
+    "options", [{"cpu.isa": "amx-2040"}, {"cpu.num_threads": "0"}, {"cpu.pin_threads": "yes"}]
+)
 def test_options_that_the_machine_cannot_serve_are_refused_with_the_remedy(options):
     """A forced level or a number of threads is refused before weights load."""
     device = CpuBackend().open(0)
@@ -453,3 +455,19 @@ def test_claim_without_kernels_is_no_more_than_is_true(monkeypatch):
     """Batched products of plain torch depend on the batch, so nothing is claimed for them."""
     monkeypatch.setattr(kernels_cpu, "HAVE_NATIVE", False)
     assert CpuBackend().open(0).capabilities.determinism == "run_to_run"
+
+
+def test_threads_bound_by_the_user_keep_their_number(monkeypatch):
+    """Bound to one CPU, the main thread sees one core; the others are still there."""
+    assert openmp.binds_threads({"OMP_PROC_BIND": "close"})
+    assert openmp.binds_threads({"GOMP_CPU_AFFINITY": "0 1"})
+    assert not openmp.binds_threads({"OMP_PROC_BIND": "FALSE"})
+    assert not openmp.binds_threads({})
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    info = CpuBackend().open(0).info
+    chosen.clear()
+    CpuDevice(info, has_bound_threads=True)
+    assert not chosen
+    CpuDevice(info)
+    assert len(chosen) == 1
