@@ -13,6 +13,7 @@ from quire.backends.torch_accelerator.attention import TritonAttention
 from quire.backends.torch_accelerator.errors import device_errors
 from quire.backends.torch_accelerator.graphs import ReplayedCalls, TorchGraphs
 from quire.backends.torch_accelerator.ops import TritonOps
+from quire.backends.torch_accelerator.providers.catalog import TRITON, find_provider
 from quire.backends.torch_accelerator.queue import StreamQueue
 from quire.backends.torch_accelerator.vendor import Vendor
 from quire.core.interface import (
@@ -26,8 +27,11 @@ from quire.core.interface import (
     ImmediateQueue,
     Ops,
     Queue,
+    Reason,
     SoloCommunicator,
     UnsupportedError,
+    Worker,
+    WorkerConfig,
 )
 from quire.kernels_triton.launch import TABLES, DeviceLauncher, LaunchTable, read_table
 
@@ -87,6 +91,7 @@ class AcceleratorDevice(TorchDevice):
     ) -> None:
         self._vendor = vendor
         self._launcher = DeviceLauncher(table)
+        self._chosen_attention: type[TritonAttention] = TritonAttention
         super().__init__(info=info, torch_device=torch_device, capabilities=capabilities)
         self._is_interpreted = torch_device == "cpu"
         self._queue: Queue = ImmediateQueue() if self._is_interpreted else StreamQueue(torch_device)
@@ -95,19 +100,45 @@ class AcceleratorDevice(TorchDevice):
         return TritonOps(self._launcher)
 
     def _attention_class(self, spec: AttentionSpec) -> type[ReferenceAttention]:
-        return TritonAttention
+        return self._chosen_attention
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
-        reasons = TritonAttention.reasons_against(spec)
+        reasons = self._chosen_attention.reasons_against(spec)
         if reasons:
             raise UnsupportedError(reasons, what=f"attention on {self.info.name}")
-        return TritonAttention(spec, self.torch_device, self._launcher)
+        return self._chosen_attention(spec, self.torch_device, self._launcher)
+
+    def reasons_against(self, worker_config: WorkerConfig) -> Sequence[Reason]:
+        """An attention that is asked for and not there is refused, never replaced silently."""
+        name = worker_config.options.get(self._attention_option, TRITON)
+        found = None if name == TRITON else find_provider(self._vendor.name, name)
+        return [found] if isinstance(found, Reason) else []
+
+    def make_worker(self, config: WorkerConfig) -> Worker | None:
+        """Takes the attention that was asked for, and leaves the work to the core's worker.
+
+        Raises: UnsupportedError if it is not there; ImportError if it is and does not load.
+        """
+        name = config.options.get(self._attention_option, TRITON)
+        if name != TRITON:
+            found = find_provider(self._vendor.name, name)
+            if isinstance(found, Reason):
+                raise UnsupportedError([found], what=f"attention on {self.info.name}")
+            self._chosen_attention = found.load()
+        return None
+
+    @property
+    def _attention_option(self) -> str:
+        return f"{self._vendor.name}.attention"
 
     def queue(self) -> Queue:
         return self._queue
 
     def graphs(self) -> GraphCapture | None:
-        if self.capabilities.step_mode != "capture":
+        # Libraries plan on the host, by the lengths of one step.
+        if self.capabilities.step_mode != "capture" or (
+            self._chosen_attention is not TritonAttention
+        ):
             return None
         return ReplayedCalls() if self._is_interpreted else TorchGraphs(self.torch_device)
 

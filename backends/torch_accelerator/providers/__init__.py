@@ -1,0 +1,5 @@
+"""Attention by other projects' kernels, where they are installed and asked for by name."""
+
+from quire.backends.torch_accelerator.providers.catalog import PROVIDERS, Provider, find_provider
+
+__all__ = ["PROVIDERS", "Provider", "find_provider"]
