@@ -20,7 +20,14 @@ import numpy as np
 import typer
 
 from quire.benchmarks import workloads
-from quire.benchmarks.accelerator_kernels import DRY, FULL, measure_ceiling, measure_kernels
+from quire.benchmarks.accelerator_attention import measure_attention
+from quire.benchmarks.accelerator_kernels import (
+    DRY,
+    FULL,
+    Ceiling,
+    measure_ceiling,
+    measure_kernels,
+)
 from quire.benchmarks.recording import Measurement, Record, paired_ratio
 from quire.benchmarks.shapes import SHAPES, make_model
 from quire.benchmarks.workloads import Work
@@ -33,6 +40,9 @@ _BUDGET_S = 9 * 60
 _ENGINE_S = {"llama-tiny": 0, "llama-1b": 90, "llama-8b": 180}
 """What an engine's part may need: it is left out where less is left."""
 _SUITE_S = 120
+_FULL_SUITE_S = 240
+_EVEN_TOKENS = 128
+"""Of each output where a peer wants all outputs of one length."""
 _PEERS = 4
 """Requests of a load that `generate` runs, one at a time."""
 
@@ -56,25 +66,36 @@ def main(
     ceiling, measured = measure_ceiling(device, sizes)
     record.measurements += measured
     record.measurements += measure_kernels(device, sizes, ceiling)
+    attention, missing = measure_attention(backend, device, sizes, ceiling, is_dry=dry_run)
+    record.measurements += attention
+    record.facts["not_measured"] = missing
     device.close()
     home = folder or Path(tempfile.gettempdir()) / "quire-benchmarks"
     for shape in ("llama-tiny",) if dry_run else ("llama-1b", "llama-8b"):
         if deadline - time.monotonic() < _ENGINE_S[shape]:
             record.facts["left_out"].append(f"engine {shape}")
         else:
-            _measure_engine(backend, shape, home, record, is_dry=dry_run)
+            _measure_engine(backend, shape, home, ceiling, record, is_dry=dry_run)
     _certify(backend, deadline - time.monotonic(), record, is_dry=dry_run)
     record.show()
     print(f"written to {record.write(out)}")
 
 
-def _measure_engine(backend: str, shape: str, home: Path, record: Record, *, is_dry: bool) -> None:
-    """Output tokens per second of a mixed load, ours and `generate`'s."""
+def _measure_engine(
+    backend: str, shape: str, home: Path, ceiling: Ceiling, record: Record, *, is_dry: bool
+) -> None:
+    """A decode step against its floor, and output tokens per second: ours and transformers'."""
     directory = make_model(shape, home, dtype="bfloat16")
     works = _load(shape, is_dry=is_dry)
     llm = _start_quire(directory, backend, is_dry=is_dry)
     _run_quire(llm, works[:1])
     ours = _measurement(shape, "quire", works, _run_quire(llm, works), "")
+    even = [Work(work.prompt, 2 if is_dry else _EVEN_TOKENS) for work in works]
+    ours_even = _measurement(shape, "quire", even, _run_quire(llm, even), "", load="even load")
+    record.measurements += [
+        _decode_step(llm, shape, batch, ceiling, is_dry=is_dry)
+        for batch in ((1, 2) if is_dry else (1, 8, 64))
+    ]
     llm.close()
     del llm
     gc.collect()
@@ -84,6 +105,41 @@ def _measure_engine(backend: str, shape: str, home: Path, record: Record, *, is_
     theirs = _measurement(shape, "transformers", sample, seconds, note)
     record.measurements += [ours, theirs]
     record.ratios.append(paired_ratio(f"mixed load, {shape}", ours, theirs))
+    try:
+        seconds = _run_continuous(directory, _torch_device(backend), even)
+    # It needs kernels that not every device has.
+    except Exception as error:
+        why = f"continuous batching of transformers: {type(error).__name__}: {error}"
+        record.facts["not_measured"].append(why[:300])
+        return
+    batched = _measurement(shape, "transformers batched", even, seconds, "", load="even load")
+    record.measurements += [ours_even, batched]
+    record.ratios.append(paired_ratio(f"even load, {shape}", ours_even, batched))
+
+
+def _decode_step(
+    llm: LLM, shape: str, batch: int, ceiling: Ceiling, *, is_dry: bool
+) -> Measurement:
+    """Seconds of a step over those that its weights and cached keys take to be read.
+
+    The difference of a long and a short output, so that prompts and starts cancel out.
+    """
+    prompt, short, long = (4, 1, 3) if is_dry else (512, 8, 72)
+    statistics = llm.statistics()
+    token_bytes = statistics.memory_bytes["cache"] / llm.facts.num_cache_tokens
+    context = prompt + (short + long) / 2
+    floor_s = (llm.facts.weight_bytes + batch * context * token_bytes) / ceiling.bytes_per_s
+    prompts = [[10 + number, *range(20, 19 + prompt)] for number in range(batch)]
+    values = []
+    for _ in range(1 if is_dry else 3):
+        taken = [_run_quire(llm, [Work(p, n) for p in prompts]) for n in (short, long)]
+        values.append((taken[1] - taken[0]) / (long - short) / floor_s)
+    return Measurement(
+        work=f"decode step, {shape}, {batch} requests",
+        subject="quire",
+        unit="times weights and cache over copy bandwidth",
+        values=tuple(values),
+    )
 
 
 def _load(shape: str, *, is_dry: bool) -> list[Work]:
@@ -93,11 +149,17 @@ def _load(shape: str, *, is_dry: bool) -> list[Work]:
 
 
 def _measurement(
-    shape: str, subject: str, works: list[Work], seconds: float, note: str
+    shape: str,
+    subject: str,
+    works: list[Work],
+    seconds: float,
+    note: str,
+    *,
+    load: str = "mixed load",
 ) -> Measurement:
     rate = sum(work.num_tokens for work in works) / seconds
     return Measurement(
-        work=f"mixed load, {shape}",
+        work=f"{load}, {shape}",
         subject=subject,
         unit="output tokens/s",
         values=(rate,),
@@ -161,14 +223,37 @@ def _run_transformers(directory: Path, where: str, works: list[Work]) -> float:
         return time.perf_counter() - begin
 
 
+def _run_continuous(directory: Path, where: str, works: list[Work]) -> float:
+    """transformers' own continuous batching; all outputs of one length, as it wants it."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+    model = model.to(where).eval()
+    settings = GenerationConfig(
+        max_new_tokens=works[0].num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    with torch.inference_mode():
+        begin = time.perf_counter()
+        answers = model.generate_batch([work.prompt for work in works], generation_config=settings)
+        taken = time.perf_counter() - begin
+    made = sum(len(answer.generated_tokens) for answer in answers.values())
+    if made != sum(work.num_tokens for work in works):
+        raise RuntimeError(f"{made} tokens came of {sum(work.num_tokens for work in works)}")
+    return taken
+
+
 def _certify(backend: str, left_s: float, record: Record, *, is_dry: bool) -> None:
-    """The conformance suite up to the kernels; booting alone in a dry run."""
+    """The conformance suite as far as the time goes; booting alone in a dry run."""
     if left_s < _SUITE_S and not is_dry:
         record.facts["left_out"].append("conformance")
         return
     from quire.conformance.run import run_suite
 
-    report = run_suite(backend, level=0 if is_dry else 1, workers=1 if is_dry else 4, is_quiet=True)
+    level = 0 if is_dry else 2 if left_s > _FULL_SUITE_S else 1
+    report = run_suite(backend, level=level, workers=1 if is_dry else 4, is_quiet=True)
     record.facts["conformance"] = {"level": report.level, **report.counts}
 
 

@@ -31,7 +31,7 @@ class FlashAttnAttention(LibraryAttention):
         super().__init__(spec, torch_device, launcher)
         self._function: Any = importlib.import_module(self._module).flash_attn_varlen_func
 
-    def _attend(
+    def _attend_pages(
         self,
         q: Tensor,
         cache: PagedCache,

@@ -86,7 +86,7 @@ class FlashInferAttention(LibraryAttention):
             wrapper=self._wrapper,
         )
 
-    def _attend(
+    def _attend_pages(
         self,
         q: Tensor,
         cache: PagedCache,

@@ -33,7 +33,7 @@ class IpexAttention(LibraryAttention):
         library: Any = importlib.import_module("intel_extension_for_pytorch")
         self._function: Any = library.llm.modules.PagedAttention.flash_attn_varlen_func
 
-    def _attend(
+    def _attend_pages(
         self,
         q: Tensor,
         cache: PagedCache,

@@ -133,13 +133,13 @@ class LibraryAttention(TritonAttention):
         paged = PagedCache(k=cache.tensors["k"], v=cache.tensors["v"])
         write_cache(self._launcher, k, v, paged, plan.slot_mapping)
         rows = q[: plan.num_tokens].contiguous()
-        self._attend(rows, paged, plan, out[: plan.num_tokens], alibi_slopes)
+        self._attend_pages(rows, paged, plan, out[: plan.num_tokens], alibi_slopes)
         if plan.num_tokens < out.shape[0]:
             out[plan.num_tokens :] = 0
         return out
 
     @abstractmethod
-    def _attend(
+    def _attend_pages(
         self,
         q: Tensor,
         cache: PagedCache,
