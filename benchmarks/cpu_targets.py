@@ -152,7 +152,9 @@ def _measure(record: Record, bench: Bench, part: Part, precision: str, rounds: i
 
 def _decode(bench: Bench, number: int) -> tuple[float, float]:
     """Tokens a second of one stream, and how often a second its weights can be read."""
-    prompt = workloads.single_stream(np.random.default_rng(number), 9000)[0].prompt
+    prompt = workloads.single_stream(np.random.default_rng(number), bench.shape["vocab_size"])[
+        0
+    ].prompt
     before = read_bandwidth()
     both = bench.run([Work(prompt, 1 + _DECODED)])
     again = [*prompt[:-1], prompt[-1] + 1]
@@ -188,7 +190,7 @@ def _shared_prefix(bench: Bench, number: int) -> tuple[float, float]:
 
     The prefix is in the cache, as a system prompt is after its first request.
     """
-    works = workloads.shared_prefix(np.random.default_rng(2000 + number), 9000)
+    works = workloads.shared_prefix(np.random.default_rng(2000 + number), bench.shape["vocab_size"])
     bench.run([Work(works[0].prompt[:512], 1)])
     alone = [Work(work.prompt[512:], work.num_tokens) for work in works]
     with_prefix = bench.run(works)
