@@ -30,6 +30,7 @@ from quire.benchmarks.accelerator_kernels import (
 )
 from quire.benchmarks.recording import Measurement, Record, paired_ratio
 from quire.benchmarks.shapes import SHAPES, make_model
+from quire.benchmarks.transformers_batching import even, run_batched
 from quire.benchmarks.workloads import Work
 from quire.core.discovery import load_backend
 
@@ -90,8 +91,8 @@ def _measure_engine(
     llm = _start_quire(directory, backend, is_dry=is_dry)
     _run_quire(llm, works[:1])
     ours = _measurement(shape, "quire", works, _run_quire(llm, works), "")
-    even = [Work(work.prompt, 2 if is_dry else _EVEN_TOKENS) for work in works]
-    ours_even = _measurement(shape, "quire", even, _run_quire(llm, even), "", load="even load")
+    evened = even(works, 2 if is_dry else _EVEN_TOKENS)
+    ours_even = _measurement(shape, "quire", evened, _run_quire(llm, evened), "", load="even load")
     record.measurements += [
         _decode_step(llm, shape, batch, ceiling, is_dry=is_dry)
         for batch in ((1, 2) if is_dry else (1, 8, 64))
@@ -106,13 +107,13 @@ def _measure_engine(
     record.measurements += [ours, theirs]
     record.ratios.append(paired_ratio(f"mixed load, {shape}", ours, theirs))
     try:
-        seconds = _run_continuous(directory, _torch_device(backend), even)
+        seconds = _run_continuous(directory, _torch_device(backend), evened)
     # It needs kernels that not every device has.
     except Exception as error:
         why = f"continuous batching of transformers: {type(error).__name__}: {error}"
         record.facts["not_measured"].append(why[:300])
         return
-    batched = _measurement(shape, "transformers batched", even, seconds, "", load="even load")
+    batched = _measurement(shape, "transformers batched", evened, seconds, "", load="even load")
     record.measurements += [ours_even, batched]
     record.ratios.append(paired_ratio(f"even load, {shape}", ours_even, batched))
 
@@ -224,25 +225,13 @@ def _run_transformers(directory: Path, where: str, works: list[Work]) -> float:
 
 
 def _run_continuous(directory: Path, where: str, works: list[Work]) -> float:
-    """transformers' own continuous batching; all outputs of one length, as it wants it."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.bfloat16, attn_implementation="sdpa"
     )
-    model = model.to(where).eval()
-    settings = GenerationConfig(
-        max_new_tokens=works[0].num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-    with torch.inference_mode():
-        begin = time.perf_counter()
-        answers = model.generate_batch([work.prompt for work in works], generation_config=settings)
-        taken = time.perf_counter() - begin
-    made = sum(len(answer.generated_tokens) for answer in answers.values())
-    if made != sum(work.num_tokens for work in works):
-        raise RuntimeError(f"{made} tokens came of {sum(work.num_tokens for work in works)}")
-    return taken
+    return run_batched(model.to(where).eval(), works)
 
 
 def _certify(backend: str, left_s: float, record: Record, *, is_dry: bool) -> None:

@@ -22,6 +22,7 @@ import typer
 from quire.benchmarks import workloads
 from quire.benchmarks.recording import Measurement, Record, paired_ratio
 from quire.benchmarks.shapes import SHAPES, make_model
+from quire.benchmarks.transformers_batching import even, run_batched
 from quire.benchmarks.workloads import Work
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ LOADS = (
     Load("prefill of 2048", workloads.long_prefill, 1, counts_prompt=True),
     Load("shared prefix of 512, 32 requests", workloads.shared_prefix, 4),
 )
+EVEN_LOAD = "mixed prompts, 64 tokens each"
+_EVEN_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,9 @@ def main(
     quantization: Annotated[
         str, typer.Option(help="int8 or int4: Quire quantizes at load, transformers does not")
     ] = "",
+    batched: Annotated[
+        int, typer.Option(help="rounds of a load of 32 beside transformers' continuous batching")
+    ] = 1,
     only: Annotated[str, typer.Option(help="run loads whose name contains this")] = "",
     folder: Annotated[Path | None, typer.Option(help="where the model is kept")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
@@ -96,6 +102,8 @@ def main(
     _run_transformers(peer, warm_up)
     for load in loads:
         _measure(load, llm, peer, vocab_size, rounds, record)
+    if batched and only in EVEN_LOAD:
+        _measure_batched(llm, peer, vocab_size, batched, record)
     record.show()
     print(f"written to {record.write(out)}")
     llm.close()
@@ -125,6 +133,23 @@ def _measure(load: Load, llm: LLM, peer: Any, vocab_size: int, rounds: int, reco
     )
     record.measurements += [a, b]
     record.ratios.append(paired_ratio(load.name, a, b))
+
+
+def _measure_batched(llm: LLM, peer: Any, vocab_size: int, rounds: int, record: Record) -> None:
+    """The mixed prompts with outputs of one length, beside transformers' continuous batching."""
+    ours, theirs = [], []
+    for number in range(rounds):
+        prompts = workloads.mixed(np.random.default_rng(2000 + number), vocab_size)
+        works = even(prompts, _EVEN_TOKENS)
+        num_tokens = sum(work.num_tokens for work in works)
+        ours.append(num_tokens / _run_quire(llm, works).seconds)
+        theirs.append(num_tokens / run_batched(peer, works))
+    a, b = (
+        Measurement(work=EVEN_LOAD, subject=name, unit="output tokens/s", values=tuple(values))
+        for name, values in (("quire", ours), ("transformers, continuous batching", theirs))
+    )
+    record.measurements += [a, b]
+    record.ratios.append(paired_ratio(EVEN_LOAD, a, b))
 
 
 def _rate(load: Load, works: list[Work], seconds: float) -> float:
