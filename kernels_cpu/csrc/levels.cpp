@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__riscv) && defined(__linux__)
+#include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -33,6 +35,8 @@
   LEVEL(generic, true)
 #elif defined(QUIRE_HAVE_dotprod)
 #define QUIRE_LEVELS(LEVEL) LEVEL(dotprod, has_dotprod()) LEVEL(generic, true)
+#elif defined(QUIRE_HAVE_rvv)
+#define QUIRE_LEVELS(LEVEL) LEVEL(rvv, has_rvv()) LEVEL(generic, true)
 #else
 #define QUIRE_LEVELS(LEVEL) LEVEL(generic, true)
 #endif
@@ -82,6 +86,14 @@ static bool has_dotprod() {
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #else
   return true;  // every Apple processor has it
+#endif
+}
+#elif defined(QUIRE_HAVE_rvv)
+static bool has_rvv() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) >> ('v' - 'a') & 1;
+#else
+  return false;
 #endif
 }
 #endif

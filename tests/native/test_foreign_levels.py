@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 
 import pytest
-from foreign_levels import KERNELS, ROOT, RISCV, RISCV_VECTORS, Target, check
+from foreign_levels import KERNELS, RISCV, RISCV_VECTORS, ROOT, Target, check
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
