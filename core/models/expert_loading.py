@@ -19,6 +19,9 @@ class TensorReader(Protocol):
         """One tensor on the host, in any floating dtype."""
         ...
 
+    def read_into(self, tensor: TensorShape, target: Tensor) -> None:
+        """Writes one tensor to `target`, of its shape, on any device and in any floating dtype."""
+
 
 def read_experts(
     tensors: MixtureTensors,
