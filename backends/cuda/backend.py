@@ -34,7 +34,7 @@ class CudaBackend(AcceleratorBackend):
     """NVIDIA's devices on this machine."""
 
     name = "cuda"
-    interface_version = "1.0"
+    interface_version = "1.1"
     _vendor = CUDA
 
     def _find(self) -> Found:

@@ -34,7 +34,7 @@ class RocmBackend(AcceleratorBackend):
     """AMD's devices on this machine."""
 
     name = "rocm"
-    interface_version = "1.0"
+    interface_version = "1.1"
     _vendor = ROCM
 
     def _find(self) -> Found:

@@ -22,7 +22,7 @@ INTERPRETED = "interpreted by Triton on the CPU; right and very slow, for tests"
 class AcceleratorBackend(Backend):
     """Devices of one `Vendor`, or Triton's interpreter in their place."""
 
-    interface_version = "1.0"
+    interface_version = "1.1"
     _vendor: Vendor
 
     @abstractmethod

@@ -32,7 +32,7 @@ class XpuBackend(AcceleratorBackend):
     """Intel's devices on this machine."""
 
     name = "xpu"
-    interface_version = "1.0"
+    interface_version = "1.1"
     _vendor = XPU
 
     def _find(self) -> Found:
