@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +21,6 @@ _WORKSPACE_BYTES = 128 << 20
 """What the library's documentation recommends."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class FlashInferPlan(LibraryPlan):
-    """The step, and the library's wrapper that has planned it."""
-
-    wrapper: Any
-
-
 class FlashInferAttention(LibraryAttention):
     """`BatchPrefillWithPagedKVCacheWrapper` for prompts and single tokens alike.
 
@@ -45,7 +37,8 @@ class FlashInferAttention(LibraryAttention):
             workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=torch_device)
         self._wrapper: Any = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
 
-    def plan(self, batch: AttentionBatch) -> FlashInferPlan:
+    def plan(self, batch: AttentionBatch) -> LibraryPlan:
+        """The library keeps the plan of one step, which is the next that runs."""
         plan = super().plan(batch)
         spec, size = self.spec, self.spec.block_size
         lengths = list(batch.seq_lens_host[: batch.num_requests])
@@ -74,25 +67,14 @@ class FlashInferAttention(LibraryAttention):
             q_data_type=dtype,
             kv_data_type=dtype,
         )
-        return FlashInferPlan(
-            slot_mapping=plan.slot_mapping,
-            query_starts=plan.query_starts,
-            key_starts=plan.key_starts,
-            seq_lens=plan.seq_lens,
-            block_table=plan.block_table,
-            max_query_len=plan.max_query_len,
-            max_seq_len=plan.max_seq_len,
-            num_tokens=plan.num_tokens,
-            wrapper=self._wrapper,
-        )
+        return plan
 
     def _attend_pages(
         self,
         q: Tensor,
         cache: PagedCache,
-        plan: LibraryPlan,
+        plan: LibraryPlan,  # noqa: ARG002 - the wrapper has it
         out: Tensor,
         alibi_slopes: Tensor | None,
     ) -> None:
-        assert isinstance(plan, FlashInferPlan), plan
-        plan.wrapper.run(q, (cache.k, cache.v), out=out)
+        self._wrapper.run(q, (cache.k, cache.v), out=out)
