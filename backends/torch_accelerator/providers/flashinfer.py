@@ -73,7 +73,7 @@ class FlashInferAttention(LibraryAttention):
         self,
         q: Tensor,
         cache: PagedCache,
-        plan: LibraryPlan,  # noqa: ARG002 - the wrapper has it
+        plan: LibraryPlan,
         out: Tensor,
         alibi_slopes: Tensor | None,
     ) -> None:
