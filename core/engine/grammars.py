@@ -44,11 +44,11 @@ def constraint_of(params: SamplingParams) -> ConstraintSpec | None:
 def front_checker(codec: TextCodec | None, model: str, vocab_size: int) -> GrammarChecker:
     """With what the front finds out whether a grammar is one."""
 
-    def read() -> str:
+    def read() -> dict[int, str]:
         if codec is None:
             raise no_tokenizer(model)
-        _require_fast(codec)
-        return ""
+        known = _require_fast(codec).get_added_tokens_decoder()
+        return {number: str(token.content) for number, token in known.items()}
 
     return GrammarChecker(read, vocab_size=vocab_size)
 

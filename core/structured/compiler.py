@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from quire.core.errors import RequestError
+from quire.core.errors import QuireError, RequestError
+from quire.core.structured.byte_table import byte_tokenizer
 from quire.core.structured.grammar_text import param_of, to_compiler_text
 from quire.core.structured.spec import GrammarSpec
 
 _MISSING = (
     'structured output needs llguidance, which is not installed; pip install "quire[structured]"'
 )
+_TOKEN_LIST = re.compile(r"; following special tokens are available: ⟦.*?⟧", re.DOTALL)
 _NUM_THREADS = 2
 _MAX_CACHED = 256
 
@@ -122,7 +125,7 @@ class GrammarCompiler:
                 self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, spec: GrammarSpec) -> Future[CompiledGrammar]:
-        future = self._threads().submit(self._compile, spec)
+        future = self._threads().submit(self._compile_safely, spec)
         self._cache[spec] = future
         return future
 
@@ -131,17 +134,21 @@ class GrammarCompiler:
             self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="quire-grammar")
         return self._pool
 
+    def _compile_safely(self, spec: GrammarSpec) -> CompiledGrammar:
+        """Whatever the library makes of a grammar that it cannot read is the grammar's fault."""
+        try:
+            return self._compile(spec)
+        except QuireError:
+            raise
+        except BaseException as error:  # the library's panics are no Exceptions
+            raise _not_compiled([str(error) or type(error).__name__], spec) from error
+
     def _compile(self, spec: GrammarSpec) -> CompiledGrammar:
         llguidance = _library()
         tokenizer = self._table(llguidance)
         text = to_compiler_text(spec)
         limits = self._native_limits(llguidance)
-        raise_if_invalid(llguidance, text, tokenizer, limits, spec)
-        matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
-        if matcher.is_error():
-            raise _not_compiled([matcher.get_error()], spec)
-        raise_if_empty(matcher, tokenizer, spec)
-        return CompiledGrammar(matcher, tokenizer)
+        return _compiled(llguidance, text, tokenizer, limits, spec)
 
     def _table(self, llguidance: Any) -> Any:
         with self._tokenizer_lock:
@@ -174,24 +181,56 @@ class GrammarCompiler:
 class GrammarChecker(GrammarCompiler):
     """Finds out whether grammars compile, without the table of the model's own tokenizer.
 
-    A table of single bytes does, and costs nothing. Special tokens that a grammar names are left
-    to the engine core.
+    A table of single bytes does, and costs nothing. Where a grammar's author may name special
+    tokens, which are then the model's, they stand in the table beside the bytes.
     """
+
+    def __init__(
+        self,
+        read_special_tokens: Callable[[], Mapping[int, str]],
+        *,
+        vocab_size: int,
+        limits: GrammarLimits | None = None,
+    ) -> None:
+        """`read_special_tokens` gives the ids and texts of the tokens that are no text."""
+        super().__init__(str, vocab_size=vocab_size, limits=limits)
+        self._read_special_tokens = read_special_tokens
+        self._named: Any = None
+        self._named_lock = threading.Lock()
 
     def _compile(self, spec: GrammarSpec) -> CompiledGrammar:
         llguidance = _library()
-        self._read_tokenizer()
+        special_tokens = self._read_special_tokens()
         text = to_compiler_text(spec)
         limits = self._native_limits(llguidance)
-        raise_if_invalid(llguidance, text, None, limits, spec)
         tokenizer = self._table(llguidance)
-        matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
-        if not matcher.is_error():
-            raise_if_empty(matcher, tokenizer, spec)
-        return CompiledGrammar(matcher, tokenizer)
+        if spec.kind == "grammar":
+            tokenizer = self._table_with(special_tokens, llguidance)
+        return _compiled(llguidance, text, tokenizer, limits, spec)
 
     def _make_table(self, llguidance: Any) -> Any:
         return llguidance.LLTokenizer("byte")
+
+    def _table_with(self, special_tokens: Mapping[int, str], llguidance: Any) -> Any:
+        with self._named_lock:
+            if self._named is None:
+                table = byte_tokenizer(special_tokens)
+                size = max(self.vocab_size, table.size)
+                self._named = llguidance.LLTokenizer(
+                    table.text, n_vocab=size, eos_token=table.end_token_id
+                )
+            return self._named
+
+
+def _compiled(
+    llguidance: Any, text: str, tokenizer: Any, limits: Any, spec: GrammarSpec
+) -> CompiledGrammar:
+    raise_if_invalid(llguidance, text, tokenizer, limits, spec)
+    matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
+    if matcher.is_error():
+        raise _not_compiled([matcher.get_error()], spec)
+    raise_if_empty(matcher, tokenizer, spec)
+    return CompiledGrammar(matcher, tokenizer)
 
 
 def raise_if_invalid(
@@ -236,4 +275,6 @@ def _allows_any(matcher: Any, tokenizer: Any) -> bool:
 
 
 def _first_lines(messages: list[str]) -> str:
-    return " ".join(" ".join(messages).split())[:500]
+    """One line, without the list of every token that has a name."""
+    text = _TOKEN_LIST.sub("", " ".join(messages))
+    return " ".join(text.split())[:500]
