@@ -12,6 +12,13 @@ Message = dict[str, Any]
 """As `/v1/chat/completions` takes it."""
 
 _MESSAGE_FIELDS = frozenset({"type", "role", "content", "id", "status", "phase"})
+_CALL_FIELDS = {"type", "call_id", "id", "status"}
+_ITEM_FIELDS = {
+    "function_call": frozenset({*_CALL_FIELDS, "name", "arguments"}),
+    "function_call_output": frozenset({*_CALL_FIELDS, "output"}),
+}
+_PART_FIELDS = frozenset({"type", "text", "annotations", "logprobs"})
+"""An answer's text comes back with its annotations, which are none, and log-probabilities."""
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
 
@@ -33,6 +40,7 @@ def messages_of(items: Sequence[dict[str, Any]]) -> list[Message]:
     messages: list[Message] = []
     for item in items:
         kind = item.get("type", "message")
+        _refuse_odd(item, _ITEM_FIELDS.get(kind) if isinstance(kind, str) else None)
         if kind == "message":
             messages.append(_message(item))
         elif kind == "function_call":
@@ -73,7 +81,20 @@ def _part(part: Any) -> dict[str, Any]:
             "input_text, output_text and input_image",
             param="input",
         )
+    _refuse_odd(part, _PART_FIELDS)
     return {"type": "text", "text": part.get("text")}
+
+
+def _refuse_odd(given: dict[str, Any], known: frozenset[str] | None) -> None:
+    """Raises: RequestError for a field that would otherwise be ignored. `known` None: any goes."""
+    odd = sorted(str(name) for name, value in given.items() if value is not None)
+    for name in odd if known is not None else ():
+        if name not in (known or ()):
+            raise RequestError(
+                f"input of type {str(given.get('type'))[:40]!r} with {name[:40]!r} is not "
+                "supported; leave it out",
+                param="input",
+            )
 
 
 def _add_call(messages: list[Message], item: dict[str, Any]) -> None:

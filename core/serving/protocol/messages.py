@@ -23,6 +23,18 @@ CHAT_NAMES = {
 """Chat's fields to those of this endpoint of which they are made, for errors."""
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _TOOL_FIELDS = frozenset({"type", "name", "description", "input_schema", "cache_control", "strict"})
+_BLOCK_FIELDS = {
+    "text": {"type", "text", "cache_control"},
+    "tool_use": {"type", "id", "name", "input", "cache_control"},
+    "tool_result": {"type", "tool_use_id", "content", "is_error", "cache_control"},
+}
+_NEUTRAL_IN_BLOCKS: Mapping[str, tuple[Any, ...]] = {
+    "citations": (None, []),
+    "caller": (None, {"type": "direct"}),
+}
+_CHOICE_FIELDS = frozenset({"type", "name", "disable_parallel_tool_use"})
+_DISPLAYS = ("summarized", "omitted")
+_THINKING_FIELDS = frozenset({"type", "budget_tokens", "display"})
 
 
 class AnthropicMessage(RequestBody):
@@ -65,6 +77,9 @@ class MessagesFields(RequestBody):
             fields |= _chat_tool_choice(self.tool_choice)
         if self.thinking is not None:
             fields["chat_template_kwargs"] = {"enable_thinking": _is_thinking(self.thinking)}
+            # Of the two ways to show thoughts, the server has them whole or not at all.
+            if isinstance(self, MessagesRequest) and self.thinking.get("display") == "omitted":
+                fields["include_reasoning"] = False
         for name, value in (self.output_config or {}).items():
             fields |= _chat_output(name, value)
         return fields
@@ -158,6 +173,7 @@ def _chat_messages(message: AnthropicMessage) -> list[dict[str, Any]]:
     results, texts, calls = [], [], []
     for block in message.content:
         kind = block.get("type")
+        _refuse_odd(block, "messages")
         if kind == "text":
             texts.append({"type": "text", "text": block.get("text")})
         elif kind == "tool_use":
@@ -176,14 +192,28 @@ def _chat_messages(message: AnthropicMessage) -> list[dict[str, Any]]:
     return [*results, own] if texts or calls or not results else results
 
 
-def _chat_call(block: dict[str, Any]) -> dict[str, Any]:
+def _refuse_odd(block: dict[str, Any], param: str) -> None:
+    """Raises: RequestError for a field of a block that would otherwise be ignored."""
+    kind = block.get("type")
+    known = _BLOCK_FIELDS.get(kind) if isinstance(kind, str) else None
+    for name, value in block.items():
+        if known is None or name in known or value in _NEUTRAL_IN_BLOCKS.get(name, (None,)):
+            continue
+        raise RequestError(
+            f"a block of type {kind} with {str(name)[:40]!r} is not supported; leave it out",
+            param=param,
+        )
 
+
+def _chat_call(block: dict[str, Any]) -> dict[str, Any]:
     function = {"name": block.get("name"), "arguments": json.dumps(block.get("input", {}))}
     return {"id": block.get("id"), "type": "function", "function": function}
 
 
 def _chat_result(block: dict[str, Any]) -> dict[str, Any]:
     text = _text_of(block.get("content") or "", "messages")
+    if block.get("is_error") is True and not text.lower().startswith("error"):
+        text = f"Error: {text}"  # chat templates know no other way to say it
     return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text}
 
 
@@ -197,6 +227,7 @@ def _text_of(content: Any, param: str) -> str:
     for block in content:
         if not isinstance(block, dict) or block.get("type") != "text":
             raise RequestError(f"{param} holds a block that is not text", param=param)
+        _refuse_odd(block, param)
         text = block.get("text")
         if not isinstance(text, str):
             raise RequestError(f"a block of {param} has no text", param=param)
@@ -221,6 +252,7 @@ def _chat_tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chat_tool_choice(choice: dict[str, Any]) -> dict[str, Any]:
+    _refuse_unknown(choice, _CHOICE_FIELDS, "tool_choice")
     kind = choice.get("type")
     fields: dict[str, Any] = {}
     if choice.get("disable_parallel_tool_use"):
@@ -238,6 +270,7 @@ def _chat_tool_choice(choice: dict[str, Any]) -> dict[str, Any]:
 
 def _is_thinking(thinking: dict[str, Any]) -> bool:
     kind = thinking.get("type")
+    _refuse_unknown(thinking, _THINKING_FIELDS, "thinking")
     if kind not in ("enabled", "adaptive", "disabled"):
         raise RequestError(f"thinking has the type {str(kind)[:40]!r}", param="thinking")
     if thinking.get("budget_tokens") is not None:
@@ -245,7 +278,19 @@ def _is_thinking(thinking: dict[str, Any]) -> bool:
             "thinking.budget_tokens is not supported; max_tokens bounds all of the answer",
             param="thinking",
         )
+    if thinking.get("display") not in (None, *_DISPLAYS):
+        raise RequestError(
+            f"thinking.display is {str(thinking['display'])[:40]!r}; it is "
+            f"{' or '.join(_DISPLAYS)}",
+            param="thinking",
+        )
     return bool(kind != "disabled")
+
+
+def _refuse_unknown(given: dict[str, Any], known: frozenset[str], param: str) -> None:
+    odd = sorted(map(str, set(given) - known))
+    if odd:
+        raise RequestError(f"{param}.{odd[0][:40]} is not supported; leave it out", param=param)
 
 
 def _chat_output(name: str, value: Any) -> dict[str, Any]:
