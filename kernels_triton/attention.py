@@ -12,9 +12,6 @@ from quire.kernels_triton.launch import LaunchEntry, Launcher, ceil_div, power_o
 
 _MIN_TILE = 16
 """Rows that a matrix unit takes at least."""
-_PROGRAMS_PER_UNIT = 2
-_MIN_SPLIT_TOKENS = 256
-"""Below so many tokens a part costs more to join than it saves."""
 MAX_SPLITS = 64
 
 
@@ -81,10 +78,15 @@ class PagedCache:
 def choose_splits(
     launcher: Launcher, *, num_requests: int, num_kv_heads: int, max_seq_len: int
 ) -> int:
-    """In how many parts decoded contexts are cut so that every compute unit has work."""
-    wanted = launcher.table.facts["compute_units"] * _PROGRAMS_PER_UNIT
+    """In how many parts decoded contexts are cut so that every compute unit has work.
+
+    The table's row `splits` says how much work a unit wants, and below how many tokens a part costs
+    more to join than it saves.
+    """
+    row = launcher.find("splits").constants
+    wanted = launcher.table.facts["compute_units"] * row["PROGRAMS_PER_UNIT"]
     parts = wanted // max(1, num_requests * num_kv_heads)
-    parts = min(parts, ceil_div(max_seq_len, _MIN_SPLIT_TOKENS), MAX_SPLITS)
+    parts = min(parts, ceil_div(max_seq_len, row["MIN_TOKENS"]), MAX_SPLITS)
     # A power of two, so that few versions of the kernel are compiled.
     return power_of_two(parts + 1) // 2 if parts > 1 else 1
 

@@ -17,6 +17,7 @@ from quire.kernels_triton.attention import (
     AttentionShape,
     PagedCache,
     PagedStep,
+    choose_splits,
     make_partials,
     paged_attention,
 )
@@ -47,6 +48,7 @@ def record_all(launcher: RecordingLauncher, *, fp8: torch.dtype | None = None) -
 
     Mutates the launcher's notes alone.
     """
+    choose_splits(launcher, num_requests=1, num_kv_heads=8, max_seq_len=8192)
     _record_attention(launcher, fp8)
     record_extensions(launcher)
     _record_layers(launcher)

@@ -78,9 +78,15 @@ class RecordingLauncher(Launcher):
         super().__init__(table)
         self.jobs: dict[str, Job] = {}
         self.used: set[int] = set()
-        """Rows of the table, by number, that some launch has taken."""
+        """Rows of the table, by number, that the host functions have asked for."""
         self.label = ""
         """Stands before the names of the jobs that follow."""
+
+    def find(self, kernel: str, **facts: Any) -> LaunchEntry:
+        """The table's row, which counts as taken: some rows are for the host alone."""
+        entry = super().find(kernel, **facts)
+        self.used.add(next(i for i, row in enumerate(self.table.entries) if row is entry))
+        return entry
 
     def start(
         self,
@@ -91,7 +97,6 @@ class RecordingLauncher(Launcher):
         entry: LaunchEntry,
     ) -> None:
         """Notes one launch; the same machine code is noted once."""
-        self.used.add(next(i for i, row in enumerate(self.table.entries) if row is entry))
         job = _make_job(kernel, f"{self.label}{kernel.__name__}", arguments, constants, entry)
         key = repr((job.name, job.signature, job.constants, job.aligned, entry.options))
         self.jobs.setdefault(key, job)

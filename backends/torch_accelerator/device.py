@@ -175,7 +175,7 @@ class AcceleratorDevice(TorchDevice):
 
     @property
     def tuner(self) -> Callable[..., str]:
-        """What `quire tune` calls with a path and `is_dry`; it returns a sentence."""
+        """What `quire tune` calls with a path, `is_dry` and `minutes`; it returns a sentence."""
         from quire.backends.torch_accelerator.tuning import tune_device
 
         return partial(tune_device, self, self._launcher.table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,12 +15,26 @@ from quire.backends.reference import TorchDevice
 from quire.core.interface import DeviceError
 from quire.kernels_triton import tuning
 from quire.kernels_triton.launch import LaunchTable
+from quire.kernels_triton.tuning_work import works
 
-_ROUNDS, _DRY_ROUNDS, _DRY_CANDIDATES = 20, 1, 2
+_ROUNDS, _DRY_ROUNDS, _DRY_CANDIDATES = 10, 1, 2
+_ROUND_S = 2e-3
+"""A round repeats what takes less, so that waiting for the device is no part of the figure."""
+_MOST_CALLS = 100
 
 
-def tune_device(device: TorchDevice, table: LaunchTable, path: Path, *, is_dry: bool) -> str:
+def tune_device(
+    device: TorchDevice,
+    table: LaunchTable,
+    path: Path,
+    *,
+    is_dry: bool,
+    minutes: float = 8.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> str:
     """Writes a tuned table to `path` and its trials beside it; returns a sentence about them.
+
+    What has not begun after `minutes` is left as it was and named.
 
     Raises: DeviceError where the interpreter is asked for figures.
     """
@@ -29,30 +44,43 @@ def tune_device(device: TorchDevice, table: LaunchTable, path: Path, *, is_dry: 
             f"{device.info.name} was asked to be tuned; interpreted kernels have no speed: run on "
             "a device, or with --dry-run"
         )
-
-    def measure(work: Callable[[], None]) -> list[float]:
-        work()
-        return [_seconds_of(device, work) for _ in range(_DRY_ROUNDS if is_dry else _ROUNDS)]
-
-    limit = _DRY_CANDIDATES if is_dry else 0
-    tuned, trials = tuning.tune(
-        table, str(device.torch_device), measure, is_dry=is_dry, limit=limit
+    end = clock() + 60.0 * minutes
+    found = tuning.tune(
+        table,
+        works(str(device.torch_device), is_dry=is_dry),
+        partial(_measure, device, _DRY_ROUNDS if is_dry else _ROUNDS),
+        limit=_DRY_CANDIDATES if is_dry else 0,
+        is_over=lambda: clock() > end,
     )
-    provenance = {
-        "method": "dry run: the figures mean nothing" if is_dry else f"median of {_ROUNDS} runs",
+    tuning.write_table(found, path, _provenance(device, is_dry=is_dry))
+    failed = sum(trial.seconds is None for trial in found.trials)
+    left = f"; left as they were: {', '.join(found.untried)}" if found.untried else ""
+    return f"{len(found.trials)} candidates tried, {failed} could not run; written to {path}{left}"
+
+
+def _provenance(device: TorchDevice, *, is_dry: bool) -> dict[str, str]:
+    method = f"each number of a row in turn; median of {_ROUNDS} rounds, the shapes by their shares"
+    return {
+        "method": "dry run: the figures mean nothing" if is_dry else method,
         "device": device.info.name,
         "triton": version("triton"),
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
     }
-    tuning.write_table(tuned, trials, path, provenance)
-    failed = sum(trial.seconds is None for trial in trials)
-    return f"{len(trials)} candidates tried, {failed} could not run; written to {path}"
 
 
-def _seconds_of(device: TorchDevice, work: Callable[[], None]) -> float:
+def _measure(device: TorchDevice, num_rounds: int, work: Callable[[], None]) -> list[float]:
+    """Seconds of a call, round by round; the first call compiles."""
+    work()
+    once = _seconds_of(device, work, 1)
+    calls = max(1, min(_MOST_CALLS, int(_ROUND_S / max(once, 1e-9)))) if num_rounds > 1 else 1
+    return [_seconds_of(device, work, calls) for _ in range(num_rounds)]
+
+
+def _seconds_of(device: TorchDevice, work: Callable[[], None], calls: int) -> float:
     device.synchronize()
     begin = time.perf_counter()
-    work()
+    for _ in range(calls):
+        work()
     device.synchronize()
-    return time.perf_counter() - begin
+    return (time.perf_counter() - begin) / calls

@@ -19,7 +19,7 @@ KERNELS = {
     *("gated_activation", "rotary", "entries", "rows_of_logits", "sample", "logprobs"),
     *("latent_prefill", "latent_decode", "route", "sort_pairs", "expert_tiles", "experts_up"),
     *("experts_down", "experts_sum", "conv", "conv_state", "selective_scan", "ssd_scan"),
-    *("gated_delta_rule", "round_rows", "quantized_linear"),
+    *("gated_delta_rule", "round_rows", "quantized_linear", "splits"),
 }
 
 

@@ -37,6 +37,8 @@ def test_dry_run_writes_a_table_that_can_be_read_and_says_where_it_is_from(tmp_p
     assert table.find("latent_decode", {"head_size": 512, "item_size": 2}).constants["BLOCK_N"]
     trials = json.loads(file.with_suffix(".trials.json").read_text())
     assert {trial["kernel"] for trial in trials} == {
+        *("decode", "prefill", "splits", "latent_decode", "latent_prefill"),
+        *("experts_up", "experts_down"),
         "rms_norm",
         "gated_activation",
         "quantized_linear",

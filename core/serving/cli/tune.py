@@ -14,6 +14,9 @@ def tune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tiny shapes, few candidates; figures mean nothing.")
     ] = False,
+    minutes: Annotated[
+        float, typer.Option(help="What has not begun by then is left as it was.", min=0.0)
+    ] = 8.0,
 ) -> None:
     """Time candidates for each kernel on a device and write its launch table."""
     from quire.core.discovery import load_backend
@@ -31,6 +34,6 @@ def tune(
                 f"{name} has nothing to tune: its devices keep no launch tables; tune a device "
                 "that does, as `quire backends` lists them"
             )
-        typer.echo(work(out, is_dry=dry_run))
+        typer.echo(work(out, is_dry=dry_run, minutes=minutes))
     finally:
         opened.close()
