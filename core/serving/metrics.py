@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 import quire
 from quire.core.engine.async_engine import AsyncEngine, OutputKind
+from quire.core.engine.pooling import POOLING_TASKS, PoolingOutput, PoolingTask
 from quire.core.errors import EngineDeadError
 from quire.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from quire.core.serving.operations.engine_metrics import EngineCollector
+from quire.core.serving.operations.pooling_metrics import PoolingMetrics
 from quire.core.serving.operations.record import RequestRecord
 
 _FIRST_TOKEN_S = (
@@ -76,6 +78,9 @@ class ServerMetrics:
         self.request_generation_tokens = self._histogram(
             "request_generation_tokens", "Tokens of an output.", _TOKENS
         )
+        facts = engine.facts
+        tasks = [task for task in POOLING_TASKS if task in facts.tasks]
+        self._pooling = PoolingMetrics(self.registry, facts.served_model_name, tasks)
         self._success = Counter(
             "quire:request_success",
             "Outputs that ended, by the reason for which they did.",
@@ -88,6 +93,16 @@ class ServerMetrics:
         return RequestObserver(
             self, num_outputs=num_outputs, output_kind=output_kind, record=self._record
         )
+
+    async def pooled(self, task: PoolingTask, asked: Awaitable[PoolingOutput]) -> PoolingOutput:
+        """What comes of one text, which is counted and timed. Raises: what `asked` does."""
+        with self._pooling.observed(task):
+            output = await asked
+        self._pooling.count_tokens(task, output.num_prompt_tokens)
+        if self._record is not None:
+            self._record.num_prompt_tokens += output.num_prompt_tokens
+            self._record.num_cached_tokens += output.num_cached_tokens
+        return output
 
     def recording(self, record: RequestRecord) -> ServerMetrics:
         """The same numbers, with observers that also fill the record of one HTTP request."""

@@ -40,13 +40,7 @@ class PoolingRun:
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(
-                        self.server.engine.pool(
-                            prompt,
-                            params,
-                            f"{self.engine_id}-{index}",
-                            pair=None if pairs is None else pairs[index],
-                            add_special_tokens=self.add_special_tokens,
-                        )
+                        self._one(prompt, params, index, None if pairs is None else pairs[index])
                     )
                     for index, prompt in enumerate(prompts)
                 ]
@@ -75,6 +69,18 @@ class PoolingRun:
         )
         outputs = await self.outputs(first, params, second)
         return [float(np.ravel(output.data)[0]) for output in outputs], usage_of(outputs)
+
+    async def _one(
+        self, prompt: Prompt, params: PoolingParams, index: int, pair: str | None
+    ) -> PoolingOutput:
+        asked = self.server.engine.pool(
+            prompt,
+            params,
+            f"{self.engine_id}-{index}",
+            pair=pair,
+            add_special_tokens=self.add_special_tokens,
+        )
+        return await self.server.metrics.pooled(params.task, asked)
 
     def _check(self, num_prompts: int, params: PoolingParams) -> None:
         facts = self.server.engine.facts

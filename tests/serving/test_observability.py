@@ -50,7 +50,7 @@ async def test_every_metric_of_the_dashboard_exists():
     ]
     named = {name for query in queries for name in re.findall(r"\b(?:quire:|process_)\w+", query)}
     assert len(named) > 20
-    async with connected(FakeEngine(facts=facts(startup_s={"load": 1.0}))) as client:
+    async with connected(FakeEngine(facts=facts(startup_s={"load": 1.0}, tasks=["generate", "embed"]))) as client:
         await client.post("/v1/completions", json=BODY)
         told = {name for name, *_ in await samples_of(client)}
     assert named <= told

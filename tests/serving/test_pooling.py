@@ -9,8 +9,11 @@ import pytest
 from asking import connected, error_of, served_in_thread
 from fake_engine import FakeEngine, facts, vector_of
 from openai import OpenAI
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
 from quire.core.errors import EngineDeadError
+from quire.core.serving.operations.pooling_metrics import PoolingMetrics
 
 EMBEDS = ["embed", "token_embed"]
 ALL_PATHS = {
@@ -161,3 +164,37 @@ async def test_pooling_dead_engine_is_503():
     engine.dead_error = EngineDeadError("gone")
     async with connected(engine) as client:
         error_of(await client.post("/v1/embeddings", json={"input": "a"}), 503)
+
+
+async def test_metrics_count_texts_tokens_and_time_by_task():
+    """An operator sees what a model of vectors does, though it generates nothing; also failures."""
+    engine = pooling_engine(*EMBEDS)
+    async with connected(engine) as client:
+        await client.post("/v1/embeddings", json={"input": ["ab", "c"]})
+        await client.post("/pooling", json={"input": "abc", "task": "token_embed"})
+        text = (await client.get("/metrics")).text
+    told = {
+        (sample.name, sample.labels["task"], sample.labels.get("outcome")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "pooling" in sample.name and "le" not in sample.labels
+    }
+    assert told["quire:pooling_requests_total", "embed", "success"] == 2
+    assert told["quire:pooling_requests_total", "token_embed", "success"] == 1
+    assert told["quire:pooling_prompt_tokens_total", "embed", None] == 3 + 2
+    assert told["quire:pooling_prompt_tokens_total", "token_embed", None] == 4
+    assert told["quire:pooling_request_latency_seconds_count", "embed", None] == 2
+    assert told["quire:pooling_request_latency_seconds_sum", "embed", None] > 0
+
+
+@pytest.mark.parametrize(("error", "outcome"), [(ValueError, "error"), (GeneratorExit, "abort")])
+def test_metrics_tell_how_a_text_ended(error, outcome):
+    """What fails and what is given up are not counted as done, and say nothing of the time."""
+    registry = CollectorRegistry()
+    metrics = PoolingMetrics(registry, "m", ["embed"])
+    with pytest.raises(error), metrics.observed("embed"):
+        raise error
+    labels = {"model_name": "m", "task": "embed"}
+    ends = {**labels, "outcome": outcome}
+    assert registry.get_sample_value("quire:pooling_requests_total", ends) == 1
+    assert registry.get_sample_value("quire:pooling_request_latency_seconds_count", labels) == 0
