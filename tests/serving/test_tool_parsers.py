@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.core.errors import ConfigError
-from quire.core.serving.tools.events import AnswerParser, ParsedAnswer, join, parse_whole
+from quire.core.serving.tools.events import (
+    AnswerParser,
+    CallPart,
+    ParsedAnswer,
+    join,
+    parse_whole,
+)
 from quire.core.serving.tools.plan import AnswerPlan
 from quire.core.serving.tools.registry import (
     REASONING_FORMATS,
@@ -352,3 +358,67 @@ def test_formats_special_marks_make_special_tokens_show():
     """A mark that is a special token would be left out of the text otherwise."""
     assert choose_formats("mistral", "none", "", frozenset({"[TOOL_CALLS]"})).shows_special_tokens
     assert not choose_formats("hermes", "none", "", frozenset({"</s>"})).shows_special_tokens
+
+
+LONG = {"city": "Oslo " * 30 + '"}</tool_call> [x] é\\', "days": 3, "more": [{"a": None}] * 3}
+LONG_JSON = json.dumps(LONG)
+LONG_CASES = [
+    Case("hermes", f"Ok. {hermes('get_weather', LONG)}{hermes('now', {})}"),
+    Case("kimi_k2", f"Ok.{kimi('get_weather', 0, LONG)}{kimi('now', 1, {})}"),
+    Case("deepseek_v3", f"Ok.{deepseek('get_weather', LONG)}{deepseek('now', {})}"),
+    Case(
+        "deepseek_v31",
+        f"Ok.<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{LONG_JSON}<｜tool▁call▁end｜>"
+        "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
+    ),
+    Case("mistral", f"Ok.[TOOL_CALLS]get_weather[ARGS]{LONG_JSON}[TOOL_CALLS]now[ARGS]{{}}"),
+    Case(
+        "gpt_oss",
+        "<|channel|>final<|message|>Ok.<|end|><|start|>assistant<|channel|>commentary "
+        f"to=functions.get_weather<|message|>{LONG_JSON}<|call|><|start|>assistant<|channel|>"
+        "commentary to=functions.now<|message|>{}<|call|>",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.format)
+def test_long_arguments_arrive_piece_by_piece(case):
+    """A client sees what is being written, as it is written, and it adds up."""
+    parts = fed(case.parser(), case.text)
+    assert facts_of(join(parts)) == ((("get_weather", LONG), ("now", {})), "Ok.", None)
+    deltas = [part for part in parts if isinstance(part, CallPart) and part.index == 0]
+    assert len(deltas) > len(LONG_JSON) // 2
+    assert [part.name for part in deltas[:2]] == ["get_weather", None]
+    assert deltas[0].id is not None
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.format)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_long_arguments_read_the_same_however_they_are_cut_or_end(case, data):
+    """Every cut of a whole answer, and of one that max_tokens has ended, gives the same."""
+    text = case.text[: data.draw(st.integers(0, len(case.text)))]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    chunks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    whole, pieces = parse_whole(case.parser(), text), join(fed(case.parser(), chunks))
+    assert written(pieces) == written(whole)
+
+
+def test_mark_within_arguments_reads_the_same_however_it_is_cut():
+    """A mark at the place where it is decided that arguments are long changes nothing."""
+    for before in range(40, 62):
+        body = json.dumps({"city": f"{'x' * before}<|call|>{'y' * 40}"})
+        case = Case(
+            "gpt_oss", f"<|channel|>commentary to=functions.now<|message|>{body}<|call|>",
+            thoughts="gpt_oss",
+        )  # fmt: skip
+        whole = written(parse_whole(case.parser(), case.text))
+        assert written(join(fed(case.parser(), tuple(case.text)))) == whole
+        for at in range(len(case.text)):
+            cut = (case.text[:at], case.text[at:])
+            assert written(join(fed(case.parser(), cut))) == whole
+
+
+def written(answer: ParsedAnswer) -> tuple:
+    calls = tuple((call.name, call.arguments) for call in answer.calls or ())
+    return calls, answer.content, answer.reasoning

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 
+from quire.core.serving.tools.argument_stream import MIN_STREAMED, is_long_object
 from quire.core.serving.tools.events import (
+    CallPart,
     Content,
     Part,
     Reasoning,
@@ -35,6 +37,10 @@ class HarmonyParser:
         self._header: str | None = None
         """Of the message that is read; None: between messages."""
         self._is_message = False
+        self._is_told = False
+        """The message is a call, whose arguments go out as they come."""
+        self._index: int | None = None
+        """Of that call; None: it is one too many."""
 
     def feed(self, text: str) -> list[Part]:
         """See `AnswerParser`."""
@@ -88,8 +94,11 @@ class HarmonyParser:
 
     def _read_message(self, parts: list[Part]) -> bool:
         at, mark = find_first(self._buffer, _ENDS)
+        if not self._is_told and at >= MIN_STREAMED:
+            size = at if mark is not None else at - held_back(self._buffer, _ENDS)
+            self._begin_telling(self._buffer[:size], parts)
         if mark is None:
-            if self._tool() is None:
+            if self._is_told or self._tool() is None:
                 size = len(self._buffer) - held_back(self._buffer, _ENDS)
                 parts += self._say(self._buffer[:size])
                 self._buffer = self._buffer[size:]
@@ -97,13 +106,23 @@ class HarmonyParser:
         body, self._buffer = self._buffer[:at], self._buffer[at + len(mark) :]
         parts += self._close(body)
         self._header = mark if mark in _HEADER_MARKS else None
-        self._is_message = False
+        self._is_message = self._is_told = False
         return True
+
+    def _begin_telling(self, body: str, parts: list[Part]) -> None:
+        """Begins the call that the message is, if its arguments are long."""
+        name = self._tool()
+        if name is None or not is_long_object(body.lstrip()):
+            return
+        begun = self._trimmer.begin_call(name, None)
+        parts += begun
+        self._index = begun[0].index if begun and isinstance(begun[0], CallPart) else None
+        self._is_told = True
 
     def _close(self, body: str) -> list[Part]:
         """The rest of a message, or the call that it is."""
         name = self._tool()
-        if name is None:
+        if name is None or self._is_told:
             return self._say(body)
         arguments = read_json(body) if body.strip() else {}
         if not isinstance(arguments, dict):
@@ -113,6 +132,8 @@ class HarmonyParser:
     def _say(self, text: str) -> list[Part]:
         if not text:
             return []
+        if self._is_told:
+            return [] if self._index is None else [CallPart(index=self._index, arguments=text)]
         is_thought = "<|channel|>analysis" in (self._header or "")
         return [Reasoning(text)] if is_thought else [Content(text)]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from quire.core.serving.tools.argument_stream import ObjectEnd, is_long_object
 from quire.core.serving.tools.events import CallPart, Content, Part, ToolCall, new_call_id
 
 ReadCalls = Callable[[str], list[ToolCall] | None]
@@ -21,6 +23,10 @@ class Region:
     read: ReadCalls
     is_json: bool = True
     """An end within a JSON string is none."""
+    head: re.Pattern[str] | None = None
+    """What stands before arguments in JSON, with the groups `name` (or `newer`) and perhaps `id`;
+    long ones are then told as they come. None: a call is told whole.
+    """
 
 
 class ContentTrimmer:
@@ -64,6 +70,10 @@ class ContentTrimmer:
             self._num_calls += 1
         return parts
 
+    def begin_call(self, name: str, call_id: str | None) -> list[Part]:
+        """The beginning of a call whose arguments come in pieces; nothing if it is one too many."""
+        return self.calls([ToolCall(name, "", call_id)])
+
     def finish(self) -> list[Part]:
         """White space at the end of an answer that is not a call."""
         held, self._held = self._held, ""
@@ -84,6 +94,12 @@ class MarkedParser:
         self._buffer = ""
         self._region: Region | None = None
         self._searched = 0
+        self._object: ObjectEnd | None = None
+        """Of the arguments that are being told."""
+        self._index: int | None = None
+        """Of their call; None: it is not told."""
+        self._is_told = False
+        """The call of this region; what follows up to its end says nothing."""
 
     def feed(self, text: str) -> list[Part]:
         """See `AnswerParser`."""
@@ -99,7 +115,8 @@ class MarkedParser:
         if self._region is not None:
             region, self._region = self._region, None
             body, self._buffer = self._buffer, ""
-            parts += self._close(region, body, region.end is None)
+            if self._object is None and not self._is_told:
+                parts += self._close(region, body, region.end is None)
         parts += self._trimmer.text(self._buffer)
         self._buffer = ""
         return parts + self._trimmer.finish()
@@ -118,9 +135,14 @@ class MarkedParser:
         self._buffer = self._buffer[begin + len(mark) :]
         self._region = self._regions.get(mark)
         self._searched = 0
+        self._is_told = False
         return True
 
     def _advance_region(self, region: Region, parts: list[Part]) -> bool:
+        if self._object is not None:
+            return self._tell(self._object, region, parts)
+        if not self._is_told and self._begin_telling(region, parts):
+            return True
         if region.end is None:
             return False
         end = self._buffer.find(region.end, self._searched)
@@ -128,12 +150,45 @@ class MarkedParser:
             self._searched = max(self._searched, len(self._buffer) - len(region.end) + 1)
             return False
         body = self._buffer[:end]
-        if region.is_json and is_in_string(body) and region.read(body) is None:
+        if (
+            not self._is_told
+            and region.is_json
+            and is_in_string(body)
+            and region.read(body) is None
+        ):
             self._searched = end + len(region.end)
             return True
         self._buffer = self._buffer[end + len(region.end) :]
         self._region = None
-        parts += self._close(region, body, is_whole=True)
+        if not self._is_told:
+            parts += self._close(region, body, is_whole=True)
+        return True
+
+    def _begin_telling(self, region: Region, parts: list[Part]) -> bool:
+        """Whether a call begins whose arguments are so long that they are told as they come."""
+        head = region.head.match(self._buffer) if region.head is not None else None
+        if head is None or not is_long_object(self._buffer[head.end() :]):
+            return False
+        found = head.groupdict()
+        name, call_id = found["name"] or found["newer"], found.get("id")
+        begun = self._trimmer.begin_call(name.strip(), call_id and call_id.strip())
+        parts += begun
+        self._index = begun[0].index if begun and isinstance(begun[0], CallPart) else None
+        self._object = ObjectEnd()
+        self._buffer = self._buffer[head.end() :]
+        return True
+
+    def _tell(self, arguments: ObjectEnd, region: Region, parts: list[Part]) -> bool:
+        end = arguments.find(self._buffer)
+        size = len(self._buffer) if end is None else end
+        piece, self._buffer = self._buffer[:size], self._buffer[size:]
+        if piece and self._index is not None:
+            parts.append(CallPart(index=self._index, arguments=piece))
+        if end is None:
+            return False
+        self._object, self._is_told, self._searched = None, True, 0
+        if region.end is None:
+            self._region = None
         return True
 
     def _close(self, region: Region, body: str, is_whole: bool) -> list[Part]:

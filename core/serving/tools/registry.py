@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quire.core.errors import ConfigError
+from quire.core.serving.tools import argument_stream as heads
 from quire.core.serving.tools import bare, formats
 from quire.core.serving.tools.events import AnswerParser, new_call_id, short_call_id
 from quire.core.serving.tools.harmony import HarmonyParser
@@ -73,7 +74,9 @@ def _pythonic(_: Tools, trimmer: ContentTrimmer) -> AnswerParser:
     return bare.BareParser(bare.could_be_python, bare.read_pythonic, trimmer)
 
 
-_DEEPSEEK_FORMAT = _marked(Region(*_DEEPSEEK_ONE, formats.read_deepseek), noise=_DEEPSEEK)
+_DEEPSEEK_FORMAT = _marked(
+    Region(*_DEEPSEEK_ONE, formats.read_deepseek, head=heads.DEEPSEEK_HEAD), noise=_DEEPSEEK
+)
 
 # In the order in which a template is asked: the telling ones first.
 TOOL_FORMATS: dict[str, ToolFormat] = {
@@ -89,13 +92,13 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
         ToolFormat("deepseek_v31", _DEEPSEEK_FORMAT, (*_DEEPSEEK, *_DEEPSEEK_ONE)),
         ToolFormat(
             "kimi_k2",
-            _marked(Region(*_KIMI_ONE, formats.read_kimi), noise=_KIMI),
+            _marked(Region(*_KIMI_ONE, formats.read_kimi, head=heads.KIMI_HEAD), noise=_KIMI),
             (*_KIMI, *_KIMI_ONE),
             _KIMI[:1],
         ),
         ToolFormat(
             "mistral",
-            _marked(Region("[TOOL_CALLS]", None, formats.read_mistral)),
+            _marked(Region("[TOOL_CALLS]", None, formats.read_mistral, head=heads.MISTRAL_HEAD)),
             ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
             ("[TOOL_CALLS]",),
             short_call_id,
@@ -109,7 +112,7 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
         ),
         ToolFormat(
             "hermes",
-            _marked(Region(*_TOOL_CALL, formats.read_json_call)),
+            _marked(Region(*_TOOL_CALL, formats.read_json_call, head=heads.JSON_HEAD)),
             _TOOL_CALL,
             ("<tool_call>", '"arguments"'),
         ),
