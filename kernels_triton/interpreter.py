@@ -10,13 +10,14 @@ access to the memory of the tensors that the launch was given.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from quire.kernels_triton import interpreter_speed
 
 Array = npt.NDArray[Any]
 
@@ -41,7 +42,7 @@ def install() -> None:
     setattr(builder, _MARK, True)
     shared = interpreter.interpreter_builder
     shared.options = dataclasses.replace(shared.options, debug=True)
-    _patch_language_once(interpreter)
+    interpreter_speed.install(interpreter)
     _repair_dot(interpreter, builder)
     _repair_casts(interpreter, builder)
     _forbid_arithmetic(interpreter, builder)
@@ -58,33 +59,6 @@ def round_to_bfloat16(x: Array) -> Array:
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), _NOT_A_NUMBER, rounded)
-
-
-def _patch_language_once(interpreter: Any) -> None:
-    """Leaves Triton's language interpreted: undoing that at each launch is a third of its cost."""
-    patch, seen = interpreter._patch_lang, set()  # noqa: SLF001
-    scope = getattr(interpreter, "_LangPatchScope", None)
-    if scope is None:  # older versions of Triton have no way to leave it
-        return
-
-    def patch_lang(function: Any) -> Any:
-        names = frozenset(
-            name
-            for name, value in function.__globals__.items()
-            if inspect.ismodule(value) and value in _languages()
-        )
-        if names not in seen:
-            seen.add(names)
-            patch(function)
-        return scope()
-
-    interpreter._patch_lang = patch_lang  # noqa: SLF001
-
-
-def _languages() -> tuple[Any, ...]:
-    import triton.language as tl
-
-    return (tl, tl.core)
 
 
 def _is_bfloat16(handle: Any) -> bool:
