@@ -88,6 +88,26 @@ async def test_transcription_formats(hearing):
     assert vtt.text.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:00.500\nhello\n")
 
 
+@pytest.mark.parametrize("form", ["json", "text", "srt", "vtt", "verbose_json"])
+async def test_translation_takes_the_forms_of_transcription(hearing, form):
+    """The second endpoint answers alike; of the languages only the task is another."""
+    spoken = await ask(hearing, response_format=form)
+    translated = await ask(hearing, TRANSLATIONS, response_format=form)
+    assert (spoken.status_code, translated.status_code) == (200, 200)
+    assert translated.headers["content-type"] == spoken.headers["content-type"]
+    if form == "verbose_json":
+        assert translated.json()["segments"] == spoken.json()["segments"]
+    else:
+        assert translated.text == spoken.text
+
+
+async def test_translation_refuses_what_only_transcription_has(hearing):
+    """A translation has no language to choose, no words' times and no stream: named, not dropped."""
+    for name, value in (("language", "en"), ("timestamp_granularities[]", "word"), ("stream", "1")):
+        error = error_of(await ask(hearing, TRANSLATIONS, **{name: value}), 400)
+        assert error["param"] == name.removesuffix("[]")
+
+
 async def test_transcription_streams_events(hearing):
     """A stream ends with the whole text."""
     events = events_of(await ask(hearing, stream="true"))

@@ -76,7 +76,8 @@ export class ServerView {
   }
 }
 
-const card = (title, rows) => el("section", { class: "card" }, el("h2", {}, title),
+const card = (title, rows) => rows.length === 0 ? el("section", { class: "card" }, el("h2", {}, title), el("p", { class: "none" }, "The engine tells nothing of this."))
+  : el("section", { class: "card" }, el("h2", {}, title),
   el("dl", { class: "rows" }, ...rows.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value))))));
 
 function duration(seconds) {
