@@ -68,8 +68,9 @@ def stream_until_error(address: str, has_begun) -> tuple[float, str]:
         lines = response.iter_lines()
         first = next(lines)
         has_begun.append(first)
-        rest = "".join(lines)
-    return time.monotonic(), rest
+        # One that comes when the core is dead is refused, in a single line.
+        said = "".join([first, *lines])
+    return time.monotonic(), said
 
 
 @pytest.mark.slow

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 
 import anthropic
 import openai
 import pytest
-from asking import served_in_thread
+from asking import connected, served_in_thread
 from fake_engine import FakeEngine
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -152,3 +155,30 @@ def test_message_goes_on_after_a_call(claude, engine):
     asked = engine.submitted[-1].prompt
     assert asked.count("Snow.") == 2
     assert asked.index("Snow.") < asked.index("And now?")
+
+
+async def test_response_stream_has_every_event_in_its_order_and_number(engine):
+    """Thoughts, text and calls: each event is one that the library defines, none is left out."""
+    settings = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
+    body = {"input": QUESTION, "tools": [TOOL], "max_output_tokens": 400, "stream": True}
+    async with connected(engine, **settings) as client:
+        text = (await client.post("/v1/responses", json=body)).text
+    lines = [line for line in text.splitlines() if line.startswith("data: {")]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    adapter = TypeAdapter(ResponseStreamEvent)
+    for event in events:
+        assert adapter.validate_python(event).type == event["type"]
+    kinds = [kind for kind, _ in itertools.groupby(event["type"] for event in events)]
+    part = ("response.content_part.added", "response.content_part.done")
+    item = ("response.output_item.added", "response.output_item.done")
+    call = [f"response.function_call_arguments.{step}" for step in ("delta", "done")]
+    thought = [f"response.reasoning_text.{step}" for step in ("delta", "done")]
+    said = [f"response.output_text.{step}" for step in ("delta", "done")]
+    assert kinds == [
+        *("response.created", "response.in_progress"),
+        *(item[0], part[0], *thought, part[1], item[1]),
+        *(item[0], part[0], *said, part[1], item[1]),
+        *(item[0], *call, item[1]) * 2,
+        "response.completed",
+    ]

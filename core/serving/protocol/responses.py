@@ -218,6 +218,8 @@ class InputTokensDetails(ResponseBody):
     """Where the prompt's tokens came from."""
 
     cached_tokens: int
+    cache_write_tokens: int = 0
+    """None are told apart: what a prompt leaves in the cache costs nothing."""
 
 
 class OutputTokensDetails(ResponseBody):
