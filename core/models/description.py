@@ -121,9 +121,9 @@ def describe_config(
         attention_groups=attention_groups_of(
             decoder, dtype=dtype, cache_dtype=cache_dtype, block_size=block_size
         ),
-        ops=_ops_of(decoder),
+        ops=ops_of(decoder),
         eos_token_ids=config.eos_token_ids,
-        row_elements=_row_elements(decoder),
+        row_elements=row_elements_of(decoder),
         decoder=decoder,
     )
 
@@ -133,8 +133,11 @@ def size_of_dtype(dtype: str) -> int:
     return _DTYPE_SIZES[dtype]
 
 
-def _row_elements(decoder: DecoderSpec) -> int:
-    """A layer's input, residual and output, q, k and v twice (split and not), the MLP's halves."""
+def row_elements_of(decoder: DecoderSpec) -> int:
+    """Numbers of a token in a step at its peak.
+
+    A layer's input, residual and output, q, k and v twice (split and not), the MLP's halves.
+    """
     inner = decoder.intermediate_size
     if decoder.mixture is not None:
         chosen = decoder.mixture.routing.num_chosen * decoder.mixture.intermediate_size
@@ -145,7 +148,7 @@ def _row_elements(decoder: DecoderSpec) -> int:
     return 4 * decoder.hidden_size + heads + 4 * inner
 
 
-def _ops_of(decoder: DecoderSpec) -> tuple[str, ...]:
+def ops_of(decoder: DecoderSpec) -> tuple[str, ...]:
     """The operators of every model, and those of the extensions that this one needs."""
     extensions = {
         "",

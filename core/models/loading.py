@@ -84,7 +84,7 @@ def load_model(config: WorkerConfig, device: Device, family: Family | None = Non
         check_group_size(quantization, linear_inputs(tensors))
     source = _open_source(config, model_config, tensors)
     with _memory_errors(description):
-        weights = _WeightBuilder(source, description, device, quantization).build(tensors)
+        weights = WeightBuilder(source, description, device, quantization).build(tensors)
         return CausalLM(description, weights, device, backends, max_model_len=config.max_model_len)
 
 
@@ -111,7 +111,7 @@ def _open_files(directory: Path, model_config: ModelConfig) -> CheckpointFiles:
     return QuantizedFiles(directory, rename, model_config.stored)
 
 
-class _WeightBuilder:
+class WeightBuilder:
     """Turns tensors of a source into what the layers multiply with."""
 
     def __init__(

@@ -20,6 +20,7 @@ from quire.core.errors import CheckpointError, PluginError, Reason, UnsupportedE
 from quire.core.models.description import ModelDescription, describe_model
 from quire.core.models.families import Family, known_architectures
 from quire.core.models.families.registry import find_family
+from quire.core.models.hybrid import describe_hybrid, is_hybrid
 from quire.core.models.model_config import read_json
 from quire.core.models.pooling_purpose import is_for_pooling
 from quire.core.models.state_space import describe_state_space, is_state_space
@@ -115,6 +116,22 @@ class StateSpaceImplementation:
         from quire.core.models.state_space.loading import load_state_space
 
         return load_state_space(config, device)
+
+
+class HybridImplementation:
+    """Bamba, Falcon-H1 and Jamba, which have states beside keys and values."""
+
+    name = NATIVE
+
+    def describe(self, directory: Path, *, trust_remote_code: bool = False) -> ModelDescription:
+        """From the JSON files alone; no remote code is ever run."""
+        return describe_hybrid(directory)
+
+    def load(self, config: WorkerConfig, device: Device) -> LanguageModel:
+        """Weights read and packed for the device."""
+        from quire.core.models.hybrid.loading import load_hybrid
+
+        return load_hybrid(config, device)
 
 
 class TransformersImplementation:
@@ -266,6 +283,8 @@ def _native_for(raw: dict[str, Any]) -> ModelImplementation | None:
             return _load_entry(entries)
     if is_state_space(raw):
         return StateSpaceImplementation()
+    if is_hybrid(raw):
+        return HybridImplementation()
     return None if find_family(raw) is None else NativeImplementation()
 
 

@@ -59,7 +59,9 @@ class PagedRun:
         self.model = model
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(7)) + 1
         self._free = order.tolist()
-        self._caches: list[object] = [None] * model.description.num_layers
+        self._caches: list[object] = [None] * sum(
+            len(group.layers) for group in model.attention_groups
+        )
         for group, backend in zip(model.attention_groups, model.attention_backends, strict=True):
             for layer in group.layers:
                 cache = backend.allocate(num_blocks)

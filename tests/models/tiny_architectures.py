@@ -134,12 +134,14 @@ def causal_architectures() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def make_tiny_architecture(model_type: str, seed: int = 0) -> Any:
-    """A tiny random model of an architecture, in float32."""
+def make_tiny_architecture(model_type: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny random model of an architecture, in float32; `changes` are fields of its config."""
     import torch
     from transformers import AutoModelForCausalLM
 
     config = tiny_config(model_type)
+    for name, value in changes.items():
+        setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -40,7 +40,8 @@ def read_decoder(config: Any, **differences: Any) -> DecoderSpec:
     if "activation" not in differences:
         fields["activation"] = read_activation(config.hidden_act)
     fields |= differences
-    fields.setdefault("max_model_len", scaled_length(fields["ropes"]))
+    if "max_model_len" not in fields:
+        fields["max_model_len"] = scaled_length(fields["ropes"])
     return DecoderSpec(**fields)
 
 

@@ -41,7 +41,7 @@ def describe_state_space(directory: Path) -> ModelDescription:
     spec, dtype = read_spec(config), dtype_of(config)
     group = AttentionGroup(
         name="state",
-        spec=_spec_of_pages(dtype),
+        spec=spec_of_pages(dtype),
         layers=tuple(range(spec.num_layers)),
         pages=spec.pages,
     )
@@ -64,7 +64,7 @@ def describe_state_space(directory: Path) -> ModelDescription:
     )
 
 
-def _spec_of_pages(dtype: str) -> AttentionSpec:
+def spec_of_pages(dtype: str) -> AttentionSpec:
     """The spec of pages that the model keeps itself, of which only the blocks matter."""
     return AttentionSpec(
         num_heads=1,

@@ -41,7 +41,7 @@ def load_state_space(config: WorkerConfig, device: Device) -> StateSpaceModel:
     spec = read_spec(load_config(directory))
     tensors = StateSpaceTensors(spec)
     source = _open(config, directory, spec, tensors)
-    weights = _Builder(source, device, config.dtype).build(spec, tensors)
+    weights = MixerBuilder(source, device, config.dtype).build(spec, tensors)
     backends = [OwnPages(group, device.torch_device) for group in description.attention_groups]
     return StateSpaceModel(
         spec, description, weights, device.ops(), backends, max_model_len=config.max_model_len
@@ -63,8 +63,8 @@ def _rename(name: str) -> str | None:
     return name.replace("backbone.embedding.", "backbone.embeddings.")
 
 
-class _Builder:
-    """Turns tensors of a source into what the layers multiply with."""
+class MixerBuilder:
+    """Turns tensors of a source into what mixers multiply with."""
 
     def __init__(self, source: WeightSource, device: Device, dtype: str) -> None:
         self._source = source
@@ -73,11 +73,17 @@ class _Builder:
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._size_bytes = 0
 
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all that was built."""
+        return self._size_bytes
+
     def build(self, spec: StateSpaceSpec, tensors: StateSpaceTensors) -> StateSpaceWeights:
+        """All weights of a model of mixers alone."""
         embedding = self._read(tensors.embedding)
         norms = [self._read(tensors.norm(layer)) for layer in range(spec.num_layers)]
         norms.append(self._read(tensors.final_norm))
-        mixers = [self._mixer(tensors.mixer(layer), spec) for layer in range(spec.num_layers)]
+        mixers = [self.mixer(tensors.mixer(layer), spec) for layer in range(spec.num_layers)]
         if spec.has_tied_embeddings:
             lm_head = self._ops.pack_linear(embedding, None)
             self._size_bytes += lm_head.size_bytes
@@ -91,7 +97,8 @@ class _Builder:
             size_bytes=self._size_bytes,
         )
 
-    def _mixer(self, tensors: dict[str, TensorShape], spec: StateSpaceSpec) -> MixerWeights:
+    def mixer(self, tensors: dict[str, TensorShape], spec: StateSpaceSpec) -> MixerWeights:
+        """The weights of one mixer."""
         bias = tensors.get("conv1d.bias")
         is_first = spec.num_heads is None
         return MixerWeights(
@@ -104,8 +111,13 @@ class _Builder:
             dt_bias=self._float32(tensors["dt_proj.bias" if is_first else "dt_bias"]),
             x_proj=self._linear(tensors, "x_proj") if is_first else None,
             dt_proj=self._linear(tensors, "dt_proj", has_bias=False) if is_first else None,
-            norm=None if is_first else self._read(tensors["norm.weight"]),
+            norm=self._read(tensors["norm.weight"]) if "norm.weight" in tensors else None,
+            inner_norms=self._inner_norms(tensors) if spec.has_inner_norms else None,
         )
+
+    def _inner_norms(self, tensors: dict[str, TensorShape]) -> tuple[Tensor, Tensor, Tensor]:
+        dt, b, c = (self._read(tensors[f"{name}_layernorm.weight"]) for name in ("dt", "b", "c"))
+        return dt, b, c
 
     def _linear(
         self, tensors: dict[str, TensorShape], name: str, *, has_bias: bool = True

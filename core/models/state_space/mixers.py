@@ -37,6 +37,8 @@ class MixerWeights:
     """Of Mamba."""
     norm: Tensor | None = None
     """[C], of Mamba-2."""
+    inner_norms: tuple[Tensor, Tensor, Tensor] | None = None
+    """Of the time steps, B and C of Mamba, where they are normalised."""
 
 
 class Mixer(ABC):
@@ -96,6 +98,11 @@ class MambaMixer(Mixer):
         steps, b, c = (
             part.contiguous() for part in ops.linear(x, weights.x_proj).split_with_sizes(sizes, -1)
         )
+        if weights.inner_norms is not None:
+            steps, b, c = (
+                ops.rms_norm(part, norm, spec.norm_eps)
+                for part, norm in zip((steps, b, c), weights.inner_norms, strict=True)
+            )
         dt = F.softplus(ops.linear(steps, weights.dt_proj).float() + weights.dt_bias)
         y = ops.selective_scan(x, dt, weights.a, b, c, weights.d, state, sequences)
         return y * F.silu(gate)
@@ -126,13 +133,18 @@ class Mamba2Mixer(Mixer):
         return self._norm(y.reshape(len(x), -1), gate)
 
     def _norm(self, y: Tensor, gate: Tensor) -> Tensor:
-        """The RMS norm of each group of the gated channels."""
-        weight = self._weights.norm
-        assert weight is not None
-        gated = (y.float() * F.silu(gate.float())).view(len(y), self._spec.num_groups, -1)
-        variance = gated.square().mean(-1, keepdim=True)
-        normed = gated * torch.rsqrt(variance + self._spec.norm_eps)
-        return normed.view(y.shape).to(y.dtype) * weight
+        """The gated channels, with the RMS norm of each group after the gate or before it."""
+        weight, opening = self._weights.norm, F.silu(gate.float())
+        if weight is None:
+            return (y.float() * opening).to(y.dtype)
+        if self._spec.is_norm_before_gate:
+            return (weight * self._normed_groups(y.float()) * opening).to(y.dtype)
+        return self._normed_groups(y.float() * opening).to(y.dtype) * weight
+
+    def _normed_groups(self, x: Tensor) -> Tensor:
+        groups = x.view(len(x), self._spec.num_groups, -1)
+        variance = groups.square().mean(-1, keepdim=True)
+        return (groups * torch.rsqrt(variance + self._spec.norm_eps)).view(x.shape)
 
 
 def make_mixer(spec: StateSpaceSpec, weights: MixerWeights, ops: Ops) -> Mixer:

@@ -36,6 +36,14 @@ class StateSpaceSpec:
     has_conv_bias: bool
     has_tied_embeddings: bool
     keeps_residual_in_float32: bool
+    has_output_bias: bool | None = None
+    """Of the last projection; None: as `has_bias`."""
+    has_inner_norms: bool = False
+    """Mamba's time steps, B and C are normalised, as in Jamba."""
+    has_gated_norm: bool = True
+    """Mamba-2's gated channels are normalised."""
+    is_norm_before_gate: bool = False
+    """They are normalised before the gate, not after it."""
 
     @property
     def conv_size(self) -> int:
@@ -114,20 +122,7 @@ class StateSpaceTensors:
 
     def mixer(self, layer: int) -> dict[str, TensorShape]:
         """Of one mixer, by the names that they have in it."""
-        spec = self._spec
-        shapes: dict[str, tuple[int, ...]] = {
-            "in_proj.weight": (spec.projected_size, spec.hidden_size),
-            "conv1d.weight": (spec.conv_size, 1, spec.conv_width),
-            "out_proj.weight": (spec.hidden_size, spec.inner_size),
-            **(_first_shapes(spec) if spec.num_heads is None else _second_shapes(spec)),
-        }
-        if spec.has_conv_bias:
-            shapes["conv1d.bias"] = (spec.conv_size,)
-        if spec.has_bias:
-            shapes["in_proj.bias"] = (spec.projected_size,)
-            shapes["out_proj.bias"] = (spec.hidden_size,)
-        prefix = f"backbone.layers.{layer}.mixer."
-        return {name: TensorShape(name=prefix + name, shape=s) for name, s in shapes.items()}
+        return mixer_tensors(self._spec, f"backbone.layers.{layer}.mixer.")
 
     def __iter__(self) -> Iterator[TensorShape]:
         yield self.embedding
@@ -139,9 +134,32 @@ class StateSpaceTensors:
             yield self.lm_head
 
 
+def mixer_tensors(spec: StateSpaceSpec, prefix: str) -> dict[str, TensorShape]:
+    """The tensors of one mixer, by the names that follow `prefix`."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "in_proj.weight": (spec.projected_size, spec.hidden_size),
+        "conv1d.weight": (spec.conv_size, 1, spec.conv_width),
+        "out_proj.weight": (spec.hidden_size, spec.inner_size),
+        **(_first_shapes(spec) if spec.num_heads is None else _second_shapes(spec)),
+    }
+    if spec.has_conv_bias:
+        shapes["conv1d.bias"] = (spec.conv_size,)
+    if spec.has_bias:
+        shapes["in_proj.bias"] = (spec.projected_size,)
+    if spec.has_bias if spec.has_output_bias is None else spec.has_output_bias:
+        shapes["out_proj.bias"] = (spec.hidden_size,)
+    return {name: TensorShape(name=prefix + name, shape=s) for name, s in shapes.items()}
+
+
 def _first_shapes(spec: StateSpaceSpec) -> dict[str, tuple[int, ...]]:
     """What Mamba alone has."""
+    norms = {
+        "dt_layernorm.weight": (spec.rank,),
+        "b_layernorm.weight": (spec.state_size,),
+        "c_layernorm.weight": (spec.state_size,),
+    }
     return {
+        **(norms if spec.has_inner_norms else {}),
         "x_proj.weight": (spec.rank + 2 * spec.state_size, spec.inner_size),
         "dt_proj.weight": (spec.inner_size, spec.rank),
         "dt_proj.bias": (spec.inner_size,),
@@ -153,9 +171,8 @@ def _first_shapes(spec: StateSpaceSpec) -> dict[str, tuple[int, ...]]:
 def _second_shapes(spec: StateSpaceSpec) -> dict[str, tuple[int, ...]]:
     """What Mamba-2 alone has."""
     heads = spec.num_heads or 0
-    return {
-        "dt_bias": (heads,), "A_log": (heads,), "D": (heads,), "norm.weight": (spec.inner_size,),
-    }  # fmt: skip
+    norm = {"norm.weight": (spec.inner_size,)} if spec.has_gated_norm else {}
+    return {"dt_bias": (heads,), "A_log": (heads,), "D": (heads,), **norm}
 
 
 def _weight(name: str, *shape: int) -> TensorShape:

@@ -1,0 +1,183 @@
+"""What each hybrid family says of itself in its config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from quire.core.interface.experts import RoutingSpec
+from quire.core.models.decoder_spec import MixtureSpec
+from quire.core.models.families.reading import read_decoder, unsupported
+from quire.core.models.hybrid.spec import HybridSpec
+from quire.core.models.state_space.spec import StateSpaceSpec
+
+
+def read_bamba(config: Any) -> HybridSpec:
+    """Bamba: mixers of Mamba-2, and attention instead of them in some layers.
+
+    Raises: UnsupportedError.
+    """
+    attending = _layers_of(config.layers_block_type, "full_attention")
+    decoder = read_decoder(
+        config,
+        has_qkv_bias=config.attention_bias,
+        has_output_bias=config.attention_bias,
+        has_mlp_bias=config.mlp_bias,
+    )
+    return HybridSpec(
+        decoder=decoder,
+        mixer=_read_second_mixer(config, config.mamba_expand * config.hidden_size),
+        attention_layers=attending,
+        mixer_layers=_others(config, attending),
+    )
+
+
+def read_falcon_h1(config: Any) -> HybridSpec:
+    """Falcon-H1: a mixer of Mamba-2 and attention side by side in every layer.
+
+    Its multipliers are folded into the weights that they follow.
+
+    Raises: UnsupportedError.
+    """
+    layers = tuple(range(config.num_hidden_layers))
+    inner = config.mamba_d_ssm or config.mamba_expand * config.hidden_size
+    decoder = read_decoder(
+        config,
+        has_qkv_bias=config.attention_bias,
+        has_output_bias=config.attention_bias,
+        has_mlp_bias=config.mlp_bias,
+        embedding_scale=config.embedding_multiplier,
+    )
+    mixer = _read_second_mixer(
+        config,
+        inner,
+        has_output_bias=config.projectors_bias,
+        has_gated_norm=config.mamba_rms_norm,
+        is_norm_before_gate=config.mamba_norm_before_gate,
+    )
+    return HybridSpec(
+        decoder=decoder,
+        mixer=mixer,
+        attention_layers=layers,
+        mixer_layers=layers,
+        logit_scale=config.lm_head_multiplier,
+        weight_scales=_falcon_scales(config, mixer),
+    )
+
+
+def read_jamba(config: Any) -> HybridSpec:
+    """Jamba: mixers of Mamba, attention without positions in some layers, experts in some.
+
+    Raises: UnsupportedError.
+    """
+    attending = _layers_of(config.layers_block_type, "attention")
+    sparse = tuple(i for i, count in enumerate(config.layers_num_experts) if count > 1)
+    routing = RoutingSpec(
+        num_experts=config.num_experts,
+        num_chosen=config.num_experts_per_tok,
+        is_renormalised=False,
+    )
+    mixture = MixtureSpec(
+        layers=frozenset(sparse), routing=routing, intermediate_size=config.intermediate_size
+    )
+    decoder = read_decoder(
+        config,
+        ropes=(),
+        max_model_len=config.max_position_embeddings,
+        mixture=mixture if sparse else None,
+    )
+    return HybridSpec(
+        decoder=decoder,
+        mixer=_read_first_mixer(config),
+        attention_layers=attending,
+        mixer_layers=_others(config, attending),
+        has_rope=False,
+    )
+
+
+FAMILIES: dict[str, Callable[[Any], HybridSpec]] = {
+    "BambaForCausalLM": read_bamba,
+    "FalconH1ForCausalLM": read_falcon_h1,
+    "JambaForCausalLM": read_jamba,
+}
+"""By the names in a config's `architectures`."""
+
+
+def _layers_of(kinds: list[str], kind: str) -> tuple[int, ...]:
+    return tuple(index for index, found in enumerate(kinds) if found == kind)
+
+
+def _others(config: Any, attending: tuple[int, ...]) -> tuple[int, ...]:
+    mixing = tuple(i for i in range(config.num_hidden_layers) if i not in attending)
+    if not mixing or not attending:
+        raise unsupported("layers", "layers of one kind alone", "attention and mixers together")
+    return mixing
+
+
+def _read_first_mixer(config: Any) -> StateSpaceSpec:
+    return StateSpaceSpec(
+        **_read_shared(config),
+        inner_size=config.mamba_expand * config.hidden_size,
+        num_heads=None,
+        num_groups=1,
+        rank=int(config.mamba_dt_rank),
+        has_inner_norms=True,
+    )
+
+
+def _read_second_mixer(config: Any, inner_size: int, **differences: Any) -> StateSpaceSpec:
+    limits = tuple(getattr(config, "time_step_limit", None) or (0.0, float("inf")))
+    if limits != (0.0, float("inf")):
+        raise unsupported("time_step_limit", f"time steps limited to {limits}", "no limit")
+    return StateSpaceSpec(
+        **_read_shared(config),
+        inner_size=int(inner_size),
+        num_heads=config.mamba_n_heads,
+        num_groups=config.mamba_n_groups,
+        rank=0,
+        **differences,
+    )
+
+
+def _read_shared(config: Any) -> dict[str, Any]:
+    """Fields of a mixer that all have."""
+    if config.hidden_act not in ("silu", "swish"):
+        raise unsupported("activation", f"activation {config.hidden_act!r}", "silu")
+    return {
+        "architecture": (config.architectures or [type(config).__name__])[0],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "state_size": config.mamba_d_state,
+        "conv_width": config.mamba_d_conv,
+        "num_layers": config.num_hidden_layers,
+        "norm_eps": config.rms_norm_eps,
+        "has_bias": config.mamba_proj_bias,
+        "has_conv_bias": config.mamba_conv_bias,
+        "has_tied_embeddings": config.tie_word_embeddings,
+        "keeps_residual_in_float32": False,
+    }
+
+
+def _falcon_scales(config: Any, mixer: StateSpaceSpec) -> dict[str, tuple[float, ...]]:
+    """Source: transformers' `FalconH1Mixer.mup_vector` and the multipliers of its layers."""
+    shared = mixer.num_groups * mixer.state_size
+    sizes = (mixer.inner_size, mixer.inner_size, shared, shared, mixer.num_heads or 0)
+    rows = [m for m, n in zip(config.ssm_multipliers, sizes, strict=True) for _ in range(n)]
+    gate, down = config.mlp_multipliers
+    attention_in, key = config.attention_in_multiplier, config.key_multiplier
+    scales = {
+        "mamba.in_proj.weight": tuple(row * config.ssm_in_multiplier for row in rows),
+        "mamba.in_proj.bias": tuple(rows),
+        "self_attn.q_proj.weight": (attention_in,),
+        "self_attn.k_proj.weight": (attention_in * key,),
+        "self_attn.k_proj.bias": (key,),
+        "self_attn.v_proj.weight": (attention_in,),
+    }
+    for name, scale in (
+        ("mamba.out_proj", config.ssm_out_multiplier),
+        ("self_attn.o_proj", config.attention_out_multiplier),
+        ("feed_forward.gate_proj", gate),
+        ("feed_forward.down_proj", down),
+    ):
+        scales |= {f"{name}.weight": (scale,), f"{name}.bias": (scale,)}
+    return scales
