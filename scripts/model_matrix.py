@@ -301,7 +301,32 @@ def render(results: dict[str, Any], version: str) -> str:
         remark = row.get("detail", "").replace("|", "/").replace("\n", " ")
         cells = (name, LABELS[row["status"]], row.get("way", ""), remark[:240])
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *render_native()]) + "\n"
+
+
+def render_native() -> list[str]:
+    """The table of native families, from the registry's own tables."""
+    from quire.core.models.families import known_architectures
+    from quire.core.models.hybrid.families import FAMILIES
+    from quire.core.models.state_space.spec import ARCHITECTURES
+
+    kinds = {
+        "attention, with MLPs or experts": known_architectures(),
+        "states alone": ARCHITECTURES,
+        "attention and states": tuple(FAMILIES),
+    }
+    rows = [f"| `{name}` | {kind} |" for kind, names in kinds.items() for name in sorted(names)]
+    return [
+        "## Native families",
+        "",
+        "These run by the operators of a device instead, unless `--model-impl transformers` is",
+        "given. A config that a family does not serve (Mamba-2's limited time steps, say) goes the",
+        "other way by itself. Models with states take no `--quantization`.",
+        "",
+        "| architecture | layers |",
+        "|---|---|",
+        *rows,
+    ]
 
 
 if __name__ == "__main__":

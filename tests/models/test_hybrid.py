@@ -191,3 +191,9 @@ def test_limited_time_steps_are_left_to_the_adapter(bamba):
     with pytest.raises(UnsupportedError, match="time steps limited"):
         describe(bamba, model_impl="native")
     assert describe(bamba).implementation == "transformers"
+
+
+def test_page_of_models_lists_the_native_families():
+    """The table in the documentation is the registry's."""
+    page = (model_matrix.ROOT / "docs" / "models.md").read_text()
+    assert "\n".join(model_matrix.render_native()) in page
