@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 # What an editable installation does not follow by itself: metadata and C++.
 BUILT_FROM := pyproject.toml CMakeLists.txt $(wildcard kernels_cpu/csrc/*)
 
-.PHONY: help demo serve test test-slow check format clean
+.PHONY: help demo serve test test-slow check format clean conformance-interpreted kernels
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 26
 
 demo: $(VENV)/.installed-user ## install and let the demo model speak
 	$(BIN)/quire demo
@@ -25,6 +25,17 @@ test: $(VENV)/.installed-test ## the fast suite
 
 test-slow: $(VENV)/.installed-test ## what takes longer
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+# Of one device: make conformance-interpreted BACKEND=rocm
+BACKEND ?= cuda
+LEVEL ?= 2
+conformance-interpreted: $(VENV)/.installed-test ## the suite on BACKEND's kernels in Triton's interpreter, without a device
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/quire conformance run --backend $(BACKEND) --level $(LEVEL) -n $(WORKERS) --report build/conformance/$(BACKEND)
+	$(BIN)/quire conformance verify build/conformance/$(BACKEND)/report.json
+
+TABLES ?= $(wildcard kernels_cuda/tables/*.json kernels_rocm/tables/*.json)
+kernels: $(VENV)/.installed-test ## compile every Triton kernel for every architecture of TABLES
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m quire.kernels_triton $(TABLES) --jobs $(WORKERS) --json docs/reports/kernels.json --page docs/kernels.md
 
 check: $(VENV)/.installed-test ## format, lint, types, architecture
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check

@@ -10,6 +10,8 @@ from quire.conformance.records import ExtensionVerdict, Report, Row
 _LEVELS = {0: "boots", 1: "kernels", 2: "runner", 3: "engine", 4: "scale"}
 _DTYPES = ("float32", "bfloat16", "float16")
 _REAL = "real"
+_MARKS = {"interpreted": "¹", "simulated": "²"}
+_OTHER_MARK = "³"
 _INTRODUCTION = """# Support matrix
 
 Which device does what, by the reports in [reports/conformance/](reports/conformance/) and by
@@ -37,7 +39,13 @@ def is_on_hardware(report: Report) -> bool:
 
 
 def _name(report: Report) -> str:
-    return f"{report.backend}" if is_on_hardware(report) else f"{report.backend} ¹"
+    return (
+        report.backend if is_on_hardware(report) else f"{report.backend} {_mark(report.hardware)}"
+    )
+
+
+def _mark(hardware: str) -> str:
+    return _MARKS.get(hardware, _OTHER_MARK)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -51,10 +59,9 @@ def _levels(reports: Sequence[Report]) -> str:
         [_name(r), f"{r.device} {r.architecture}".strip(), *(_level(r, n) for n in _LEVELS)]
         for r in reports
     ]
-    note = ""
-    if not all(is_on_hardware(r) for r in reports):
-        note = "\n¹ **never run on hardware**: interpreted or simulated on the host.\n"
-    return f"## Levels\n\n{_table(head, rows)}{note}"
+    imitations = sorted({r.hardware for r in reports if not is_on_hardware(r)})
+    notes = [f"\n{_mark(kind)} {kind}; **never run on hardware**.\n" for kind in imitations]
+    return f"## Levels\n\n{_table(head, rows)}{''.join(notes)}"
 
 
 def _level(report: Report, level: int) -> str:

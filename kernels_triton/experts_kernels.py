@@ -48,9 +48,9 @@ def _kept_groups(
     is_left = (g < GROUPS) & (scores >= float("-inf"))
     is_kept = ids < 0
     for _ in range(KEPT):
-        _, group = _best(scores, is_left, g)
-        is_left = is_left & (g != group[:, None])
-        is_kept = is_kept | (ids // GROUP_SIZE == group[:, None])
+        _, best_group = _best(scores, is_left, g)
+        is_left = is_left & (g != best_group[:, None])
+        is_kept = is_kept | (ids // GROUP_SIZE == best_group[:, None])
     return is_kept
 
 

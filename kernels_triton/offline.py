@@ -1,9 +1,8 @@
 """Compiles kernels for devices that are not here, and reads what became of them.
 
-    python -m quire.kernels_triton.offline sm_90 gfx942 --tables DIR --jobs 2
-
-Needs Triton's wheel alone: its compilers, assemblers and disassemblers for NVIDIA and AMD, no
-driver and no device. Compiled kernels are cached by Triton (TRITON_CACHE_DIR) by source and target.
+Run by `quire.kernels_triton.survey`. Needs Triton's wheel alone: its compilers, assemblers and
+disassemblers for NVIDIA and AMD, no driver and no device. Compiled kernels are cached by Triton
+(TRITON_CACHE_DIR) by source and target.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,6 +66,11 @@ class Usage:
     """Of a thread's frame in memory: what did not fit into registers."""
     shared_bytes: int
     matrix_instructions: int
+    row: str = ""
+    """The kernel's name in launch tables."""
+    allowed_spill_bytes: int = 0
+    wants_matrix: bool = False
+    """Whether its table says that it multiplies in matrix units."""
     findings: tuple[str, ...] = ()
     """What breaks the promises of the launch table."""
 
@@ -166,24 +170,34 @@ def compile_job(job: Job, table: LaunchTable) -> Usage:
     try:
         compiled = triton.compile(source, target=target, options=dict(job.entry.options))
     except Exception as error:  # compilers raise anything; one kernel's failure is one finding
-        text = f"{type(error).__name__}: {str(error).strip()[-500:]}"
-        return Usage(
-            name=job.name,
-            target=table.architecture,
-            registers=0,
-            spill_bytes=0,
-            shared_bytes=0,
-            matrix_instructions=0,
-            findings=(f"does not compile: {text}",),
-        )
+        cause = _first_cause(error)
+        text = f"{type(cause).__name__}: {str(cause).strip()[-500:]}"
+        nothing = {"registers": 0, "spill_bytes": 0, "shared_bytes": 0, "matrix_instructions": 0}
+        return _usage(job, table, nothing, (f"does not compile: {text}",))
     read = _read_cubin if target.backend == "cuda" else _read_amdgcn
-    usage = Usage(
+    usage = _usage(job, table, {"shared_bytes": compiled.metadata.shared, **read(compiled)})
+    return replace(usage, findings=tuple(broken_promises(usage, job.entry, table)))
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Compilers wrap what went wrong in where it did, function by function."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _usage(
+    job: Job, table: LaunchTable, read: Mapping[str, int], findings: tuple[str, ...] = ()
+) -> Usage:
+    return Usage(
         name=job.name,
         target=table.architecture,
-        shared_bytes=compiled.metadata.shared,
-        **read(compiled),
+        row=job.entry.kernel,
+        allowed_spill_bytes=job.entry.max_spill_bytes,
+        wants_matrix=job.entry.uses_matrix_units,
+        findings=findings,
+        **read,
     )
-    return Usage(**{**asdict(usage), "findings": tuple(broken_promises(usage, job.entry, table))})
 
 
 def broken_promises(usage: Usage, entry: LaunchEntry, table: LaunchTable) -> list[str]:

@@ -32,7 +32,7 @@ def survey(tmp_path: Path, target: str, *more: str) -> tuple[int, list[dict]]:
         check=False,
     )
     assert file.exists(), done.stderr[-3000:]
-    return done.returncode, json.loads(file.read_text())
+    return done.returncode, json.loads(file.read_text())["kernels"]
 
 
 @pytest.mark.timeout(600)
@@ -47,8 +47,22 @@ def test_attention_for_llama_shapes_uses_matrix_units_and_spills_nothing(tmp_pat
     assert all(u["matrix_instructions"] > 0 and u["spill_bytes"] == 0 for u in multiplying)
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx90a", "gfx1100"])
+def test_sample_of_other_architectures_keeps_its_promises(tmp_path, target):
+    """A few kernels of each, attention of every head size among them; the rest is slow."""
+    status, usages = survey(tmp_path, target, "--sample", "3", "--only", "heads of 2")
+    assert len(usages) > 1
+    assert not [usage for usage in usages if usage["findings"]]
+    assert status == 0
+    status, usages = survey(tmp_path, target, "--sample", "60")
+    assert len(usages) > 1
+    assert not [usage for usage in usages if usage["findings"]]
+    assert status == 0
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_of_a_table_keeps_its_promises(tmp_path, target):
     """All launches: they compile, spill what is allowed, fit into shared memory."""
@@ -76,6 +90,9 @@ for path in map(Path, sys.argv[1:]):
     _, launcher = jobs_of(path)
     own = len(__import__("json").loads(path.read_text())["entries"])
     assert set(range(own)) <= launcher.used, (path, set(range(own)) - launcher.used)
+kernels = {e.kernel for e in table.entries} - {"splits"}
+for path in map(Path, sys.argv[1:]):
+    assert {job.entry.kernel for job in jobs_of(path)[0]} == kernels, path
 print("held")
 """
 

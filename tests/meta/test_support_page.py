@@ -48,8 +48,15 @@ def test_support_page_marks_what_never_ran_on_hardware(reports):
     imitated = msgspec.structs.replace(reports[0], hardware="interpreted", backend="board")
     page = render_matrix([*reports, imitated])
     assert "board ¹" in page
-    assert "never run on hardware" in page
+    assert "¹ interpreted; **never run on hardware**" in page
     assert "| interpreted |" in page
+
+
+def test_reports_of_interpreted_kernels_say_so(reports):
+    """What has run in Triton's interpreter alone does not stand there as a device's."""
+    for path, report in zip(PATHS, reports, strict=True):
+        is_interpreted = path.stem.endswith("-interpreted")
+        assert is_interpreted == (report.hardware == "interpreted"), path
 
 
 def test_support_page_shows_failures_exceptions_and_claims_without_checks(reports):
