@@ -50,7 +50,7 @@ def record_all(launcher: RecordingLauncher, *, fp8: torch.dtype | None = None) -
     """
     choose_splits(launcher, num_requests=1, num_kv_heads=8, max_seq_len=8192)
     _record_attention(launcher, fp8)
-    record_extensions(launcher)
+    record_extensions(launcher, fp8=fp8)
     _record_layers(launcher)
     _record_logits(launcher)
 
@@ -81,6 +81,11 @@ def _record_attention(launcher: RecordingLauncher, fp8: torch.dtype | None) -> N
         _attend(launcher, plain, splits=(8,), extras=("sinks",))
     with _labelled(launcher, "alibi"):
         _attend(launcher, plain, splits=(8,), extras=("alibi_slopes",))
+    with _labelled(launcher, "all of them"):
+        every = replace(plain, window=4096, soft_cap=50.0)
+        _attend(launcher, every, splits=(8,), extras=("sinks", "alibi_slopes"))
+    with _labelled(launcher, "float16"):
+        _attend(launcher, plain, dtype=torch.float16, splits=(8,))
     with _labelled(launcher, "float32"):
         _attend(launcher, _shape(*_SHAPES[0]), dtype=_FP32, splits=(8,))
     for narrow in (fp8, torch.int8):

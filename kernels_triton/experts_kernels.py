@@ -46,7 +46,7 @@ def _kept_groups(
             best += second
         scores = tl.where(g == group, best[:, None], scores)
     is_left = (g < GROUPS) & (scores >= float("-inf"))
-    is_kept = ids < 0
+    is_kept = is_open & (ids < 0)
     for _ in range(KEPT):
         _, best_group = _best(scores, is_left, g)
         is_left = is_left & (g != best_group[:, None])

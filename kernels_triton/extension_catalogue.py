@@ -17,11 +17,22 @@ _EXPERTS = {"few": 8, "many": 2048}
 """Tokens, so that experts get a row or a tile each."""
 
 
-def record_extensions(launcher: RecordingLauncher) -> None:
-    """Calls the host functions of extensions with the shapes of today's models."""
+def record_extensions(launcher: RecordingLauncher, *, fp8: torch.dtype | None = None) -> None:
+    """Calls the host functions of extensions with the shapes of today's models.
+
+    `fp8`: a cache dtype, or none.
+    """
     for name, shape in _LATENTS.items():
         launcher.label = f"{name}: "
         _record_latent(launcher, shape, _BF16)
+    for narrow in (torch.int8, fp8):
+        if narrow is not None:
+            launcher.label = f"{narrow} latents: "
+            _record_latent(launcher, _LATENTS["16 latent heads"], _BF16, narrow)
+    launcher.label = "float16: "
+    _record_latent(launcher, _LATENTS["16 latent heads"], torch.float16)
+    _record_experts(launcher, 8, torch.float16)
+    _record_quantized(launcher, 8, torch.float16)
     launcher.label = "float32: "
     _record_latent(launcher, _LATENTS["16 latent heads"], _FP32)
     _record_experts(launcher, 8, _FP32)
@@ -30,6 +41,7 @@ def record_extensions(launcher: RecordingLauncher) -> None:
         launcher.label = f"{name} tokens: "
         _record_experts(launcher, num_tokens, _BF16)
         _record_quantized(launcher, num_tokens, _BF16)
+    _record_variants(launcher)
     launcher.label = ""
     _record_recurrence(launcher)
 
@@ -39,7 +51,10 @@ def _empty(*shape: int, dtype: torch.dtype = _BF16) -> Tensor:
 
 
 def _record_latent(
-    launcher: RecordingLauncher, numbers: tuple[int, int, int], dtype: torch.dtype
+    launcher: RecordingLauncher,
+    numbers: tuple[int, int, int],
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     heads, size, rank = numbers
     shape = AttentionShape(
@@ -50,8 +65,9 @@ def _record_latent(
         block_size=64,
         scale=0.1,
     )
-    latents = _empty(1024, 64, 1, size, dtype=dtype)
-    paged = PagedCache(k=latents, v=latents)
+    latents = _empty(1024, 64, 1, size, dtype=cache_dtype or dtype)
+    scale = _empty(1024, 64, 1, dtype=_FP32) if cache_dtype == torch.int8 else None
+    paged = PagedCache(k=latents, v=latents, k_scale=scale, v_scale=scale)
     k = _empty(_TOKENS, 1, size, dtype=dtype)
     cache.write_cache(launcher, k, k, paged, _empty(_TOKENS, dtype=_INT64))
     q, out = (_empty(_TOKENS, heads, n, dtype=dtype) for n in (size, rank))
@@ -73,32 +89,68 @@ def _record_latent(
         latent.latent_attention(launcher, shape, step, q, paged, out)
 
 
-def _record_experts(launcher: RecordingLauncher, num_tokens: int, dtype: torch.dtype) -> None:
+def _record_experts(
+    launcher: RecordingLauncher,
+    num_tokens: int,
+    dtype: torch.dtype,
+    activation: str = "silu",
+    *,
+    is_special: bool = False,
+) -> None:
+    """`is_special`: with biases, and weights that scale the inputs."""
     for count, groups, is_sigmoid in ((8, 1, False), (256, 8, True)):
-        routing = experts.Routing(
-            num_experts=count,
-            num_chosen=min(8, count // 4),
-            is_sigmoid=is_sigmoid,
-            is_renormalised=True,
-            scale=2.5,
-            num_groups=groups,
-            num_kept_groups=max(1, groups // 2),
-            sums_two=groups > 1,
-        )
-        bias = _empty(count, dtype=_FP32) if is_sigmoid else None
-        logits = _empty(num_tokens, count, dtype=_FP32)
-        weights, ids = experts.route(launcher, logits, routing, bias)
+        weights, ids = _route(launcher, num_tokens, count, groups, is_sigmoid=is_sigmoid)
         layer = experts.Experts(
             gate_up=_empty(count, 2 * 1408, 2048, dtype=dtype),
             down=_empty(count, 2048, 1408, dtype=dtype),
-            gate_up_bias=None,
-            down_bias=None,
-            activation="silu",
+            gate_up_bias=_empty(count, 2 * 1408, dtype=dtype) if is_special else None,
+            down_bias=_empty(count, 2048, dtype=dtype) if is_special else None,
+            activation=activation,
             alpha=1.702,
             limit=7.0,
         )
         x = _empty(num_tokens, 2048, dtype=dtype)
-        experts.run_experts(launcher, x, layer, weights, ids, weighs_input=False)
+        experts.run_experts(launcher, x, layer, weights, ids, weighs_input=is_special)
+
+
+def _route(
+    launcher: RecordingLauncher, num_tokens: int, count: int, groups: int, *, is_sigmoid: bool
+) -> tuple[Tensor, Tensor]:
+    routing = experts.Routing(
+        num_experts=count,
+        num_chosen=min(8, count // 4),
+        is_sigmoid=is_sigmoid,
+        is_renormalised=is_sigmoid,
+        scale=2.5,
+        num_groups=groups,
+        num_kept_groups=max(1, groups // 2),
+        sums_two=groups > 1 and is_sigmoid,
+    )
+    bias = _empty(count, dtype=_FP32) if is_sigmoid else None
+    return experts.route(launcher, _empty(num_tokens, count, dtype=_FP32), routing, bias)
+
+
+def _record_variants(launcher: RecordingLauncher) -> None:
+    """What switches of kernels turn on that no model above has: loops are compiled by type."""
+    for activation in experts.ACTIVATIONS:
+        launcher.label = f"{activation}, biases: "
+        _record_experts(launcher, 8, _BF16, activation, is_special=True)
+    launcher.label = "softmax in groups: "
+    _route(launcher, _TOKENS, 160, 8, is_sigmoid=False)
+    launcher.label = "int8 zeros: "
+    layer = quantized.QuantizedLayer(
+        bits=8,
+        group_size=64,
+        num_groups=64,
+        num_inputs=4096,
+        codes=_empty(4096, 4096, dtype=torch.uint8),
+        scales=_empty(4096, 64),
+        zeros=_empty(4096, 64, dtype=torch.uint8),
+        bias=_empty(4096),
+        activations="token",
+    )
+    for num_tokens in (8, _TOKENS):
+        quantized.quantized_linear(launcher, _empty(num_tokens, 4096), layer)
 
 
 def _record_quantized(launcher: RecordingLauncher, num_tokens: int, dtype: torch.dtype) -> None:
@@ -126,6 +178,10 @@ def _record_recurrence(launcher: RecordingLauncher) -> None:
     recurrence.causal_conv1d(
         launcher, x, _empty(4096, 4), None, _empty(_REQUESTS, 4096, 3), starts, has_silu=True
     )
+    bias, states = _empty(4096), _empty(_REQUESTS, 4096, 1)
+    launcher.label = "width 2, bias: "
+    recurrence.causal_conv1d(launcher, x, _empty(4096, 2), bias, states, starts, has_silu=False)
+    launcher.label = ""
     dt, a = _empty(_TOKENS, 4096, dtype=_FP32), _empty(4096, 16, dtype=_FP32)
     b, states = _empty(_TOKENS, 16), _empty(_REQUESTS, 4096, 16, dtype=_FP32)
     recurrence.selective_scan(launcher, x, dt, a, b, b, a[:, 0], states, starts)
