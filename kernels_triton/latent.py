@@ -39,16 +39,19 @@ def _attend_latent(
     BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SLICE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
     """Online softmax of rows `q_rows` (pointers [M]) over positions [begin, end).
 
+    SLICE: features of queries and keys that are multiplied at a time; 0: all.
     Returns maximum [M], total [M] and acc [M, BLOCK_DV].
     """
     dv = tl.arange(0, BLOCK_DV)
     r = tl.arange(0, BLOCK_R)
     is_latent, is_rotated = (dv < DV)[None, :], (r < D - DV)[None, :]
-    q = tl.load(q_rows[:, None] + dv[None, :], mask=row_mask[:, None] & is_latent, other=0.0)
+    if SLICE == 0:
+        q = tl.load(q_rows[:, None] + dv[None, :], mask=row_mask[:, None] & is_latent, other=0.0)
     q_rotated = tl.load(
         q_rows[:, None] + DV + r[None, :], mask=row_mask[:, None] & is_rotated, other=0.0
     )
@@ -61,11 +64,24 @@ def _attend_latent(
         block = tl.load(table_ptr + positions // PAGE, mask=is_there, other=0).to(tl.int64)
         slot = positions % PAGE
         rows = (k_ptr + block * block_stride + slot * slot_stride)[:, None]
-        latent = tl.load(rows + dv[None, :], mask=is_there[:, None] & is_latent, other=0.0)
-        latent = latent.to(q.dtype)
         rotated = tl.load(rows + DV + r[None, :], mask=is_there[:, None] & is_rotated, other=0.0)
-        scores = tl.dot(q, tl.trans(latent), input_precision="ieee")
-        scores += tl.dot(q_rotated, tl.trans(rotated.to(q.dtype)), input_precision="ieee")
+        rotated = tl.trans(rotated.to(q_rotated.dtype))
+        scores = tl.dot(q_rotated, rotated, input_precision="ieee")
+        latent = tl.load(rows + dv[None, :], mask=is_there[:, None] & is_latent, other=0.0)
+        latent = latent.to(q_rotated.dtype)
+        if SLICE == 0:
+            scores += tl.dot(q, tl.trans(latent), input_precision="ieee")
+        else:
+            # Read again, piece by piece, where registers do not hold a whole query and key.
+            for first in range(0, BLOCK_DV, SLICE):
+                i = first + tl.arange(0, SLICE)
+                is_in = (i < DV)[None, :]
+                q_part = tl.load(
+                    q_rows[:, None] + i[None, :], mask=row_mask[:, None] & is_in, other=0.0
+                )
+                part = tl.load(rows + i[None, :], mask=is_there[:, None] & is_in, other=0.0)
+                part = tl.trans(part.to(q_part.dtype))
+                scores += tl.dot(q_part, part, input_precision="ieee")
         scores = scores * scale
         token_scale = tl.full([BLOCK_N], 1.0, tl.float32)
         if HAS_SCALES:
@@ -81,7 +97,9 @@ def _attend_latent(
         total = total * rescale + tl.sum(weights, 1)
         if HAS_SCALES:
             weights = weights * token_scale[None, :]
-        acc = acc * rescale[:, None] + tl.dot(weights.to(q.dtype), latent, input_precision="ieee")
+        acc = acc * rescale[:, None] + tl.dot(
+            weights.to(latent.dtype), latent, input_precision="ieee"
+        )
         maximum = new_maximum
     return maximum, total, acc
 
@@ -125,6 +143,7 @@ def latent_prefill_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SLICE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
     """BLOCK_M (token, head) rows of one request with several new tokens."""
@@ -160,6 +179,7 @@ def latent_prefill_kernel(
         BLOCK_DV,
         BLOCK_R,
         BLOCK_N,
+        SLICE,
         HAS_SCALES,
     )
     dv = tl.arange(0, BLOCK_DV)
@@ -195,6 +215,7 @@ def latent_decode_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SLICE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
     """BLOCK_M heads of one new token over one part of its context; see `decode_kernel`."""
@@ -227,6 +248,7 @@ def latent_decode_kernel(
         BLOCK_DV,
         BLOCK_R,
         BLOCK_N,
+        SLICE,
         HAS_SCALES,
     )
     dv = tl.arange(0, BLOCK_DV)
@@ -284,6 +306,7 @@ def _constants(shape: AttentionShape, entry: LaunchEntry, cache: PagedCache) -> 
         "BLOCK_DV": max(_MIN_TILE, power_of_two(shape.v_head_size)),
         "BLOCK_R": max(_MIN_TILE, power_of_two(shape.head_size - shape.v_head_size)),
         "BLOCK_N": entry.constants["BLOCK_N"],
+        "SLICE": entry.constants.get("SLICE", 0),
         "HAS_SCALES": cache.k_scale is not None,
     }
 

@@ -24,15 +24,15 @@ Timer = Callable[[Callable[[], None]], Sequence[float]]
 """Seconds of each of several calls, the device awaited."""
 
 _TILES = {"BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64, 128)}
-_SMALL = (16, 32, 64)
+_LATENT = {"BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64), "SLICE": (0, 64, 128)}
 _CHOICES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "rms_norm": {"TILE": (1024, 4096, 16384)},
     "gated_activation": {"TILE": (512, 1024, 4096)},
     "prefill": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128)},
     "decode": {"BLOCK_N": (16, 32, 64, 128)},
     "splits": {"PROGRAMS_PER_UNIT": (1, 2, 4, 8), "MIN_TOKENS": (128, 256, 512, 1024)},
-    "latent_prefill": {"BLOCK_M": _SMALL, "BLOCK_N": _SMALL},
-    "latent_decode": {"BLOCK_M": _SMALL, "BLOCK_N": _SMALL},
+    "latent_prefill": _LATENT,
+    "latent_decode": _LATENT,
     "experts_up": {"BLOCK_M": (16, 32, 64, 128), **_TILES},
     "experts_down": _TILES,
     "quantized_linear": {"BLOCK_M": (16, 32, 64), **_TILES},

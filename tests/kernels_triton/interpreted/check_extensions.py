@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,16 +13,32 @@ from quire.core.interface import ExpertWeights, Sequences
 from quire.kernels_triton.attention import AttentionShape, PagedCache, PagedStep, make_partials
 from quire.kernels_triton.cache import write_cache
 from quire.kernels_triton.latent import latent_attention
+from quire.kernels_triton.launch import DeviceLauncher
 
 SHAPE = AttentionShape(
     num_heads=20, num_kv_heads=1, head_size=40, v_head_size=32, block_size=16, scale=0.2
 )
 
 
+def sliced(table, cut):
+    """The table, with rows for latents that multiply so many features at a time."""
+    rows = [
+        replace(row, constants={**row.constants, "SLICE": cut})
+        if row.kernel.startswith("latent")
+        else row
+        for row in table.entries
+    ]
+    return replace(table, entries=tuple(rows))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-@pytest.mark.parametrize("splits", [1, 4])
-def test_latent_step_equals_formula_however_contexts_are_split(launcher, splits, dtype):
-    """Heads that fill no tile, parts without a token, prompts beside single tokens, scales."""
+@pytest.mark.parametrize(("splits", "cut"), [(1, 0), (4, 0), (4, 16)])
+def test_latent_step_equals_formula_however_contexts_are_split(launcher, splits, cut, dtype):
+    """Heads that fill no tile, parts without a token, prompts beside single tokens, scales.
+
+    `cut`: features that are multiplied at a time; 0: all.
+    """
+    launcher = DeviceLauncher(sliced(launcher.table, cut))
     torch.manual_seed(0)
     mix, width = [(1, 130), (3, 20), (1, 1)], 9
     cache = torch.full((30, 16, 1, 40), 100).to(dtype)
