@@ -18,7 +18,7 @@ from quire.core.interface.op_specs import OP_SPECS
 from quire.core.interface.worker import WorkerConfig
 from quire.core.models.description import size_of_dtype
 from quire.core.models.registry import TRANSFORMERS, describe
-from quire.core.models.source import resolve_model_directory
+from quire.core.models.weights.source import resolve_model_directory
 
 if TYPE_CHECKING:
     from quire.core.interface.attention import AttentionSpec

@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "core.kv_cache",
         "core.models.description",
         "core.models.registry",
-        "core.models.source",
+        "core.models.weights.source",
     ),
     "core.kv_cache": _BASE,
     "core.scheduler": (*_BASE, "core.kv_cache", "core.structured.spec"),

@@ -10,7 +10,7 @@ from quire.core.models.attention_groups import AttentionGroup, attention_groups_
 from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.families import Family
 from quire.core.models.model_config import ModelConfig, read_model_config
-from quire.core.models.weight_layout import lay_out
+from quire.core.models.weights.weight_layout import lay_out
 
 __all__ = ["AttentionGroup", "ModelDescription", "describe_model", "size_of_dtype"]
 

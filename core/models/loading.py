@@ -16,26 +16,30 @@ from quire.core.interface.backend import Device
 from quire.core.interface.ops import PackedLinear
 from quire.core.interface.quantization import QuantizedWeight
 from quire.core.interface.worker import WorkerConfig
-from quire.core.models.checkpoint_files import CheckpointFiles
 from quire.core.models.decoder import CausalLM, DecoderWeights, make_attention_backends
 from quire.core.models.description import ModelDescription, describe_config
-from quire.core.models.dummy_weights import DummyWeights
-from quire.core.models.expert_loading import read_experts, size_of_experts
 from quire.core.models.families import Family
-from quire.core.models.gguf_files import GGUF_NAME, GgufFiles
 from quire.core.models.layers import LayerWeights
 from quire.core.models.mlp import DenseWeights, MixtureWeights
 from quire.core.models.model_config import ModelConfig, read_model_config
-from quire.core.models.quantization import (
+from quire.core.models.self_attention import HeadWeights, LatentWeights
+from quire.core.models.weights.checkpoint_files import CheckpointFiles
+from quire.core.models.weights.dummy_weights import DummyWeights
+from quire.core.models.weights.expert_loading import read_experts, size_of_experts
+from quire.core.models.weights.gguf_files import GGUF_NAME, GgufFiles
+from quire.core.models.weights.quantization import (
     QuantizationSpec,
     check_group_size,
     linear_inputs,
     parse_quantization,
     quantize,
 )
-from quire.core.models.quantized_files import QuantizedFiles, move_quantized, stack_quantized
-from quire.core.models.self_attention import HeadWeights, LatentWeights
-from quire.core.models.weight_layout import (
+from quire.core.models.weights.quantized_files import (
+    QuantizedFiles,
+    move_quantized,
+    stack_quantized,
+)
+from quire.core.models.weights.weight_layout import (
     DecoderTensors,
     DenseTensors,
     HeadTensors,

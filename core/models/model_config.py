@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.errors import CheckpointError, QuireError, Reason, UnsupportedError
-from quire.core.models.checkpoint_quantization import (
+from quire.core.models.decoder_spec import DecoderSpec
+from quire.core.models.families import Family, family_of
+from quire.core.models.weights.checkpoint_quantization import (
     CheckpointQuantization,
     parse_checkpoint_quantization,
 )
-from quire.core.models.decoder_spec import DecoderSpec
-from quire.core.models.families import Family, family_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from quire.core.config import EngineConfig
 from quire.core.engine.async_engine import AsyncEngine
 from quire.core.errors import ConfigError
-from quire.core.serving.app import make_app
+from quire.core.serving.http.app import make_app
 from quire.core.serving.operations.supervisor import Supervisor
 from quire.core.serving.server_state import ServerState
 from quire.core.serving.settings import ServerSettings

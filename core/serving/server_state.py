@@ -10,8 +10,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from quire.core.engine.async_engine import AsyncEngine
-from quire.core.serving.error_responses import Failure, HttpError
-from quire.core.serving.gate import Gate
+from quire.core.serving.http.error_responses import Failure, HttpError
+from quire.core.serving.http.gate import Gate
 from quire.core.serving.metrics import ServerMetrics
 from quire.core.serving.operations.record import record_of
 from quire.core.serving.settings import ServerSettings

@@ -173,7 +173,7 @@ def test_directory_without_a_config_is_named(tmp_path):
 
 def test_description_imports_no_torch():
     """`quire plan` and device-free tools import it in a moment."""
-    code = "import sys, quire.core.models.description, quire.core.models.source; print('torch' in sys.modules)"
+    code = "import sys, quire.core.models.description, quire.core.models.weights.source; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

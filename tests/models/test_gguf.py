@@ -19,7 +19,7 @@ from tiny_models import make_tiny_model  # noqa: E402
 from quire.backends.cpu import CpuBackend  # noqa: E402
 from quire.core.errors import CheckpointError, UnsupportedError  # noqa: E402
 from quire.core.models.loading import load_model  # noqa: E402
-from quire.core.models.source import resolve_model_directory  # noqa: E402
+from quire.core.models.weights.source import resolve_model_directory  # noqa: E402
 
 PROMPT = list(range(10, 50))
 

@@ -18,10 +18,10 @@ from tiny_models import FAMILIES, make_tiny_model, make_torch_model  # noqa: E40
 from quire.backends.reference import ReferenceOps, TorchDevice  # noqa: E402
 from quire.core.errors import CheckpointError, DeviceOutOfMemory, UnsupportedError  # noqa: E402
 from quire.core.interface import DeviceInfo  # noqa: E402
-from quire.core.models.checkpoint_files import CheckpointFiles  # noqa: E402
 from quire.core.models.description import describe_model  # noqa: E402
 from quire.core.models.loading import load_model  # noqa: E402
-from quire.core.models.weight_layout import TensorShape  # noqa: E402
+from quire.core.models.weights.checkpoint_files import CheckpointFiles  # noqa: E402
+from quire.core.models.weights.weight_layout import TensorShape  # noqa: E402
 
 PROMPT = list(range(10, 60))
 

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from quire.backends.reference.quantization import unpack_codes, widen  # noqa: E402
 from quire.core.errors import UnsupportedError  # noqa: E402
-from quire.core.models.quantization import (  # noqa: E402
+from quire.core.models.weights.quantization import (  # noqa: E402
     QuantizationSpec,
     check_group_size,
     parse_quantization,

@@ -27,11 +27,11 @@ from tiny_models import make_tiny_model  # noqa: E402
 from quire.backends.cpu import CpuBackend  # noqa: E402
 from quire.backends.reference.quantization import widen  # noqa: E402
 from quire.core.errors import CheckpointError, UnsupportedError  # noqa: E402
-from quire.core.models.checkpoint_quantization import parse_checkpoint_quantization  # noqa: E402
 from quire.core.models.description import describe_model  # noqa: E402
 from quire.core.models.loading import load_model  # noqa: E402
-from quire.core.models.quantized_files import QuantizedFiles  # noqa: E402
-from quire.core.models.weight_layout import TensorShape, standard_name  # noqa: E402
+from quire.core.models.weights.checkpoint_quantization import parse_checkpoint_quantization  # noqa: E402
+from quire.core.models.weights.quantized_files import QuantizedFiles  # noqa: E402
+from quire.core.models.weights.weight_layout import TensorShape, standard_name  # noqa: E402
 
 PROMPT = list(range(10, 50))
 NUM_TOKENS = 6

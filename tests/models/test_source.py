@@ -10,8 +10,8 @@ pytest.importorskip("huggingface_hub")
 from huggingface_hub import errors
 
 from quire.core.errors import CheckpointError
-from quire.core.models import source
-from quire.core.models.source import resolve_model_directory
+from quire.core.models.weights import source
+from quire.core.models.weights.source import resolve_model_directory
 
 
 def test_existing_directory_is_taken_as_it_is(tmp_path):

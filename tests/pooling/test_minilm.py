@@ -22,7 +22,7 @@ from quire import LLM, AsyncEngine
 from quire.core.config import EngineConfig
 from quire.core.engine.pooling import PoolingParams
 from quire.core.errors import RequestError
-from quire.core.serving.app import make_app
+from quire.core.serving.http.app import make_app
 from quire.core.serving.lifecycle import bind
 from quire.core.serving.settings import ServerSettings
 

@@ -180,7 +180,7 @@ async def test_server_transcribes_with_the_real_engine(engine):
     """A file over HTTP gives the text of the engine, as JSON, as subtitles and translated."""
     import httpx
 
-    from quire.core.serving.app import make_app
+    from quire.core.serving.http.app import make_app
     from quire.core.serving.settings import ServerSettings
 
     app = make_app(engine, ServerSettings())

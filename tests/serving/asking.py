@@ -12,7 +12,7 @@ import httpx
 import uvicorn
 from fake_engine import FakeEngine
 
-from quire.core.serving.app import make_app
+from quire.core.serving.http.app import make_app
 from quire.core.serving.lifecycle import bind
 from quire.core.serving.settings import ServerSettings
 

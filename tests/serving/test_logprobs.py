@@ -8,14 +8,14 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from quire.core.outputs import Logprob
-from quire.core.serving.logprobs import (
+from quire.core.serving.answers.logprobs import (
     TokenNames,
     chat_logprobs,
     completion_logprobs,
     finite,
     prompt_logprobs_body,
 )
-from quire.core.serving.token_bytes import TokenBytes, bytes_of_piece
+from quire.core.serving.answers.token_bytes import TokenBytes, bytes_of_piece
 
 NAMES = TokenNames(as_ids=False)
 

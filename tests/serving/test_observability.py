@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from quire.core.serving.cli.application import application
 from quire.core.serving.cli.top import TopView, gauge, sparkline
-from quire.core.serving.middleware import RequestIdMiddleware
+from quire.core.serving.http.middleware import RequestIdMiddleware
 from quire.core.serving.operations import tracing
 from quire.core.serving.operations.engine_metrics import core_use
 
@@ -50,7 +50,9 @@ async def test_every_metric_of_the_dashboard_exists():
     ]
     named = {name for query in queries for name in re.findall(r"\b(?:quire:|process_)\w+", query)}
     assert len(named) > 20
-    async with connected(FakeEngine(facts=facts(startup_s={"load": 1.0}, tasks=["generate", "embed"]))) as client:
+    async with connected(
+        FakeEngine(facts=facts(startup_s={"load": 1.0}, tasks=["generate", "embed"]))
+    ) as client:
         await client.post("/v1/completions", json=BODY)
         told = {name for name, *_ in await samples_of(client)}
     assert named <= told

@@ -15,8 +15,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from quire.core.serving.app import make_app
-from quire.core.serving.openapi import make_document
+from quire.core.serving.http.app import make_app
+from quire.core.serving.http.openapi import make_document
 from quire.core.serving.settings import ServerSettings
 
 CHECKS = [

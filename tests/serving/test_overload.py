@@ -15,7 +15,7 @@ from tiny_models import make_tiny_model
 
 from quire.core.config import EngineConfig
 from quire.core.engine.async_engine import AsyncEngine
-from quire.core.serving.app import make_app
+from quire.core.serving.http.app import make_app
 from quire.core.serving.settings import ServerSettings
 
 pytestmark = pytest.mark.timeout(300)

@@ -12,7 +12,7 @@ from fake_engine import FakeEngine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.core.serving.plain_chunks import PlainChunks
+from quire.core.serving.answers.plain_chunks import PlainChunks
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 

@@ -10,7 +10,7 @@ from asking import LeavingClient, connected, error_of, served_in_thread
 from fake_engine import REPLY, FakeEngine
 from openai import BadRequestError, NotFoundError, OpenAI
 
-from quire.core.serving.response_store import ResponseStore
+from quire.core.serving.answers.response_store import ResponseStore
 
 PATH = "/v1/responses"
 

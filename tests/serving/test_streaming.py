@@ -15,11 +15,11 @@ from fake_engine import REPLY, FakeEngine
 
 from quire.core.config import EngineConfig
 from quire.core.engine.async_engine import AsyncEngine
-from quire.core.serving.app import make_app
+from quire.core.serving.answers.message_answers import PING
+from quire.core.serving.http.app import make_app
+from quire.core.serving.http.sse import KEEP_ALIVE, EventStream, StreamStyle
 from quire.core.serving.lifecycle import bind
-from quire.core.serving.message_answers import PING
 from quire.core.serving.settings import ServerSettings
-from quire.core.serving.sse import KEEP_ALIVE, EventStream, StreamStyle
 
 MESSAGES = [{"role": "user", "content": "a"}]
 

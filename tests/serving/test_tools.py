@@ -11,7 +11,7 @@ from asking import connected, error_of, served_in_thread
 from fake_engine import FakeEngine
 
 from quire.core.errors import ConfigError
-from quire.core.serving.app import make_app
+from quire.core.serving.http.app import make_app
 from quire.core.serving.settings import ServerSettings
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'

@@ -12,7 +12,7 @@ from quire.core.models.families.reading import (
     refuse_bidirectional,
 )
 from quire.core.models.families.registry import register_family
-from quire.core.models.weight_layout import WeightNames
+from quire.core.models.weights.weight_layout import WeightNames
 
 GEMMA_NAMES = WeightNames(mlp_norm="pre_feedforward_layernorm")
 

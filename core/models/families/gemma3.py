@@ -9,7 +9,7 @@ from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.families.gemma2 import GEMMA_NAMES, describe_gemma
 from quire.core.models.families.reading import read_rope
 from quire.core.models.families.registry import register_family
-from quire.core.models.weight_layout import standard_name
+from quire.core.models.weights.weight_layout import standard_name
 
 _ROPE_ORDER = ("full_attention", "sliding_attention")
 _VISION = ("vision_tower.", "multi_modal_projector.")

@@ -14,7 +14,7 @@ from quire.core.models.families.reading import (
     unsupported,
 )
 from quire.core.models.families.registry import register_family
-from quire.core.models.weight_layout import ExpertNames, WeightNames
+from quire.core.models.weights.weight_layout import ExpertNames, WeightNames
 
 _MIXTRAL_NAMES = WeightNames(
     experts=ExpertNames(

@@ -7,7 +7,7 @@ from typing import Any
 from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.families.reading import read_decoder
 from quire.core.models.families.registry import register_family
-from quire.core.models.weight_layout import WeightNames
+from quire.core.models.weights.weight_layout import WeightNames
 
 _NAMES = WeightNames(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from quire.core.errors import CheckpointError
 from quire.core.models.decoder_spec import DecoderSpec
-from quire.core.models.weight_layout import WeightNames
+from quire.core.models.weights.weight_layout import WeightNames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

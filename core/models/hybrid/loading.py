@@ -11,10 +11,8 @@ from torch import Tensor
 
 from quire.core.interface.backend import Device
 from quire.core.interface.worker import WorkerConfig
-from quire.core.models.checkpoint_files import CheckpointFiles
 from quire.core.models.decoder import make_attention_backends
 from quire.core.models.description import ModelDescription
-from quire.core.models.dummy_weights import DummyWeights
 from quire.core.models.hybrid.describing import describe_hybrid, read_hybrid
 from quire.core.models.hybrid.model import HybridLayerWeights, HybridModel, HybridWeights
 from quire.core.models.hybrid.spec import NAMES, HybridSpec, HybridTensors
@@ -23,7 +21,14 @@ from quire.core.models.mlp import DenseWeights, MixtureWeights
 from quire.core.models.self_attention import HeadWeights
 from quire.core.models.state_space.loading import MixerBuilder
 from quire.core.models.transformers_adapter.pages import OwnPages
-from quire.core.models.weight_layout import DenseTensors, HeadTensors, LayerTensors, TensorShape
+from quire.core.models.weights.checkpoint_files import CheckpointFiles
+from quire.core.models.weights.dummy_weights import DummyWeights
+from quire.core.models.weights.weight_layout import (
+    DenseTensors,
+    HeadTensors,
+    LayerTensors,
+    TensorShape,
+)
 
 
 def load_hybrid(config: WorkerConfig, device: Device) -> HybridModel:

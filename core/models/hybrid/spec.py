@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.state_space.spec import StateSpaceSpec, mixer_tensors
-from quire.core.models.weight_layout import (
+from quire.core.models.weights.weight_layout import (
     DecoderTensors,
     ExpertNames,
     LayerTensors,

@@ -11,8 +11,6 @@ from torch import Tensor
 from quire.core.interface.backend import Device
 from quire.core.interface.ops import PackedLinear
 from quire.core.interface.worker import WorkerConfig
-from quire.core.models.checkpoint_files import CheckpointFiles
-from quire.core.models.dummy_weights import DummyWeights
 from quire.core.models.loading import WeightSource, refuse_quantization
 from quire.core.models.model_config import load_config
 from quire.core.models.state_space.describing import describe_state_space
@@ -24,7 +22,9 @@ from quire.core.models.state_space.spec import (
     read_spec,
 )
 from quire.core.models.transformers_adapter.pages import OwnPages
-from quire.core.models.weight_layout import TensorShape
+from quire.core.models.weights.checkpoint_files import CheckpointFiles
+from quire.core.models.weights.dummy_weights import DummyWeights
+from quire.core.models.weights.weight_layout import TensorShape
 
 
 def load_state_space(config: WorkerConfig, device: Device) -> StateSpaceModel:

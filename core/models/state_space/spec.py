@@ -8,7 +8,7 @@ from typing import Any
 
 from quire.core.models.attention_groups import PageTensor
 from quire.core.models.families.reading import unsupported
-from quire.core.models.weight_layout import TensorShape
+from quire.core.models.weights.weight_layout import TensorShape
 
 ARCHITECTURES = ("MambaForCausalLM", "Mamba2ForCausalLM")
 CONV, STATE = "conv", "state"

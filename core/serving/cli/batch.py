@@ -92,8 +92,8 @@ class _Work:
         """With an engine of this command's own, through the server's own code."""
         import httpx
 
-        from quire.core.serving.app import make_app
         from quire.core.serving.cli.engine_run import started
+        from quire.core.serving.http.app import make_app
         from quire.core.serving.settings import ServerSettings
 
         async with started(config) as engine:

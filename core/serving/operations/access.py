@@ -5,8 +5,8 @@ from __future__ import annotations
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quire.core.serving.error_responses import Failure, HttpError
-from quire.core.serving.error_styles import response_to
+from quire.core.serving.http.error_responses import Failure, HttpError
+from quire.core.serving.http.error_styles import response_to
 from quire.core.serving.operations.api_keys import ApiKey, KeyRing
 from quire.core.serving.operations.key_limits import KeyLimits
 from quire.core.serving.operations.record import path_of, record_of

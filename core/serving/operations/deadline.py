@@ -8,8 +8,8 @@ import math
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quire.core.serving.error_responses import Failure, HttpError
-from quire.core.serving.error_styles import last_event_for, response_to
+from quire.core.serving.http.error_responses import Failure, HttpError
+from quire.core.serving.http.error_styles import last_event_for, response_to
 
 HEADER = "x-request-timeout"
 """Seconds, by which a client asks for a shorter time than the server's."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from quire.core.serving.error_responses import Failure, HttpError
+from quire.core.serving.http.error_responses import Failure, HttpError
 from quire.core.serving.operations.api_keys import ApiKey
 
 _MINUTE_S = 60.0

@@ -18,12 +18,12 @@ from quire.core.engine.audio import (
 )
 from quire.core.engine.pooling import check_task
 from quire.core.errors import RequestError
-from quire.core.serving import transcript_answers
+from quire.core.serving.answers import transcript_answers
 from quire.core.serving.audio_files import read_audio
-from quire.core.serving.disconnect import run_while_connected
+from quire.core.serving.http.disconnect import run_while_connected
+from quire.core.serving.http.sse import EventStream
 from quire.core.serving.protocol.audio import TranscriptionForm, TranslationForm
 from quire.core.serving.server_state import Server, ServerState, make_names
-from quire.core.serving.sse import EventStream
 
 router = APIRouter()
 

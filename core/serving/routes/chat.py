@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request, Response
 
 from quire.core.errors import RequestError
-from quire.core.serving.answers import AnswerHead
-from quire.core.serving.bodies import read_body
-from quire.core.serving.chat_answers import ChatWriter
-from quire.core.serving.disconnect import run_while_connected
-from quire.core.serving.generation import Generation
-from quire.core.serving.limits import check_limits
+from quire.core.serving.answers.answers import AnswerHead
+from quire.core.serving.answers.chat_answers import ChatWriter
+from quire.core.serving.answers.generation import Generation
+from quire.core.serving.answers.token_bytes import TokenBytes
+from quire.core.serving.http.bodies import read_body
+from quire.core.serving.http.disconnect import run_while_connected
+from quire.core.serving.http.limits import check_limits
+from quire.core.serving.http.sse import EventStream
 from quire.core.serving.protocol.chat import ChatRequest, TemplateFields
 from quire.core.serving.protocol.tools import NamedToolChoice
 from quire.core.serving.server_state import Names, Server, ServerState, make_names
-from quire.core.serving.sse import EventStream
-from quire.core.serving.token_bytes import TokenBytes
 from quire.core.serving.tools.plan import AnswerPlan
 
 router = APIRouter()

@@ -7,15 +7,15 @@ from typing import cast
 
 from fastapi import APIRouter, Request, Response
 
-from quire.core.serving.answers import AnswerHead
-from quire.core.serving.bodies import read_body
-from quire.core.serving.completion_answers import CompletionWriter
-from quire.core.serving.disconnect import run_while_connected
-from quire.core.serving.generation import Generation, Prompt
-from quire.core.serving.limits import check_limits
+from quire.core.serving.answers.answers import AnswerHead
+from quire.core.serving.answers.completion_answers import CompletionWriter
+from quire.core.serving.answers.generation import Generation, Prompt
+from quire.core.serving.http.bodies import read_body
+from quire.core.serving.http.disconnect import run_while_connected
+from quire.core.serving.http.limits import check_limits
+from quire.core.serving.http.sse import EventStream
 from quire.core.serving.protocol.completions import CompletionRequest
 from quire.core.serving.server_state import Server, make_names
-from quire.core.serving.sse import EventStream
 
 router = APIRouter()
 

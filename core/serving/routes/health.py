@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from quire.core.serving.error_responses import SERVER, Failure
+from quire.core.serving.http.error_responses import SERVER, Failure
 from quire.core.serving.server_state import Server
 
 router = APIRouter()

@@ -9,16 +9,17 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from quire.core.errors import QuireError
-from quire.core.serving.bodies import read_body
-from quire.core.serving.disconnect import run_while_connected
-from quire.core.serving.error_responses import failure_of
-from quire.core.serving.field_names import renamed
-from quire.core.serving.message_answers import (
+from quire.core.serving.answers.message_answers import (
     MESSAGES_STYLE,
     MessageWriter,
     error_body,
     new_answer,
 )
+from quire.core.serving.http.bodies import read_body
+from quire.core.serving.http.disconnect import run_while_connected
+from quire.core.serving.http.error_responses import failure_of
+from quire.core.serving.http.field_names import renamed
+from quire.core.serving.http.sse import EventStream
 from quire.core.serving.protocol.chat import ChatRequest
 from quire.core.serving.protocol.messages import (
     CHAT_NAMES,
@@ -28,7 +29,6 @@ from quire.core.serving.protocol.messages import (
 )
 from quire.core.serving.routes.chat import begin_chat, render
 from quire.core.serving.server_state import Server, ServerState, make_names
-from quire.core.serving.sse import EventStream
 
 router = APIRouter()
 

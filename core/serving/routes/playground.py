@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastapi import APIRouter, Response
 
-from quire.core.serving.error_responses import Failure
+from quire.core.serving.http.error_responses import Failure
 
 router = APIRouter(include_in_schema=False)
 

@@ -7,9 +7,9 @@ import time
 from fastapi import APIRouter, Request, Response
 
 from quire.core.engine.pooling import POOLING_TASKS, PoolingParams, PoolingTask, check_task
-from quire.core.serving.bodies import read_body
-from quire.core.serving.disconnect import run_while_connected
-from quire.core.serving.pooling_run import PoolingRun, encoded, usage_of
+from quire.core.serving.answers.pooling_run import PoolingRun, encoded, usage_of
+from quire.core.serving.http.bodies import read_body
+from quire.core.serving.http.disconnect import run_while_connected
 from quire.core.serving.protocol.base import ResponseBody
 from quire.core.serving.protocol.pooling import (
     ClassificationItem,

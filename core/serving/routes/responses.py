@@ -9,10 +9,19 @@ import uuid
 from fastapi import APIRouter, Request, Response
 
 from quire.core.errors import RequestError
-from quire.core.serving.bodies import read_body
-from quire.core.serving.disconnect import run_while_connected
-from quire.core.serving.field_names import renamed
-from quire.core.serving.generation import Generation
+from quire.core.serving.answers.generation import Generation
+from quire.core.serving.answers.response_answers import (
+    ResponseWriter,
+    conversation_after,
+    new_response,
+)
+from quire.core.serving.answers.response_events import ResponseEvents
+from quire.core.serving.answers.response_input import Message, items_of, messages_of
+from quire.core.serving.answers.response_store import ResponseStore, StoredResponse, stop
+from quire.core.serving.http.bodies import read_body
+from quire.core.serving.http.disconnect import run_while_connected
+from quire.core.serving.http.field_names import renamed
+from quire.core.serving.http.sse import EventStream, StreamStyle
 from quire.core.serving.operations.record import record_of
 from quire.core.serving.protocol.chat import ChatRequest
 from quire.core.serving.protocol.responses import (
@@ -21,13 +30,8 @@ from quire.core.serving.protocol.responses import (
     InputItemList,
     ResponsesRequest,
 )
-from quire.core.serving.response_answers import ResponseWriter, conversation_after, new_response
-from quire.core.serving.response_events import ResponseEvents
-from quire.core.serving.response_input import Message, items_of, messages_of
-from quire.core.serving.response_store import ResponseStore, StoredResponse, stop
 from quire.core.serving.routes.chat import ChatRun, begin_chat
 from quire.core.serving.server_state import Names, Server, ServerState
-from quire.core.serving.sse import EventStream, StreamStyle
 
 router = APIRouter()
 

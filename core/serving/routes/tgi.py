@@ -11,17 +11,17 @@ from starlette.requests import ClientDisconnect
 import quire
 from quire.core.engine.async_engine import OutputKind
 from quire.core.errors import QuireError
-from quire.core.serving.bodies import read_body
-from quire.core.serving.disconnect import run_while_connected
-from quire.core.serving.error_responses import failure_of
-from quire.core.serving.field_names import renamed
-from quire.core.serving.generation import Generation
-from quire.core.serving.limits import check_limits
+from quire.core.serving.answers.generation import Generation
+from quire.core.serving.answers.tgi_answers import TGI_STYLE, TgiWriter, error_body
+from quire.core.serving.http.bodies import read_body
+from quire.core.serving.http.disconnect import run_while_connected
+from quire.core.serving.http.error_responses import failure_of
+from quire.core.serving.http.field_names import renamed
+from quire.core.serving.http.limits import check_limits
+from quire.core.serving.http.sse import EventStream
 from quire.core.serving.protocol.sampling import MAX_STOPS
 from quire.core.serving.protocol.tgi import GenerateRequest, TgiInfo
 from quire.core.serving.server_state import Server, ServerState, make_names
-from quire.core.serving.sse import EventStream
-from quire.core.serving.tgi_answers import TGI_STYLE, TgiWriter, error_body
 
 router = APIRouter()
 

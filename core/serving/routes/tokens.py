@@ -5,7 +5,7 @@ from __future__ import annotations
 import pydantic_core
 from fastapi import APIRouter, Request, Response
 
-from quire.core.serving.bodies import read_body
+from quire.core.serving.http.bodies import read_body
 from quire.core.serving.protocol.tokens import (
     DetokenizeRequest,
     DetokenizeResponse,

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from quire.core.errors import CheckpointError
 from quire.core.interface.quantization import QuantizedWeight
-from quire.core.models.checkpoint_files import CheckpointFiles, StoredTensor
-from quire.core.models.weight_layout import TensorShape
+from quire.core.models.weights.checkpoint_files import CheckpointFiles, StoredTensor
+from quire.core.models.weights.weight_layout import TensorShape
 
 GGUF_NAME = "weights.gguf"
 """In the directory that stands for a GGUF file."""

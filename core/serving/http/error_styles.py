@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import Response
 from starlette.types import Scope
 
-from quire.core.serving import message_answers, tgi_answers
-from quire.core.serving.error_responses import Failure, HttpError
+from quire.core.serving.answers import message_answers, tgi_answers
+from quire.core.serving.http.error_responses import Failure, HttpError
+from quire.core.serving.http.sse import COMPLETIONS_STYLE, StreamStyle
 from quire.core.serving.operations.record import path_of, record_of
-from quire.core.serving.sse import COMPLETIONS_STYLE, StreamStyle
 
 _ANTHROPIC = "/v1/messages"
 _TGI = frozenset({"/", "/generate", "/generate_stream"})

@@ -25,7 +25,7 @@ from torch import Tensor
 from quire.core.errors import CheckpointError
 from quire.core.interface.quantization import QuantizedWeight
 from quire.core.models.model_config import read_json
-from quire.core.models.weight_layout import TensorShape
+from quire.core.models.weights.weight_layout import TensorShape
 
 _INDEX = "model.safetensors.index.json"
 _TORCH_INDEX = "pytorch_model.bin.index.json"

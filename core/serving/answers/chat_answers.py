@@ -7,11 +7,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from quire.core.outputs import CompletionOutput
-from quire.core.serving.answer_messages import DeltaReader, whole_message
-from quire.core.serving.answers import AnswerHead, PromptFacts, Tally, collect
-from quire.core.serving.generation import Generation
-from quire.core.serving.logprobs import TokenNames, chat_logprobs, prompt_logprobs_body
-from quire.core.serving.plain_chunks import PlainChunks
+from quire.core.serving.answers.answer_messages import DeltaReader, whole_message
+from quire.core.serving.answers.answers import AnswerHead, PromptFacts, Tally, collect
+from quire.core.serving.answers.generation import Generation
+from quire.core.serving.answers.logprobs import TokenNames, chat_logprobs, prompt_logprobs_body
+from quire.core.serving.answers.plain_chunks import PlainChunks
+from quire.core.serving.answers.token_bytes import TokenBytes
 from quire.core.serving.protocol.chat import (
     AnswerMessage,
     ChatChoice,
@@ -21,7 +22,6 @@ from quire.core.serving.protocol.chat import (
     ChatRequest,
     ChatResponse,
 )
-from quire.core.serving.token_bytes import TokenBytes
 from quire.core.serving.tools.events import AnswerParser
 
 AddedText = tuple[int, str]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pydantic_core
 
-from quire.core.serving.answer_pieces import CallPiece, Piece, TextPiece, pieces_of
+from quire.core.serving.answers.answer_pieces import CallPiece, Piece, TextPiece, pieces_of
+from quire.core.serving.http.sse import named_event
 from quire.core.serving.protocol.chat import ChatChunk, ChatLogprobs
 from quire.core.serving.protocol.responses import (
     FunctionCallItem,
@@ -27,7 +28,6 @@ from quire.core.serving.protocol.responses import (
     ResponseUsage,
 )
 from quire.core.serving.protocol.usage import Usage
-from quire.core.serving.sse import named_event
 
 _OPENERS = {"text": "message", "reasoning": "reasoning", "call": "function_call"}
 

@@ -8,9 +8,9 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quire.core.serving.error_responses import Failure, HttpError
-from quire.core.serving.error_styles import response_to
-from quire.core.serving.gate import Gate
+from quire.core.serving.http.error_responses import Failure, HttpError
+from quire.core.serving.http.error_styles import response_to
+from quire.core.serving.http.gate import Gate
 from quire.core.serving.operations.record import RequestRecord, path_of
 
 _GENERATING = frozenset(

@@ -31,7 +31,7 @@ def resolve_model_directory(model: str, revision: str | None = None) -> Path:
         return path
     if path.suffix == ".gguf" and path.is_file():
         # Here: planning reads no weights, and needs no torch for any other model.
-        from quire.core.models.gguf_directory import make_gguf_directory
+        from quire.core.models.weights.gguf_directory import make_gguf_directory
 
         return make_gguf_directory(path, read_environment().cache_directory)
     if path.exists():

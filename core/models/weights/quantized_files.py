@@ -15,9 +15,9 @@ from torch import Tensor
 
 from quire.core.errors import CheckpointError
 from quire.core.interface.quantization import QuantizedWeight
-from quire.core.models.checkpoint_files import CheckpointFiles
-from quire.core.models.checkpoint_quantization import CheckpointQuantization
-from quire.core.models.weight_layout import TensorShape
+from quire.core.models.weights.checkpoint_files import CheckpointFiles
+from quire.core.models.weights.checkpoint_quantization import CheckpointQuantization
+from quire.core.models.weights.weight_layout import TensorShape
 
 _WORD_BITS = 32
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)

@@ -7,19 +7,19 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from quire.core.serving.chat_answers import ChatWriter
-from quire.core.serving.error_responses import failure_of
-from quire.core.serving.gate import Gate
-from quire.core.serving.generation import Generation
+from quire.core.serving.answers.chat_answers import ChatWriter
+from quire.core.serving.answers.generation import Generation
+from quire.core.serving.answers.response_events import ResponseEvents
+from quire.core.serving.answers.response_input import Message
+from quire.core.serving.answers.response_store import ResponseStore, StoredResponse
+from quire.core.serving.http.error_responses import failure_of
+from quire.core.serving.http.gate import Gate
 from quire.core.serving.protocol.responses import (
     FunctionCallItem,
     OutputMessage,
     ResponseObject,
     ResponsesRequest,
 )
-from quire.core.serving.response_events import ResponseEvents
-from quire.core.serving.response_input import Message
-from quire.core.serving.response_store import ResponseStore, StoredResponse
 
 
 @dataclass(slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quire.core.interface.experts import ExpertWeights
 from quire.core.models.decoder_spec import MixtureSpec
-from quire.core.models.weight_layout import MixtureTensors, TensorShape
+from quire.core.models.weights.weight_layout import MixtureTensors, TensorShape
 
 
 class TensorReader(Protocol):

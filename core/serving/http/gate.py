@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from quire.core.serving.error_responses import SERVER, Failure, HttpError
+from quire.core.serving.http.error_responses import SERVER, Failure, HttpError
 
 
 class Gate:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quire.core.errors import Reason, UnsupportedError
 from quire.core.interface.quantization import QuantizedWeight
-from quire.core.models.weight_layout import LinearTensors
+from quire.core.models.weights.weight_layout import LinearTensors
 
 SCHEMES = ("int8", "int4")
 GROUP_SIZE_OPTION = "quantization.group_size"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pydantic import ValidationError
 
 from quire.core.errors import RequestError
-from quire.core.serving.error_responses import failure_of
+from quire.core.serving.http.error_responses import failure_of
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from quire.core.models.weight_layout import TensorShape
+from quire.core.models.weights.weight_layout import TensorShape
 
 _POOL_SIZE = 4_194_301
 """A prime, so that no row length divides it and no two rows of a matrix are the same."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quire.core.serving.error_responses import Failure, HttpError
+from quire.core.serving.http.error_responses import Failure, HttpError
 from quire.core.serving.protocol.responses import ResponseObject
 
 MAX_RESPONSES = 1000

@@ -11,10 +11,11 @@ from typing import Any
 
 import pydantic_core
 
-from quire.core.serving.answer_pieces import CallPiece, Piece, pieces_of
-from quire.core.serving.chat_answers import ChatWriter
-from quire.core.serving.error_responses import Failure, failure_of
-from quire.core.serving.generation import Generation
+from quire.core.serving.answers.answer_pieces import CallPiece, Piece, pieces_of
+from quire.core.serving.answers.chat_answers import ChatWriter
+from quire.core.serving.answers.generation import Generation
+from quire.core.serving.http.error_responses import Failure, failure_of
+from quire.core.serving.http.sse import StreamStyle, named_event
 from quire.core.serving.protocol.chat import ChatChunk
 from quire.core.serving.protocol.messages import (
     AnthropicError,
@@ -22,7 +23,6 @@ from quire.core.serving.protocol.messages import (
     MessagesAnswer,
     MessagesUsage,
 )
-from quire.core.serving.sse import StreamStyle, named_event
 
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 _BLOCKS = {"text": "text", "reasoning": "thinking", "call": "tool_use"}

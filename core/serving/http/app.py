@@ -9,16 +9,16 @@ from fastapi.middleware.cors import CORSMiddleware
 
 import quire
 from quire.core.engine.async_engine import AsyncEngine
-from quire.core.serving.endpoints import install_endpoints
-from quire.core.serving.error_responses import install_error_handlers
-from quire.core.serving.gate import Gate
-from quire.core.serving.metrics import ServerMetrics
-from quire.core.serving.middleware import (
+from quire.core.serving.http.endpoints import install_endpoints
+from quire.core.serving.http.error_responses import install_error_handlers
+from quire.core.serving.http.gate import Gate
+from quire.core.serving.http.middleware import (
     BodyLimitMiddleware,
     GateMiddleware,
     RequestIdMiddleware,
 )
-from quire.core.serving.openapi import make_document
+from quire.core.serving.http.openapi import make_document
+from quire.core.serving.metrics import ServerMetrics
 from quire.core.serving.operations.access import AccessMiddleware
 from quire.core.serving.operations.api_keys import KeyRing, plain_key
 from quire.core.serving.operations.deadline import DeadlineMiddleware

@@ -8,10 +8,14 @@ from dataclasses import dataclass, replace
 
 from quire.core.engine.async_engine import AsyncEngine
 from quire.core.outputs import CompletionOutput, TokenLogprobs
-from quire.core.serving.answers import AnswerHead, PromptFacts, Tally, collect
-from quire.core.serving.generation import Generation
-from quire.core.serving.logprobs import TokenNames, completion_logprobs, prompt_logprobs_body
-from quire.core.serving.plain_chunks import PlainChunks
+from quire.core.serving.answers.answers import AnswerHead, PromptFacts, Tally, collect
+from quire.core.serving.answers.generation import Generation
+from quire.core.serving.answers.logprobs import (
+    TokenNames,
+    completion_logprobs,
+    prompt_logprobs_body,
+)
+from quire.core.serving.answers.plain_chunks import PlainChunks
 from quire.core.serving.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from quire.core.outputs import CompletionOutput, RequestOutput, TokenLogprobs
-from quire.core.serving.generation import Generation, PromptOutput
+from quire.core.serving.answers.generation import Generation, PromptOutput
 from quire.core.serving.protocol.usage import Usage
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.errors import CheckpointError, Reason, UnsupportedError
-from quire.core.models.gguf_files import GGUF_NAME, open_reader
+from quire.core.models.weights.gguf_files import GGUF_NAME, open_reader
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.core.outputs import Logprob, TokenLogprobs
+from quire.core.serving.answers.token_bytes import TokenBytes
 from quire.core.serving.protocol.chat import ChatLogprobs, ChatTokenLogprob, ChatTopLogprob
 from quire.core.serving.protocol.completions import CompletionLogprobs, PromptLogprobs
-from quire.core.serving.token_bytes import TokenBytes
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not have."""

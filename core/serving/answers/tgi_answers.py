@@ -7,9 +7,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from quire.core.outputs import CompletionOutput, Logprob, TokenLogprobs
-from quire.core.serving.answers import PromptFacts, Tally, collect
-from quire.core.serving.error_responses import Failure, failure_of
-from quire.core.serving.generation import Generation
+from quire.core.serving.answers.answers import PromptFacts, Tally, collect
+from quire.core.serving.answers.generation import Generation
+from quire.core.serving.http.error_responses import Failure, failure_of
+from quire.core.serving.http.sse import StreamStyle, event
 from quire.core.serving.protocol.tgi import (
     GenerateRequest,
     GenerateResponse,
@@ -20,7 +21,6 @@ from quire.core.serving.protocol.tgi import (
     TgiStreamDetails,
     TgiToken,
 )
-from quire.core.serving.sse import StreamStyle, event
 
 _ERROR_TYPES = {429: "overloaded", 400: "validation", 413: "validation"}
 

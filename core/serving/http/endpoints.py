@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI
 
-from quire.core.serving.response_store import ResponseStore
+from quire.core.serving.answers.response_store import ResponseStore
 from quire.core.serving.routes import (
     audio,
     chat,

@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from quire.core.serving.disconnect import run_while_connected
-from quire.core.serving.error_responses import failure_of
+from quire.core.serving.http.disconnect import run_while_connected
+from quire.core.serving.http.error_responses import failure_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Weights: found in files of any format, laid out, quantized or made up."""

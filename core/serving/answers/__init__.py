@@ -1,0 +1,1 @@
+"""What each API answers with, whole and in pieces."""
