@@ -78,7 +78,6 @@ def pack_lanes(
     target: int,
     /,
 ) -> None: ...
-
 def read_memory(address: int, num_words: int) -> int: ...
 
 class Linear:
