@@ -37,7 +37,7 @@ _POINTERS = {
     torch.float8_e4m3fnuz: "*fp8e4b8",
 }
 _ALIGNMENT = 16
-_NVIDIA_MATRIX = re.compile(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA|IMMA|IGMMA)\b")
+_NVIDIA_MATRIX = re.compile(r"\b(?:[HIQ]G?MMA|UTC[HIQ]MMA)\b")
 _AMD_MATRIX = re.compile(r"\bv_(?:s?mfma|s?wmma)\w*")
 _DIVISIBLE = [["tt.divisibility", _ALIGNMENT]]
 

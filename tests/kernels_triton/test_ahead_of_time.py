@@ -88,6 +88,7 @@ CHECK = """
 from pathlib import Path
 import sys
 from quire.kernels_triton.launch import LaunchEntry, read_table
+from quire.kernels_triton import offline
 from quire.kernels_triton.offline import Usage, broken_promises
 from quire.kernels_triton.survey import jobs_of
 table = read_table(Path(sys.argv[1]))
@@ -101,6 +102,10 @@ for path in map(Path, sys.argv[1:]):
     _, launcher = jobs_of(path)
     own = len(__import__("json").loads(path.read_text())["entries"])
     assert set(range(own)) <= launcher.used, (path, set(range(own)) - launcher.used)
+words = "HMMA.16816 HGMMA.64x64 IMMA.8816 IGMMA.64 QGMMA.64 UTCHMMA UTCIMMA UTCQMMA"
+assert len(offline._NVIDIA_MATRIX.findall(words)) == 8
+assert not offline._NVIDIA_MATRIX.findall("FFMA HFMA2.MMA IMAD EIATTR_SPARSE_MMA_MASK")
+assert len(offline._AMD_MATRIX.findall("v_mfma_f32_16x16 v_wmma_f32 v_smfmac_f32 v_swmmac_f32")) == 4
 kernels = {e.kernel for e in table.entries} - {"splits"}
 for path in map(Path, sys.argv[1:]):
     assert {job.entry.kernel for job in jobs_of(path)[0]} == kernels, path
