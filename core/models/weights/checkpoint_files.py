@@ -68,6 +68,8 @@ class CheckpointFiles:
 
     def __init__(self, directory: Path, rename: Callable[[str], str | None]) -> None:
         self._directory = directory
+        # None is started before it has work; they end with this object.
+        self._threads = ThreadPoolExecutor(torch.get_num_threads())
         self._stored: dict[str, StoredTensor] = {}
         for path in find_weight_files(directory):
             for stored in _read_header(path):
@@ -115,7 +117,7 @@ class CheckpointFiles:
         if place is None or place.dtype != target.dtype or not _is_plain(target):
             target.copy_(self.read(tensor))
         elif target.numel():
-            _read_bytes(stored.path, place, target)
+            _read_bytes(stored.path, place, target, self._threads)
 
     def read_quantized(self, tensor: TensorShape) -> QuantizedWeight | None:
         """A weight as the codes that are stored; None: it is plain, or no record says it."""
@@ -205,7 +207,9 @@ def _is_plain(target: Tensor) -> bool:
     return target.device == _HOST and target.is_contiguous()
 
 
-def _read_bytes(path: Path, place: StoredBytes, target: Tensor) -> None:
+def _read_bytes(
+    path: Path, place: StoredBytes, target: Tensor, threads: ThreadPoolExecutor
+) -> None:
     """A large tensor in several pieces at once: fresh memory costs a page fault in each thread."""
     whole = target.flatten().view(torch.uint8).numpy().data
     starts = range(0, len(whole), _PIECE_BYTES)
@@ -215,8 +219,7 @@ def _read_bytes(path: Path, place: StoredBytes, target: Tensor) -> None:
             if len(pieces) == 1:
                 _read_piece(file, pieces[0])
                 return
-            with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-                list(threads.map(partial(_read_piece, file), pieces))
+            list(threads.map(partial(_read_piece, file), pieces))
     except OSError as error:
         raise _damaged(path, error) from error
 
