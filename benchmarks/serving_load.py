@@ -42,7 +42,7 @@ def overload(
                 answers = asyncio.run(_phase(server, running * times, tokens, seconds))
                 values.append(_goodput(answers))
     settings = {"model": model, "running": running, "factor": factor, "tokens": tokens}
-    record = Record(name="serving_overload", settings={**settings, "seconds": seconds})
+    record = Record(name="serving_overload_retries", settings={**settings, "seconds": seconds})
     work, unit = f"{tokens} tokens, {running} run at once", "good answers/s"
     capacity, beyond = (
         Measurement(work=work, subject=name, unit=unit, values=tuple(values))

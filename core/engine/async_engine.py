@@ -113,6 +113,8 @@ class AsyncEngine:
         """
         self._refuse_if_not_ready()
         refuse_text(self.facts.tasks, self.facts.served_model_name)
+        # Before the text is read, so that a refusal stays cheap; and after it, since that may take.
+        self._refuse_if_full(params.n)
         model_input = await self._read(prompt, add_special_tokens=add_special_tokens)
         if params.structured_outputs is not None:
             await asyncio.to_thread(self._front.check_grammar, params)
