@@ -30,6 +30,8 @@ from quire.kernels_triton.survey_page import render_survey
 
 _FP8 = {"sm_89": "float8_e4m3fn", "sm_90": "float8_e4m3fn", "sm_100": "float8_e4m3fn"}
 _FP8 |= {"gfx942": "float8_e4m3fnuz", "gfx1201": "float8_e4m3fn"}
+_NUMBERS = {"registers", "spill_bytes", "shared_bytes", "matrix_instructions"}
+"""Written also where they are 0."""
 _PER_PROCESS = 4
 """Jobs that a process takes at a time."""
 
@@ -92,7 +94,8 @@ def _merge(usages: Sequence[Usage], tables: Sequence[Path], file: Path) -> None:
     kept = [row for row in data["kernels"] if row["target"] not in names]
     origins = {name: _provenance(path) for name, path in names.items()}
     targets = dict(sorted({**data["targets"], **origins}.items()))
-    rows = sorted([*kept, *map(asdict, usages)], key=lambda row: (row["target"], row["name"]))
+    found = [{k: v for k, v in asdict(usage).items() if v or k in _NUMBERS} for usage in usages]
+    rows = sorted([*kept, *found], key=lambda row: (row["target"], row["name"]))
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     head = json.dumps(targets, indent=1).replace("\n", "\n ")
     text = f'{{\n "targets": {head},\n "kernels": [\n{lines}\n ]\n}}\n'

@@ -40,14 +40,14 @@ def _summary(targets: Mapping[str, Any], rows: Sequence[Row]) -> str:
     lines = []
     for name, origin in targets.items():
         own = [row for row in rows if row["target"] == name]
-        wanting = [row for row in own if row["wants_matrix"]]
+        wanting = [row for row in own if row.get("wants_matrix")]
         have = sum(row["matrix_instructions"] > 0 for row in wanting)
         most = max(row["shared_bytes"] for row in own)
         lines.append(
             [
                 name,
                 str(len(own)),
-                str(sum(bool(row["findings"]) for row in own)),
+                str(sum(bool(row.get("findings", ())) for row in own)),
                 str(sum(row["spill_bytes"] == 0 for row in own)),
                 f"{have} of {len(wanting)} that should",
                 f"{most} of {origin['shared_bytes']} bytes",
@@ -83,7 +83,7 @@ def _most(rows: Sequence[Row]) -> str:
 
 
 def _spills(rows: Sequence[Row]) -> str:
-    spilling = [row for row in rows if row["spill_bytes"] and not row["findings"]]
+    spilling = [row for row in rows if row["spill_bytes"] and not row.get("findings", ())]
     if not spilling:
         return "## Spills\n\nNone.\n"
     lines = [
@@ -91,7 +91,7 @@ def _spills(rows: Sequence[Row]) -> str:
             row["target"],
             f"`{row['name']}`",
             str(row["spill_bytes"]),
-            str(row["allowed_spill_bytes"]),
+            str(row.get("allowed_spill_bytes", 0)),
         ]
         for row in spilling
     ]
@@ -101,9 +101,9 @@ def _spills(rows: Sequence[Row]) -> str:
 
 def _findings(rows: Sequence[Row]) -> str:
     lines = [
-        [row["target"], f"`{row['name']}`", "; ".join(row["findings"])]
+        [row["target"], f"`{row['name']}`", "; ".join(row.get("findings", ()))]
         for row in rows
-        if row["findings"]
+        if row.get("findings", ())
     ]
     if not lines:
         return ""
