@@ -32,6 +32,7 @@ from quire.kernels_cpu.native import (
     pin_threads,
     use_isa,
 )
+from quire.kernels_cpu.quantization import GROUP_SIZES, quantize_int4, quantize_int8
 from quire.kernels_cpu.recurrence import (
     causal_conv1d,
     gated_delta_rule,
@@ -41,6 +42,7 @@ from quire.kernels_cpu.recurrence import (
 from quire.kernels_cpu.vocabulary import logprobs, mask_tokens, most_likely, sample
 
 __all__ = [
+    "GROUP_SIZES",
     "HAVE_NATIVE",
     "WHY_NOT_NATIVE",
     "FusedDecoderLayer",
@@ -64,6 +66,8 @@ __all__ = [
     "pack_experts",
     "paged_attention",
     "pin_threads",
+    "quantize_int4",
+    "quantize_int8",
     "read_memory",
     "rms_norm",
     "rotary",

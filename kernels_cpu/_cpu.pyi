@@ -38,6 +38,18 @@ def write_cache(
     sizes: Sequence[int],
     strides: Sequence[int],
 ) -> None: ...
+def quantize(
+    bits: int,
+    dtype: int,
+    weight: int,
+    codes: int,
+    scales: int,
+    zeros: int,
+    num_outputs: int,
+    num_inputs: int,
+    row_stride: int,
+    group_size: int,
+) -> None: ...
 def rms_norm(
     dtype: int,
     x: int,

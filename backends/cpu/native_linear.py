@@ -62,6 +62,35 @@ def pack_quantized(weight: QuantizedWeight, bias: Tensor | None, dtype: str) -> 
 
 def multiply(x: Tensor, packed: PackedWeights) -> Tensor:
     """x @ weight.T + bias, for x [T, K]."""
+def quantize(weight: Tensor, bits: int, group_size: int) -> QuantizedWeight | None:
+    """`Ops.quantize_linear`; None: no kernel takes it."""
+    num_outputs, num_inputs = weight.shape
+    is_grouped = bits == 4 and group_size in kernels_cpu.GROUP_SIZES
+    is_whole = bits == 8 and group_size == 0
+    if not (kernels_cpu.HAVE_NATIVE and weight.dtype in _FLOATS and (is_grouped or is_whole)):
+        return None
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    codes = torch.empty((num_outputs, num_inputs * bits // 8), dtype=torch.uint8)
+    if is_whole:
+        scales, zeros = torch.empty((num_outputs, 1), dtype=torch.float32), None
+        kernels_cpu.quantize_int8(weight, codes, scales)
+    else:
+        table = (num_outputs, num_inputs // group_size)
+        scales = torch.empty(table, dtype=torch.bfloat16)
+        zeros = torch.empty(table, dtype=torch.uint8)
+        kernels_cpu.quantize_int4(weight, group_size, codes, scales, zeros)
+    return QuantizedWeight(
+        bits=bits,
+        group_size=group_size,
+        num_inputs=num_inputs,
+        codes=codes,
+        scales=scales,
+        zeros=zeros,
+        activations="token" if is_whole else "group",
+        scheme=f"int{bits}",
+    )
+
+
     out = x.new_empty((x.shape[0], packed.num_outputs))
     packed.multiply(x, out)
     return out

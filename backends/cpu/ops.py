@@ -87,6 +87,9 @@ class CpuOps(ReferenceOps):
             )
         return super().pack_quantized_linear(weight, bias, dtype)
 
+    def quantize_linear(self, weight: Tensor, bits: int, group_size: int) -> QuantizedWeight | None:
+        return native_linear.quantize(weight, bits, group_size)
+
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         payload = packed.payload
         if isinstance(payload, kernels_cpu.PackedWeights):

@@ -130,6 +130,28 @@ class Ops(ABC):
         """
         raise NotImplementedError
 
+    def quantize_linear(
+        self, weight: Tensor, bits: int, group_size: int
+    ) -> QuantizedWeight | None:
+        """Quantizes weights [N, K] at load; None: the core does it in plain torch, more slowly.
+
+        weight in any floating dtype; mutates nothing. `bits` 8 with group_size 0: `int8`; 4 with a
+        group_size that divides K: `int4`. The numbers are part of the arithmetic: each operation is
+        in float32 and rounded once, nothing is fused, and every device gives the same bits.
+
+        8 bits, activations `token`, no zeros: scale = max |w| / 127 of each row, code =
+        round(w / scale) + 128, halves to even; a scale of 0 gives the code 128. scales float32.
+
+        4 bits, activations `group`: low = min(w, 0) and high = max(w, 0) over each group. For each
+        part p of 1, 0.95, 0.9, 0.85, 0.8, 0.75: scale = (high - low) * (p / 15) rounded to
+        bfloat16, 0 below the least normal float32; inverse = 1 / scale, or 0; zero = round(-low * p
+        * inverse) and code = round(w * inverse) + zero, both clamped to 0..15; error = sum of
+        ((code - zero) * scale - w)^2, summed by adding the second half of the terms to the first
+        until one is left. The first part of the least error is kept. scales bfloat16, zeros uint8.
+        Source: Dettmers et al. 2022, section 2; Frantar et al. 2022 for groups.
+        """
+        return None
+
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """The root-mean-square norm: x / sqrt(mean(x^2) + eps) * weight over the last dimension.

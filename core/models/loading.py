@@ -261,7 +261,7 @@ class WeightBuilder:
         if self._quantization is None:
             packed = self._ops.pack_linear(weight, bias)
         else:
-            quantized = quantize(weight, self._quantization, is_head=is_head)
+            quantized = quantize(weight, self._quantization, is_head=is_head, ops=self._ops)
             packed = self._ops.pack_quantized_linear(quantized, bias, self._description.dtype)
         # 0: it keeps what it was given, which counts here unless it is the embedding.
         given = 0 if weight is self._embedding else weight.nbytes

@@ -46,7 +46,8 @@ namespace quire {
 #define DECLARE(name, condition)     \
   extern const Table table_##name;   \
   extern const LinearTable linear_##name; \
-  extern const LayerTable layers_##name;
+  extern const LayerTable layers_##name;    \
+  extern const QuantizeTable quantize_##name;
 QUIRE_LEVELS(DECLARE)
 #undef DECLARE
 
@@ -104,7 +105,7 @@ std::vector<Level> available_levels() {
 #endif
   std::vector<Level> levels;
 #define ADD(name, condition) \
-  if (condition) levels.push_back({#name, &table_##name, &linear_##name, &layers_##name});
+  if (condition) levels.push_back({#name, &table_##name, &linear_##name, &layers_##name, &quantize_##name});
   QUIRE_LEVELS(ADD)
 #undef ADD
   return levels;

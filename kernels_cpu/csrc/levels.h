@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "layers.h"
+#include "quantize.h"
 
 namespace quire {
 
@@ -12,6 +13,7 @@ struct Level {
   const Table* kernels;
   const LinearTable* linear;
   const LayerTable* layers;
+  const QuantizeTable* quantize;
 };
 
 // What this machine can run, best first. Never empty.
