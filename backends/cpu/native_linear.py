@@ -20,6 +20,7 @@ from quire.core.interface import PackedLinear, QuantizedWeight
 from quire.kernels_cpu import PackedWeights
 
 _GROUP_STEP = 16
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def takes_dense(dtype: torch.dtype, cpu: CpuFacts) -> bool:
