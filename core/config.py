@@ -73,8 +73,11 @@ class EngineConfig:
     overlap_scheduling: bool | None = None
     """Schedule a step while the one before it runs; None: where the device is asynchronous."""
     step_timeout_s: float | None = None
-    """A step that takes longer counts as hung: the engine's process ends with the reason. Needs a
-    process of its own. None: no limit."""
+    """A step that takes longer counts as hung: the engine's process, or the worker's, ends with the
+    reason. Needs a process of its own. None: no limit."""
+    worker_process: bool = False
+    """Whether the worker has a process of its own, so that a driver that crashes takes neither the
+    engine core nor the caller with it."""
     seed: int = 0
     """From which the seeds of requests without one are drawn."""
     stream_interval_s: float = 0.03

@@ -25,11 +25,10 @@ from quire.core.engine.messages import (
     FromCore,
     Ready,
     Updates,
-    dead_by,
-    restore_error,
     same_death,
 )
 from quire.core.errors import ConfigError, EngineDeadError, RequestError
+from quire.core.executor.error_records import dead_by, restore_error
 from quire.core.scheduler.request import RequestSpec, RequestUpdate
 
 _CLOSED = "the engine was closed; start another"
@@ -87,10 +86,11 @@ class InProcessClient(CoreClient):
 
     def __init__(self, config: EngineConfig, *, build_core: BuildCore = EngineCore.build) -> None:
         """Raises: ConfigError, UnsupportedError, PluginError, CheckpointError, DeviceError."""
-        if config.step_timeout_s is not None:
+        if config.step_timeout_s is not None and not config.worker_process:
             raise ConfigError(
                 f"step_timeout_s {config.step_timeout_s:g} was asked for; a step that hangs here "
-                "hangs this process: use has_own_process=True, or leave it out"
+                "hangs this process: use has_own_process=True or worker_process=True, or leave it "
+                "out"
             )
         self._core = build_core(config)
         self.config = self._core.config

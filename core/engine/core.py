@@ -11,7 +11,7 @@ from typing import Any
 
 from quire.core.config import EngineConfig
 from quire.core.engine.constraints import Constraints
-from quire.core.engine.facts import EngineFacts, EngineStatistics
+from quire.core.engine.facts import EngineFacts, EngineStatistics, PlanFacts
 from quire.core.engine.grammars import core_compiler
 from quire.core.engine.messages import same_death
 from quire.core.engine.pooling import refuse_text
@@ -24,6 +24,7 @@ from quire.core.errors import (
 )
 from quire.core.executor.executor import Executor
 from quire.core.executor.in_process import make_executor
+from quire.core.executor.worker_process import WorkerProcess
 from quire.core.interface.worker import CachePlan, ModelInfo, PendingStep, StepBatch
 from quire.core.kv_cache.manager import KVCacheManager
 from quire.core.kv_cache.sizing import plan_cache
@@ -101,6 +102,8 @@ class EngineCore:
         Raises: ConfigError, UnsupportedError, PluginError, CheckpointError, DeviceError.
         """
         timer = StartTimer()
+        if user.worker_process:
+            return _start_apart(user, timer)
         with timer.stage("plan"):
             planned = plan_engine(user)
         return start_core(planned, timer)
@@ -197,6 +200,10 @@ class EngineCore:
         self._raise_if_dead()
         self._executor.health()
 
+    def watch(self, on_lost: Callable[[], None]) -> None:
+        """Has `on_lost` called, from any thread, when a worker is gone; then ask `health`."""
+        self._executor.watch(on_lost)
+
     def close(self) -> None:
         """Drops all requests and releases the device. Calling twice is harmless."""
         self._in_flight.clear()
@@ -280,14 +287,37 @@ def start_core(planned: PlannedEngine, timer: StartTimer) -> EngineCore:
     Raises: CheckpointError, UnsupportedError, DeviceError; ConfigError if not one request fits.
     """
     executor = make_executor(planned.device, planned.plan.worker_config)
+    return _start_or_close(what_is_planned(planned.plan), executor, timer)
+
+
+def start_worker(config: EngineConfig) -> tuple[PlanFacts, Executor]:
+    """What the process of a worker begins with: it alone opens the device."""
+    planned = plan_engine(config)
+    facts = what_is_planned(planned.plan)
+    return facts, make_executor(planned.device, planned.plan.worker_config)
+
+
+def _start_apart(user: EngineConfig, timer: StartTimer) -> EngineCore:
+    """As `start_core`, with the worker in a process of its own; this one loads no driver."""
+    executor = WorkerProcess(start_worker, user)
     try:
-        return _start(planned.plan, executor, timer)
+        with timer.stage("plan"):
+            plan = executor.started(PlanFacts)
+    except BaseException:
+        executor.close()
+        raise
+    return _start_or_close(plan, executor, timer)
+
+
+def _start_or_close(plan: PlanFacts, executor: Executor, timer: StartTimer) -> EngineCore:
+    try:
+        return _start(plan, executor, timer)
     except BaseException:
         executor.close()
         raise
 
 
-def _start(plan: Plan, executor: Executor, timer: StartTimer) -> EngineCore:
+def _start(plan: PlanFacts, executor: Executor, timer: StartTimer) -> EngineCore:
     config = plan.config
     with timer.stage("load"):
         info = executor.load_model()
@@ -335,8 +365,20 @@ def make_core(
     )
 
 
+def what_is_planned(plan: Plan) -> PlanFacts:
+    """Of a plan, what the engine core goes on with."""
+    return PlanFacts(
+        config=plan.config,
+        model_directory=str(plan.directory),
+        device=plan.device.name,
+        device_name=plan.device.info.name,
+        kernels=dict(plan.kernels),
+        changes=[str(change) for change in plan.changes],
+    )
+
+
 def make_facts(
-    plan: Plan,
+    plan: PlanFacts,
     info: ModelInfo,
     cache_plan: CachePlan,
     max_model_len: int,
@@ -347,19 +389,19 @@ def make_facts(
     return EngineFacts(
         model=config.model,
         served_model_name=config.served_model_name or config.model,
-        model_directory=str(plan.directory),
+        model_directory=plan.model_directory,
         architecture=info.architecture,
         vocab_size=info.vocab_size,
         max_model_len=max_model_len,
         num_parameters=info.num_parameters,
         weight_bytes=info.weight_bytes,
         dtype=info.dtype,
-        device=plan.device.name,
-        device_name=plan.device.info.name,
+        device=plan.device,
+        device_name=plan.device_name,
         num_blocks=list(cache_plan.num_blocks),
         num_cache_tokens=_num_cache_tokens(info, cache_plan),
         providers={**plan.kernels, **info.providers},
-        changes=[str(change) for change in plan.changes],
+        changes=list(plan.changes),
         tasks=list(info.tasks),
         labels=list(info.labels),
         vector_size=info.vector_size,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import multiprocessing
-import signal
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,16 +17,16 @@ import zmq
 from quire.core.config import EngineConfig
 from quire.core.engine.core import BuildCore
 from quire.core.engine.endpoints import BoundSockets, Endpoints, bind_sockets, make_closer
-from quire.core.engine.messages import ErrorRecord, Exited, FromCore, Shutdown, ToCore
+from quire.core.engine.messages import Exited, FromCore, Shutdown, ToCore
 from quire.core.engine.process import run_core_process
 from quire.core.errors import EngineDeadError
+from quire.core.executor.child_process import HANG, HANG_MARK, describe_exit
+from quire.core.executor.error_records import ErrorRecord
 
 _WATCH_ADDRESS = "inproc://exited"
 _SHUTDOWN_GRACE_S = 10.0
 _CONNECT_LIMIT_MS = 10_000
-_HANG_MARK = "Timeout ("
-"""How faulthandler begins what it leaves after a step without an end."""
-_HANG = "a step took longer than step_timeout_s: the device hangs, or the limit is too short for it"
+_WHAT = "the process of the engine core"
 _MAX_CRASH_CHARS = 4000
 
 
@@ -111,10 +110,10 @@ class CoreProcess:
             return msgspec.msgpack.decode(self.endpoints.fatal_file.read_bytes(), type=ErrorRecord)
         except (OSError, msgspec.DecodeError):
             crash = self._crash_text()
-            if crash.startswith(_HANG_MARK):
-                return ErrorRecord(kind="StepTimeout", message=_HANG, traceback=crash)
+            if crash.startswith(HANG_MARK):
+                return ErrorRecord(kind="StepTimeout", message=HANG, traceback=crash)
             return ErrorRecord(
-                kind="ProcessExited", message=_describe_exit(exit_code), traceback=crash
+                kind="ProcessExited", message=describe_exit(_WHAT, exit_code), traceback=crash
             )
 
     def kill(self) -> None:
@@ -172,20 +171,3 @@ def _end(
         watcher.join()
         process.close()
         close_sockets()
-
-
-def _describe_exit(exit_code: int) -> str:
-    if exit_code >= 0:
-        hint = (
-            "; a script that starts an engine process needs `if __name__ == '__main__':` "
-            "around its start"
-            if exit_code == 1
-            else ""
-        )
-        return f"the process of the engine core exited with code {exit_code}{hint}"
-    try:
-        name = signal.Signals(-exit_code).name
-    except ValueError:
-        name = f"signal {-exit_code}"
-    hint = "; was the machine out of memory?" if name == "SIGKILL" else ""
-    return f"the process of the engine core was killed by {name}{hint}"

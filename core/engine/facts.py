@@ -4,6 +4,24 @@ from __future__ import annotations
 
 import msgspec
 
+from quire.core.config import EngineConfig
+
+
+class PlanFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a plan decided, without the device that it opened. Crosses from a worker's process."""
+
+    config: EngineConfig
+    """Resolved."""
+    model_directory: str
+    device: str
+    """The backend's name."""
+    device_name: str
+    """As the vendor sells it."""
+    kernels: dict[str, str]
+    """Operator to who serves it."""
+    changes: list[str]
+    """What `resolve` filled in or corrected, one sentence each."""
+
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What is fixed once an engine runs. Crosses from the engine core to its front."""

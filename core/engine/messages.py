@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import traceback
 from typing import Any
 
 import msgspec
 
 from quire.core.config import EngineConfig
 from quire.core.engine.facts import EngineFacts
-from quire.core.errors import (
-    CheckpointError,
-    ConfigError,
-    DeviceError,
-    DeviceLost,
-    DeviceOutOfMemory,
-    EngineDeadError,
-    PluginError,
-    QuireError,
-    Reason,
-    RequestError,
-    UnsupportedError,
-)
+from quire.core.errors import EngineDeadError
+from quire.core.executor.error_records import ErrorRecord
 from quire.core.scheduler.request import RequestSpec, RequestUpdate
 
 # ------------------------------------------------------------------------------ front to core
@@ -47,23 +35,17 @@ class Call(msgspec.Struct, tag="call", frozen=True):
     """A key of `quire.core.engine.process.CALLS`."""
 
 
+class CheckHealth(msgspec.Struct, tag="check", frozen=True):
+    """See whether steps can still run; said inside the core's process when a worker is gone."""
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """Release everything and exit."""
 
 
-ToCore = AddRequests | AbortRequests | Call | Shutdown
+ToCore = AddRequests | AbortRequests | Call | CheckHealth | Shutdown
 
 # ------------------------------------------------------------------------------ core to front
-
-
-class ErrorRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An exception as plain data."""
-
-    kind: str
-    """The class's name."""
-    message: str
-    traceback: str
-    reasons: list[Reason] = []
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -101,60 +83,6 @@ class Exited(msgspec.Struct, tag="exited", frozen=True):
 
 
 FromCore = Ready | Updates | Answer | Fatal | Exited
-
-_KINDS: dict[str, type[QuireError]] = {
-    kind.__name__: kind
-    for kind in (
-        CheckpointError,
-        ConfigError,
-        DeviceError,
-        DeviceLost,
-        DeviceOutOfMemory,
-        EngineDeadError,
-        PluginError,
-        RequestError,
-    )
-}
-
-
-def record_error(error: BaseException) -> ErrorRecord:
-    """The exception as plain data; of an EngineDeadError that has one, its cause."""
-    if isinstance(error, EngineDeadError) and error.__cause__ is not None:
-        error = error.__cause__
-    return ErrorRecord(
-        kind=type(error).__name__,
-        message=str(error),
-        traceback="".join(traceback.format_exception(error)),
-        reasons=list(error.reasons) if isinstance(error, UnsupportedError) else [],
-    )
-
-
-def restore_error(record: ErrorRecord) -> QuireError:
-    """One of Quire's own errors as it was raised.
-
-    Anything else as an EngineDeadError with the root cause.
-    """
-    if record.kind == UnsupportedError.__name__:
-        what = record.message.partition(" is not supported:")[0]
-        error: QuireError = UnsupportedError(record.reasons, what=what)
-    elif record.kind == PluginError.__name__:
-        error = PluginError(record.message, details=record.traceback)
-    elif record.kind in _KINDS:
-        error = _KINDS[record.kind](record.message)
-    else:
-        return dead_by(record)
-    error.add_note(f"In the process of the engine core:\n{record.traceback}")
-    return error
-
-
-def dead_by(record: ErrorRecord) -> EngineDeadError:
-    """What everybody who waits is told when the core has died of `record`."""
-    error = EngineDeadError(
-        "the engine core has died; restart the engine",
-        root_cause=f"{record.kind}: {record.message}",
-    )
-    error.add_note(f"In the process of the engine core:\n{record.traceback}")
-    return error
 
 
 def same_death(error: EngineDeadError) -> EngineDeadError:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import multiprocessing
 import os
 import shutil
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import wait
-from typing import Any, TextIO
+from typing import Any
 
 import msgspec
 import zmq
@@ -25,14 +24,16 @@ from quire.core.engine.messages import (
     AddRequests,
     Answer,
     Call,
+    CheckHealth,
     Fatal,
     FromCore,
     Ready,
     Shutdown,
     ToCore,
     Updates,
-    record_error,
 )
+from quire.core.executor.child_process import StepDeadline, leave_signals_to_parent
+from quire.core.executor.error_records import record_error
 
 CALLS: dict[str, Callable[[EngineCore], Any]] = {
     "statistics": EngineCore.statistics,
@@ -43,18 +44,21 @@ CALLS: dict[str, Callable[[EngineCore], Any]] = {
 
 _LINGER_MS = 2000
 _ORPHAN_GRACE_S = 5.0
-_ORPHAN_ADDRESS = "inproc://orphan"
+_INSIDE_ADDRESS = "inproc://inside"
+"""Where threads of this process say something to its loop."""
 
 
 def run_core_process(config: EngineConfig, endpoints: Endpoints, build_core: BuildCore) -> None:
     """The child's main function. Serves until it is told to stop, fails, or its parent is gone."""
-    _leave_signals_to_parent()
+    leave_signals_to_parent()
     with endpoints.crash_file.open("w", encoding="utf-8") as crash_file:
         faulthandler.enable(crash_file)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         mailbox = Mailbox(context, endpoints)
-        _exit_with_parent(context, endpoints.directory)
-        deadline = StepDeadline(config.step_timeout_s, crash_file)
+        _exit_with_parent(mailbox, endpoints.directory)
+        # A worker that has a process of its own minds the time there, and alone ends with it.
+        limit_s = None if config.worker_process else config.step_timeout_s
+        deadline = StepDeadline(limit_s, crash_file)
         is_clean = _serve(config, build_core, mailbox, endpoints, deadline)
         mailbox.close(linger_ms=0 if is_clean else _LINGER_MS)
         context.term()
@@ -76,6 +80,7 @@ def _serve(
         core = build_core(config)
         gc.collect()
         gc.freeze()  # the collector need not look at modules and weights again and again
+        core.watch(lambda: mailbox.say_inside(CheckHealth()))
         mailbox.send(Ready(core.config, core.facts))
         core.prepare_grammars()  # nobody's start waits for what perhaps nobody asks for
         CoreLoop(core, mailbox, deadline).run()
@@ -88,6 +93,7 @@ def _serve(
     finally:
         if core is not None:
             core.close()
+        gc.unfreeze()  # what has a finalizer may still have it run
 
 
 class Mailbox:
@@ -95,8 +101,9 @@ class Mailbox:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Endpoints) -> None:
         key = endpoints.server_key
+        self._context = context
         self._inbox = connect_socket(context, zmq.PULL, endpoints.to_core, key)
-        self._inbox.bind(_ORPHAN_ADDRESS)
+        self._inbox.bind(_INSIDE_ADDRESS)
         self._outbox = connect_socket(context, zmq.PUSH, endpoints.from_core, key)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToCore] = msgspec.msgpack.Decoder(ToCore)
@@ -112,34 +119,17 @@ class Mailbox:
         """Hands a message to the front; never waits."""
         self._outbox.send(self._encoder.encode(message))
 
+    def say_inside(self, message: ToCore) -> None:
+        """Puts a message into the inbox, from any thread; does nothing once it is closed."""
+        with contextlib.suppress(zmq.ZMQError), self._context.socket(zmq.PUSH) as socket:
+            socket.linger = 0
+            socket.connect(_INSIDE_ADDRESS)
+            socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
+
     def close(self, *, linger_ms: int) -> None:
         """Closes both; what was sent has so long to arrive."""
         self._inbox.close(linger=0)
         self._outbox.close(linger=linger_ms)
-
-
-class StepDeadline:
-    """Ends this process when a step takes too long, with the traceback of all threads.
-
-    The clock runs in a thread that needs no interpreter, so that it also sees a driver that hangs
-    and holds it.
-    """
-
-    def __init__(self, limit_s: float | None, crash_file: TextIO) -> None:
-        self._limit_s = limit_s
-        self._crash_file = crash_file
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Runs the clock inside; does nothing without a limit."""
-        if self._limit_s is None:
-            yield
-            return
-        faulthandler.dump_traceback_later(self._limit_s, exit=True, file=self._crash_file)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
 
 
 class CoreLoop:
@@ -179,6 +169,8 @@ class CoreLoop:
                 self._core.abort(request_ids)
             case Call():
                 self._mailbox.send(self._answer(message))
+            case CheckHealth():
+                self._core.health()
             case Shutdown():
                 self._is_open = False
 
@@ -189,16 +181,7 @@ class CoreLoop:
             return Answer(call.call_id, error=record_error(error))
 
 
-def _leave_signals_to_parent() -> None:
-    """Ctrl-C and a service manager's SIGTERM reach the whole group; the front decides what follows.
-
-    It finishes what runs, then says Shutdown.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _exit_with_parent(context: zmq.Context[zmq.Socket[bytes]], directory: str) -> None:
+def _exit_with_parent(mailbox: Mailbox, directory: str) -> None:
     """Starts the thread that ends this process with its parent, and removes what that left."""
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -208,9 +191,7 @@ def _exit_with_parent(context: zmq.Context[zmq.Socket[bytes]], directory: str) -
         wait([parent.sentinel])
         shutil.rmtree(directory, ignore_errors=True)
         try:
-            with context.socket(zmq.PUSH) as socket:
-                socket.connect(_ORPHAN_ADDRESS)
-                socket.send(msgspec.msgpack.encode(Shutdown()))
+            mailbox.say_inside(Shutdown())
             threading.Event().wait(_ORPHAN_GRACE_S)
         finally:
             os._exit(1)

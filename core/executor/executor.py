@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from quire.core.interface.worker import CachePlan, ModelInfo, PendingStep, StepBatch, StepResult
@@ -61,6 +62,12 @@ class Executor(ABC):
     @abstractmethod
     def memory_by_tag(self) -> dict[str, int]:
         """Bytes held by `weights`, `cache`, ..., of all workers together, where known."""
+
+    def watch(self, on_lost: Callable[[], None]) -> None:  # noqa: B027 - optional
+        """Has `on_lost` called, from any thread, when a worker is gone while nobody asks it.
+
+        Never called where workers live and die with the engine. `health` tells why.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -18,7 +18,7 @@ router = APIRouter()
 _TOLD_SETTINGS = (
     *("max_num_seqs", "max_num_batched_tokens", "max_num_queued", "max_model_len", "block_size"),
     *("cache_dtype", "scheduling_policy", "enable_prefix_caching", "enable_chunked_prefill"),
-    *("overlap_scheduling", "quantization", "seed"),
+    *("overlap_scheduling", "quantization", "seed", "worker_process"),
 )
 
 
