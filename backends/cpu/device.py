@@ -25,6 +25,8 @@ from quire.core.interface import (
 )
 
 _NUM_THREADS = "cpu.num_threads"
+_NUM_THREADS_OF_ANY = "num_threads"
+"""As the engine's own setting comes, which every device of threads may read."""
 _ISA = "cpu.isa"
 _PIN = "cpu.pin_threads"
 _SWITCH = ("0", "1")
@@ -61,8 +63,9 @@ class CpuDevice(TorchDevice):
         """Sets threads and ISA level, and leaves the work to the core's worker."""
         if _ISA in config.options:
             kernels_cpu.use_isa(config.options[_ISA])
-        if _NUM_THREADS in config.options:
-            torch.set_num_threads(int(config.options[_NUM_THREADS]))
+        num_threads = _asked_threads(config)
+        if num_threads is not None:
+            torch.set_num_threads(int(num_threads))
         if config.options.get(_PIN) == "1":
             kernels_cpu.pin_threads(list_cores())
         if config.deterministic:
@@ -70,9 +73,15 @@ class CpuDevice(TorchDevice):
         return None
 
 
+def _asked_threads(worker_config: WorkerConfig) -> str | None:
+    """The number that was asked for, if one was: the device's own option before the engine's."""
+    options = worker_config.options
+    return options.get(_NUM_THREADS, options.get(_NUM_THREADS_OF_ANY))
+
+
 def _thread_reasons(worker_config: WorkerConfig) -> Iterator[Reason]:
-    text = worker_config.options.get(_NUM_THREADS, "1")
-    if not (text.isdecimal() and int(text) > 0):
+    text = _asked_threads(worker_config)
+    if text is not None and not (text.isdecimal() and int(text) > 0):
         yield Reason(
             code="options.cpu.num_threads",
             need=f"{text!r} threads",

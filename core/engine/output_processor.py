@@ -11,13 +11,20 @@ from quire.core.errors import RequestError
 from quire.core.scheduler.request import FinishReason, RequestUpdate
 
 
+_PIECES_PER_S = 800.0
+"""Of all streams together, beyond which handing over takes more of a core than the text in them."""
+_LONGEST_INTERVAL_S = 0.1
+"""What still reads as it is written."""
+
+
 class OutputProcessor:
     """Follows every request in flight and hands each output to its request's sink.
 
     With `stream_interval_s` above 0 a stream's pieces come no faster than that: tokens in between
     are handed over together, with the next piece, in `flush` or at the end. First tokens and ends
     never wait. Each piece costs its reader a wake-up, a message and often a packet, which many
-    streams at once feel and no reader does.
+    streams at once feel and no reader does. Where so many stream that even so pieces would come
+    faster than `_PIECES_PER_S`, each waits longer, `_LONGEST_INTERVAL_S` at most.
     """
 
     def __init__(self, *, stream_interval_s: float = 0.0) -> None:
@@ -62,6 +69,7 @@ class OutputProcessor:
         """
         to_abort: list[str] = []
         outputs = self._outputs
+        interval_s = self._interval_s()
         now = time.monotonic()
         for update in updates:
             output = outputs.get(update.request_id)
@@ -73,7 +81,7 @@ class OutputProcessor:
             metrics.last_token_time_s = now
             if output.is_silent and update.finish_reason is None:
                 output.token_ids += update.new_token_ids
-            elif now - output.shown_time_s < self._stream_interval_s and _may_wait(output, update):
+            elif now - output.shown_time_s < interval_s and _may_wait(output, update):
                 output.hold(update)
                 self._holding[update.request_id] = output
             elif self._take(output, output.with_held(update), now):
@@ -86,9 +94,10 @@ class OutputProcessor:
         Returns the seconds until more is due, None if nothing is held.
         """
         now = time.monotonic()
+        interval_s = self._interval_s()
         wait_s: float | None = None
         for output in list(self._holding.values()):
-            left_s = output.shown_time_s + self._stream_interval_s - now
+            left_s = output.shown_time_s + interval_s - now
             if output.held is None:
                 del self._holding[output.request_id]
             elif left_s <= 0.0:
@@ -125,6 +134,13 @@ class OutputProcessor:
         self._outputs.clear()
         self._holding.clear()
         return requests
+
+    def _interval_s(self) -> float:
+        """Seconds between the pieces of a stream, with as many in flight as there are."""
+        asked_s = self._stream_interval_s
+        if asked_s == 0.0:
+            return 0.0
+        return max(asked_s, min(len(self._outputs) / _PIECES_PER_S, _LONGEST_INTERVAL_S))
 
     def _note_first_token(self, request: RequestState, update: RequestUpdate, now: float) -> None:
         request.metrics.first_token_time_s = now

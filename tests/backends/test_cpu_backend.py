@@ -20,6 +20,7 @@ from quire.backends.cpu.device import CpuDevice
 from quire.backends.cpu.openmp import prefer_short_waits
 from quire.backends.cpu.ops import CpuOps
 from quire.backends.reference import ReferenceAttention, ReferenceOps
+from quire.core.config import EngineConfig
 from quire.core.interface import (
     INTERFACE_VERSION,
     OP_SPECS,
@@ -29,6 +30,7 @@ from quire.core.interface import (
     UnsupportedError,
     WorkerConfig,
 )
+from quire.core.planning import make_worker_config
 
 EPSILON = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 DTYPES = list(EPSILON)
@@ -199,6 +201,20 @@ def test_device_refuses_a_number_of_threads_that_is_none():
     assert not device.reasons_against(accepted)
     assert device.make_worker(accepted) is None
     assert torch.get_num_threads() == 1
+
+
+def test_number_of_threads_of_the_engine_reaches_the_device(tmp_path):
+    """`--num-threads` is what computes: it once stopped on its way, and nobody heard."""
+    before = torch.get_num_threads()
+    config = EngineConfig(
+        model="unused", device="cpu", num_threads=1, max_model_len=16, block_size=16
+    )
+    try:
+        torch.set_num_threads(2)
+        CpuBackend().open(0).make_worker(make_worker_config(config, tmp_path))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def _fields(config: WorkerConfig) -> dict:

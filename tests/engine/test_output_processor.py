@@ -310,3 +310,22 @@ def test_paced_stream_keeps_a_log_probability_for_each_token(paced):
     paced.step(ids[-1], end="length", logprobs=[fake_logprobs(ids[-1], 1)])
     shown = [one for out in paced.seen for one in out.outputs[0].logprobs]
     assert [next(iter(one)) for one in shown] == ids
+
+
+def test_pieces_of_many_streams_come_less_often_and_first_ones_at_once(follow, clock):
+    """What pieces cost is bounded for all streams together, without making anybody wait long."""
+    follow.outputs = OutputProcessor(stream_interval_s=0.01)
+    ids = follow.encode("abc")
+    for number in range(40):
+        follow.add("delta", f"r{number}", max_tokens=100)
+    updates = lambda token_id: [  # noqa: E731
+        RequestUpdate(request_id=f"r{number}", new_token_ids=[token_id]) for number in range(40)
+    ]
+    follow.outputs.process(updates(ids[0]))
+    assert len(follow.seen) == 40
+    clock.now_s += 0.02
+    follow.outputs.process(updates(ids[1]))
+    assert len(follow.seen) == 40, "40 streams share what one may have"
+    clock.now_s += 0.1
+    assert follow.outputs.flush() is None
+    assert len(follow.seen) == 80
