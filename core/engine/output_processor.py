@@ -10,7 +10,6 @@ from quire.core.engine.output_state import OutputKind, OutputState, RequestState
 from quire.core.errors import RequestError
 from quire.core.scheduler.request import FinishReason, RequestUpdate
 
-
 _PIECES_PER_S = 800.0
 """Of all streams together, beyond which handing over takes more of a core than the text in them."""
 _LONGEST_INTERVAL_S = 0.1

@@ -297,7 +297,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     logits_processors: dict[str, str] = {}
     """Name to `module:attribute` of custom logits processors."""
     options: dict[str, str] = {}
-    """The backend's own, `vendor.name` to value. `num_threads` has no vendor: the engine's own setting,
+    """The backend's own, `vendor.name` to value. `num_threads` has no vendor: the engine sets it
     for a device that computes with threads of the host.
     """
 
