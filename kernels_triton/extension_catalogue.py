@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.kernels_triton import cache, experts, latent, quantized, recurrence
+from quire.kernels_triton import cache, experts, float8, latent, quantized, recurrence
 from quire.kernels_triton.attention import AttentionShape, PagedCache, PagedStep, make_partials
 from quire.kernels_triton.offline import RecordingLauncher
 
@@ -20,7 +20,7 @@ _EXPERTS = {"few": 8, "many": 2048}
 def record_extensions(launcher: RecordingLauncher, *, fp8: torch.dtype | None = None) -> None:
     """Calls the host functions of extensions with the shapes of today's models.
 
-    `fp8`: a cache dtype, or none.
+    `fp8`: a dtype of caches, and of the matrix units; or none.
     """
     for name, shape in _LATENTS.items():
         launcher.label = f"{name}: "
@@ -41,6 +41,10 @@ def record_extensions(launcher: RecordingLauncher, *, fp8: torch.dtype | None = 
         launcher.label = f"{name} tokens: "
         _record_experts(launcher, num_tokens, _BF16)
         _record_quantized(launcher, num_tokens, _BF16)
+        _record_float8(launcher, num_tokens, _BF16, fp8)
+    for dtype in (torch.float16, _FP32):
+        launcher.label = f"{str(dtype).removeprefix('torch.')}: "
+        _record_float8(launcher, 8, dtype, fp8)
     _record_variants(launcher)
     launcher.label = ""
     _record_recurrence(launcher)
@@ -170,6 +174,26 @@ def _record_quantized(launcher: RecordingLauncher, num_tokens: int, dtype: torch
         launcher.label = f"{before}int{bits} {activations}: "
         quantized.quantized_linear(launcher, _empty(num_tokens, 4096, dtype=dtype), layer)
         launcher.label = before
+
+
+def _record_float8(
+    launcher: RecordingLauncher, num_tokens: int, dtype: torch.dtype, fp8: torch.dtype | None
+) -> None:
+    """By rows and by groups with rounded inputs, in the units if there are any, and as they are."""
+    units = "" if fp8 is None else str(fp8).removeprefix("torch.")
+    before = launcher.label
+    for groups, activations in ((1, "token"), (32, "group"), (32, "none")):
+        layer = float8.pack_float8(
+            _empty(4096, 4096, dtype=torch.uint8),
+            _empty(4096, groups, dtype=_FP32),
+            _empty(4096, dtype=dtype) if groups == 1 else None,
+            group_size=4096 // groups,
+            activations=activations,
+            units=units,
+        )
+        launcher.label = f"{before}fp8 {activations}: "
+        float8.float8_linear(launcher, _empty(num_tokens, 4096, dtype=dtype), layer)
+    launcher.label = before
 
 
 def _record_recurrence(launcher: RecordingLauncher) -> None:

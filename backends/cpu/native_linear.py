@@ -33,8 +33,9 @@ def takes_dense(dtype: torch.dtype, cpu: CpuFacts) -> bool:
 
 
 def takes_quantized(weight: QuantizedWeight) -> bool:
-    """Whether the kernels take the groups of a quantized layer."""
-    return kernels_cpu.HAVE_NATIVE and weight.group_size % _GROUP_STEP == 0
+    """Whether the kernels take the codes and the groups of a quantized layer."""
+    is_whole = weight.encoding == "integer"
+    return kernels_cpu.HAVE_NATIVE and is_whole and weight.group_size % _GROUP_STEP == 0
 
 
 def pack_dense(weight: Tensor, bias: Tensor | None) -> PackedLinear:
@@ -61,8 +62,6 @@ def pack_quantized(weight: QuantizedWeight, bias: Tensor | None, dtype: str) -> 
     return _described(packed, dtype, f"native-int{weight.bits}{groups}{rounded}")
 
 
-def multiply(x: Tensor, packed: PackedWeights) -> Tensor:
-    """x @ weight.T + bias, for x [T, K]."""
 def quantize(weight: Tensor, bits: int, group_size: int) -> QuantizedWeight | None:
     """`Ops.quantize_linear`; None: no kernel takes it."""
     num_outputs, num_inputs = weight.shape
@@ -92,6 +91,8 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> QuantizedWeight | No
     )
 
 
+def multiply(x: Tensor, packed: PackedWeights) -> Tensor:
+    """x @ weight.T + bias, for x [T, K]."""
     out = x.new_empty((x.shape[0], packed.num_outputs))
     packed.multiply(x, out)
     return out

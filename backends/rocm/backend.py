@@ -20,10 +20,10 @@ ROCM = Vendor(
     driver_remedy="install or update AMD's amdgpu driver",
     architectures={
         "gfx90a": Architecture(),
-        "gfx942": Architecture(fp8=_BOTH),
-        "gfx950": Architecture(fp8=_OCP),
+        "gfx942": Architecture(fp8=_BOTH, fp8_units="float8_e4m3fnuz"),
+        "gfx950": Architecture(fp8=_OCP, fp8_units="float8_e4m3fn"),
         "gfx11": Architecture(),
-        "gfx12": Architecture(fp8=_OCP),
+        "gfx12": Architecture(fp8=_OCP, fp8_units="float8_e4m3fn"),
     },
     read_tables=kernels_rocm.table_path,
     interpreted_architecture="gfx942",

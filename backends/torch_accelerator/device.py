@@ -39,7 +39,7 @@ _BLOCK_SIZES = (16, 32, 64, 128, 256, 8)
 _HALVES = ("bfloat16", "float16")
 _WIDE = "float32"
 _FEATURES = frozenset({"moe", "recurrent"})
-_QUANTIZATIONS = frozenset({"int8", "int4"})
+_QUANTIZATIONS = frozenset({"int8", "int4", "fp8"})
 
 
 def open_device(
@@ -97,7 +97,8 @@ class AcceleratorDevice(TorchDevice):
         self._queue: Queue = ImmediateQueue() if self._is_interpreted else StreamQueue(torch_device)
 
     def _make_ops(self) -> Ops:
-        return TritonOps(self._launcher)
+        units = self._vendor.architecture(self.info.architecture).fp8_units
+        return TritonOps(self._launcher, units)
 
     def _attention_class(self, spec: AttentionSpec) -> type[ReferenceAttention]:
         return self._chosen_attention

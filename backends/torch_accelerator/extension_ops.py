@@ -16,7 +16,7 @@ from quire.core.interface import (
     RoutingSpec,
     Sequences,
 )
-from quire.kernels_triton import experts, quantized, recurrence
+from quire.kernels_triton import experts, float8, quantized, recurrence
 from quire.kernels_triton.launch import Launcher
 
 EXTENSION_OPS = frozenset(
@@ -33,8 +33,10 @@ _MAX_STATE = 256
 class TritonExtensionOps(ReferenceOps):
     """What has a kernel runs in it; other shapes and dtypes are the reference's."""
 
-    def __init__(self, launcher: Launcher) -> None:
+    def __init__(self, launcher: Launcher, fp8_units: str = "") -> None:
+        """`fp8_units`: the 8-bit float that the device's matrix units multiply; empty: none."""
         self._launcher = launcher
+        self._fp8_units = fp8_units
 
     # --- quantized layers -----------------------------------------------------------------------
 
@@ -43,6 +45,8 @@ class TritonExtensionOps(ReferenceOps):
     ) -> PackedLinear:
         if getattr(torch, dtype) not in DTYPES:
             return super().pack_quantized_linear(weight, bias, dtype)
+        if weight.encoding == "float8_e4m3fn":
+            return self._pack_float8(weight, bias, dtype)
         layer = quantized.QuantizedLayer(
             bits=weight.bits,
             group_size=weight.group_size or weight.num_inputs,
@@ -63,10 +67,33 @@ class TritonExtensionOps(ReferenceOps):
             payload=layer,
         )
 
+    def _pack_float8(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: str
+    ) -> PackedLinear:
+        layer = float8.pack_float8(
+            weight.codes,
+            weight.scales,
+            bias,
+            group_size=weight.group_size,
+            activations=weight.activations,
+            units=self._fp8_units,
+        )
+        return PackedLinear(
+            num_inputs=weight.num_inputs,
+            num_outputs=weight.num_outputs,
+            dtype=dtype,
+            format=f"{weight.scheme or 'fp8'} {layer.units or 'in registers'}",
+            size_bytes=layer.codes.nbytes + layer.scales.nbytes,
+            payload=layer,
+        )
+
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        if isinstance(packed.payload, quantized.QuantizedLayer):
+        payload = packed.payload
+        if isinstance(payload, quantized.QuantizedLayer | float8.Float8Layer):
             rows = x if x.stride(-1) == 1 else x.contiguous()
-            return quantized.quantized_linear(self._launcher, rows, packed.payload)
+            if isinstance(payload, float8.Float8Layer):
+                return float8.float8_linear(self._launcher, rows, payload)
+            return quantized.quantized_linear(self._launcher, rows, payload)
         return super().linear(x, packed)
 
     # --- experts --------------------------------------------------------------------------------

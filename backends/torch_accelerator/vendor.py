@@ -18,6 +18,8 @@ class Architecture:
     """The 8-bit floats that caches may have: OCP's `float8_e4m3fn` and `float8_e5m2`, AMD's own
     `float8_e4m3fnuz`.
     """
+    fp8_units: str = ""
+    """The 8-bit float that matrix units multiply; empty: none, and weights are widened."""
     has_graphs: bool = True
 
 

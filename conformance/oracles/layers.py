@@ -66,6 +66,38 @@ def _rounded_activations(x: Array) -> Array:
     return np.asarray(q.astype(x.dtype) * scale.astype(x.dtype))
 
 
+def float8_linear(
+    x: Array, codes: Array, scales: Array, bias: Array, *, group_size: int, activations: str
+) -> Array:
+    """x' @ weight.T + bias with weight = the number of its code * scale: [T, N].
+
+    codes [N, K]: a sign, four bits of exponent less 7, three of fraction. x' as activations are
+    rounded, with the division in float32 whatever the precision of the rest.
+    Source: Micikevicius et al. 2022, table 1.
+    """
+    exponent, fraction = (codes >> 3 & 15).astype(int), (codes & 7) / 8
+    size = np.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * 2.0 ** (exponent - 7))
+    numbers = np.where(codes >> 7 == 1, -size, size).astype(x.dtype)
+    width = group_size or x.shape[1]
+    out = np.zeros((len(x), len(codes)), x.dtype)
+    row = _rounded_to_float8(x) if activations == "token" else x
+    for group in range(x.shape[1] // width):
+        inputs = slice(group * width, (group + 1) * width)
+        part = _rounded_to_float8(x[:, inputs]) if activations == "group" else row[:, inputs]
+        out += part @ (numbers[:, inputs] * scales[:, group, None]).T
+    return np.asarray(out + bias)
+
+
+def _rounded_to_float8(x: Array) -> Array:
+    """q * s with q the number of e4m3 next to x / s, s = max |x| / 448; zeros stay zeros."""
+    narrow = x.astype(np.float32)
+    scale = np.abs(narrow).max(axis=1, keepdims=True) / np.float32(448)
+    ratio = (narrow / np.where(scale == 0, np.float32(1), scale)).astype(np.float64)
+    step = np.exp2(np.maximum(np.frexp(ratio)[1] - 1, -6) - 3.0)
+    q = np.clip(np.rint(ratio / step) * step, -448, 448)
+    return np.asarray(q.astype(x.dtype) * scale.astype(x.dtype))
+
+
 def add_lora(
     out: Array,
     x: Array,

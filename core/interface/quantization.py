@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class QuantizedWeight:
     """The weight [N, K] of a linear layer in 4 or 8 bits: (code - zero) * scale.
 
-    Codes are unsigned. Output n and input k share the scale and the zero of group k // group_size.
+    Codes are unsigned, or 8-bit floats without a zero: see `encoding`. Output n and input k share
+    the scale and the zero of group k // group_size.
     """
 
     bits: int
@@ -32,15 +33,26 @@ class QuantizedWeight:
     scales: Tensor
     """float32, bfloat16 or float16 [N, G]."""
     zeros: Tensor | None = None
-    """uint8 [N, G]; None: 2^(bits - 1) everywhere."""
+    """uint8 [N, G]; None: 2^(bits - 1) everywhere, or 0 for floats."""
     activations: str = "none"
     """How a row x of activations is rounded before the product. `none`: not at all. `token`: to q
     * s with q = round(x / s), halves to even, s = max |x| / 127 over the row; `group`: the same
     over each group of `group_size` inputs. Divisions are in float32; where s is 0, so is q. Part of
-    the arithmetic: every device gives the same numbers.
+    the arithmetic: every device gives the same numbers. With floats, q is x / s rounded to the
+    nearest float8_e4m3fn, halves to even, and s = max |x| / 448.
     """
     scheme: str = ""
     """Where it comes from, shown by `quire plan`: `int8`, `int4`, `gptq`, `awq`."""
+    encoding: str = "integer"
+    """What codes are. `integer`: unsigned numbers; claimed as `int4` and `int8`. `float8_e4m3fn`:
+    the bits of OCP's 8-bit floats, each a number (never 0x7F or 0xFF), with `bits` 8 and no zeros;
+    claimed as `fp8`.
+    """
+
+    @property
+    def format_name(self) -> str:
+        """Of `Capabilities.quantizations`, what a device claims that takes this weight."""
+        return f"int{self.bits}" if self.encoding == "integer" else "fp8"
 
     @property
     def num_outputs(self) -> int:

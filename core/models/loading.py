@@ -129,7 +129,8 @@ class WeightBuilder:
         self._quantization = quantization
         self._description = description
         self._ops = device.ops()
-        self._keeps_codes = bool(device.capabilities.quantizations) and quantization is None
+        claimed = device.capabilities.quantizations
+        self._kept_formats = claimed if quantization is None else frozenset[str]()
         self._device = device.torch_device
         self._dtype: torch.dtype = getattr(torch, description.dtype)
         assert description.decoder is not None
@@ -249,10 +250,11 @@ class WeightBuilder:
         return self._pack(self._stack(linear.weights), bias, is_head=is_head)
 
     def _stored_codes(self, parts: tuple[TensorShape, ...]) -> QuantizedWeight | None:
-        """A layer as a quantized checkpoint has it, if the device multiplies by codes."""
-        if not self._keeps_codes or not isinstance(self._source, CheckpointFiles):
+        """A layer as a quantized checkpoint has it, if the device multiplies by such codes."""
+        formats = self._kept_formats
+        if not formats or not isinstance(self._source, CheckpointFiles):
             return None
-        found = [self._source.read_quantized(part) for part in parts]
+        found = [self._source.read_quantized(part, formats) for part in parts]
         codes = [weight for weight in found if weight is not None]
         stacked = stack_quantized(codes) if len(codes) == len(parts) else None
         return None if stacked is None else move_quantized(stacked, str(self._device))

@@ -10,11 +10,12 @@ from saboteurs import Saboteur, make_device, with_worker
 
 from quire.backends.reference import ReferenceAttention, ReferenceOps
 from quire.backends.reference.cache_codec import CacheCodec
+from quire.core.models.weights.quantization import quantize_int4
 from quire.core.worker.worker import DefaultWorker
 
 CLAIMS = {
     "features": frozenset({"lora", "moe", "recurrent", "speculation"}),
-    "quantizations": frozenset({"int8", "int4"}),
+    "quantizations": frozenset({"int8", "int4", "fp8"}),
     "attention_kinds": frozenset({"causal", "sliding_window", "chunked", "mla"}),
     "cache_dtypes": ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8"),
 }
@@ -133,9 +134,37 @@ class KeepsActivations(ReferenceOps):
         return super().pack_quantized_linear(replace(weight, activations="none"), bias, dtype)
 
 
+class RoundsFloatsToWholeNumbers(ReferenceOps):
+    """Takes the scale of int8 for the activations of 8-bit floats."""
+
+    def linear(self, x, packed):
+        if getattr(packed.payload, "encoding", "integer") != "integer":
+            packed = replace(packed, payload=replace(packed.payload, encoding="integer"))
+        return super().linear(x, packed)
+
+
+class ReadsTheOtherFlavour(ReferenceOps):
+    """The bits as AMD's own floats have them: half of every number."""
+
+    def pack_quantized_linear(self, weight, bias, dtype):
+        if weight.encoding != "integer":
+            weight = replace(weight, scales=weight.scales / 2)
+        return super().pack_quantized_linear(weight, bias, dtype)
+
+
 class ForgetsZeros(ReferenceOps):
     def pack_quantized_linear(self, weight, bias, dtype):
         return super().pack_quantized_linear(replace(weight, zeros=None), bias, dtype)
+
+
+class TakesTheWholeRange(ReferenceOps):
+    def quantize_linear(self, weight, bits, group_size):
+        if bits == 8:
+            return None
+        quantized = quantize_int4(weight, group_size)
+        grouped = weight.float().unflatten(1, (-1, group_size))
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        return replace(quantized, scales=((high - low) / 15).bfloat16())
 
 
 class WrapsAround(CacheCodec):
@@ -198,6 +227,17 @@ EXTENSION_SABOTEURS: tuple[Saboteur, ...] = (
     _ops(SwapsNibbles, f"{_QUANTIZED}-int4-float32-normal]", "low half of byte j"),
     _ops(KeepsActivations, f"{_QUANTIZED}-int8-float32-normal]", "rounded as the weight says"),
     _ops(ForgetsZeros, f"{_QUANTIZED}-int4-zeros-bfloat16-large]", "Codes are unsigned"),
+    _ops(
+        RoundsFloatsToWholeNumbers,
+        "fp8_weights_numerics[groups-float32-normal]",
+        "rounded to e4m3 as the weight says",
+    ),
+    _ops(ReadsTheOtherFlavour, "fp8_weights_numerics[rows-bfloat16-normal]", "AMD's own flavour"),
+    _ops(
+        TakesTheWholeRange,
+        "quantization_quantizes_to_the_defined_bits[int4-g32-float32-normal]",
+        "of the definition",
+    ),
     _ops(OneAdapterForAll, "lora_numerics[add_lora-mixed-float32-normal]", "its own adapter"),
     _ops(
         PlainIsTheFirst,

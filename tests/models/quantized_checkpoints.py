@@ -97,9 +97,11 @@ def as_integers(weight: Tensor) -> tuple[Parts, Tensor]:
     return {"weight": (codes - 128).to(torch.int8), "weight_scale": scales}, meant
 
 
-def as_float8(weight: Tensor, *, block: int | None, suffix: str) -> tuple[Parts, Tensor]:
+def as_float8(
+    weight: Tensor, *, block: int | tuple[int, int] | None, suffix: str
+) -> tuple[Parts, Tensor]:
     """Eight-bit floats with a scale for each block, or for each row."""
-    step, width = (block, block) if block else (1, weight.shape[1])
+    step, width = (block, block) if isinstance(block, int) else block or (1, weight.shape[1])
     rows, columns = -(-weight.shape[0] // step), -(-weight.shape[1] // width)
     scales = torch.empty(rows, columns)
     narrow = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -25,8 +26,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_models import make_tiny_model  # noqa: E402
 
 from quire.backends.cpu import CpuBackend  # noqa: E402
+from quire.backends.reference import ReferenceOps, TorchDevice  # noqa: E402
 from quire.backends.reference.quantization import widen  # noqa: E402
 from quire.core.errors import CheckpointError, UnsupportedError  # noqa: E402
+from quire.core.interface import Capabilities, DeviceInfo  # noqa: E402
 from quire.core.models.description import describe_model  # noqa: E402
 from quire.core.models.loading import load_model  # noqa: E402
 from quire.core.models.weights.checkpoint_quantization import parse_checkpoint_quantization  # noqa: E402
@@ -145,10 +148,101 @@ def test_dynamic_activations_are_rounded_as_the_checkpoint_was_made_for(tmp_path
     stored = parse_checkpoint_quantization(config, directory)
     files = QuantizedFiles(directory, standard_name, stored)
     name = "model.layers.0.mlp.down_proj.weight"
-    weight = files.read_quantized(TensorShape(name=name, shape=(64, 112)))
+    weight = files.read_quantized(TensorShape(name=name, shape=(64, 112)), {"int8"})
     assert (weight.activations, weight.group_size, weight.bits) == ("token", 0, 8)
     meant = load_file(plain / "model.safetensors")[name]
     assert torch.equal(widen(weight), meant)
+
+
+FLOAT8_DYNAMIC = compressed("float-quantized", 8, "channel", type="float")
+FLOAT8_DYNAMIC["config_groups"]["group_0"]["input_activations"] = {
+    "num_bits": 8, "type": "float", "dynamic": True, "strategy": "token",
+}  # fmt: skip
+FLOAT8_BLOCKS = {"quant_method": "fp8", "weight_block_size": [24, 16]}
+ROWS = partial(as_float8, block=None, suffix="weight_scale")
+
+
+class Codes(TorchDevice):
+    """The reference, claiming formats of weights; `packed` has the records that it was given."""
+
+    def __init__(self, *formats):
+        self.packed = []
+        super().__init__(
+            info=DeviceInfo(index=0, name="codes"),
+            capabilities=Capabilities(quantizations=frozenset(formats)),
+        )
+
+    def _make_ops(self):
+        packed = self.packed
+
+        class RecordingOps(ReferenceOps):
+            def pack_quantized_linear(self, weight, bias, dtype):
+                packed.append(weight)
+                return super().pack_quantized_linear(weight, bias, dtype)
+
+        return RecordingOps()
+
+
+@pytest.mark.parametrize(
+    ("settings", "encode", "activations", "group_size"),
+    [
+        ({"quant_method": "fp8", "activation_scheme": "static"}, ROWS, "none", 0),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, ROWS, "token", 0),
+        (FLOAT8_DYNAMIC, ROWS, "token", 0),
+        (
+            FLOAT8_BLOCKS,
+            partial(as_float8, block=(24, 16), suffix="weight_scale_inv"),
+            "group",
+            16,
+        ),
+    ],
+)
+def test_float8_codes_stay_codes_where_the_device_claims_them(
+    settings, encode, activations, group_size, tmp_path
+):
+    """By the record, not by a name: weights as stored, activations as the checkpoint was made for."""
+    directory = make_tiny_model("llama", tmp_path, with_tokenizer=False)
+    plain = tmp_path / "plain"
+    shutil.copytree(directory, plain)
+    quantize_checkpoint(directory, plain, settings, encode)
+    config = json.loads((directory / "config.json").read_text())
+    files = QuantizedFiles(
+        directory, standard_name, parse_checkpoint_quantization(config, directory)
+    )
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensor = TensorShape(name=name, shape=(64, 112))
+    weight = files.read_quantized(tensor, {"int8", "fp8"})
+    assert (weight.format_name, weight.activations, weight.group_size) == (
+        "fp8", activations, group_size,
+    )  # fmt: skip
+    assert torch.equal(widen(weight), load_file(plain / "model.safetensors")[name])
+    assert files.read_quantized(tensor, {"int8", "int4"}) is None
+    device, other = Codes("fp8"), Codes("int8", "int4")
+    by_codes = load_model(make_worker_config(directory), device)
+    assert {w.encoding for w in device.packed} == {"float8_e4m3fn"}
+    assert {w.activations for w in device.packed} == {activations}
+    if activations == "none":
+        assert tokens_of(by_codes) == expected_tokens(plain)
+    assert tokens_of(load_model(make_worker_config(directory), other)) == expected_tokens(plain)
+    assert not other.packed
+
+
+def test_float8_codes_without_a_number_or_with_a_short_group_are_widened(tmp_path):
+    """What the record cannot say is not said: NaN shows in the numbers, a short group keeps its scale."""
+    directory, _ = make(tmp_path, "float8-blocks")
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    config = json.loads((directory / "config.json").read_text())
+    stored = parse_checkpoint_quantization(config, directory)
+    shape = TensorShape(name=name, shape=tuple(tensors[name].shape))
+    # 64 inputs are no multiple of 24.
+    assert QuantizedFiles(directory, standard_name, stored).read_quantized(shape, {"fp8"}) is None
+    tensors[name].view(torch.uint8)[0, 0] = 0xFF
+    save_file(tensors, path, metadata={"format": "pt"})
+    rows = replace(stored, block=(24, 16))
+    assert QuantizedFiles(directory, standard_name, rows).read_quantized(shape, {"fp8"}) is None
+    assert QuantizedFiles(directory, standard_name, stored).read(shape).isnan().sum() == 1
 
 
 @pytest.mark.parametrize(

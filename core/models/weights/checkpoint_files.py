@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,8 +119,13 @@ class CheckpointFiles:
         elif target.numel():
             _read_bytes(stored.path, place, target, self._threads)
 
-    def read_quantized(self, tensor: TensorShape) -> QuantizedWeight | None:
-        """A weight as the codes that are stored; None: it is plain, or no record says it."""
+    def read_quantized(
+        self, tensor: TensorShape, formats: Collection[str]
+    ) -> QuantizedWeight | None:
+        """A weight as the codes that are stored, if its `format_name` is among `formats`.
+
+        None: it is in none of them, or plain, or no record says it.
+        """
         return None
 
     def read(self, tensor: TensorShape) -> Tensor:

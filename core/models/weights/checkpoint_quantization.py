@@ -6,7 +6,7 @@ et al. 2022), AWQ (Lin et al. 2023), compressed-tensors, FP8 of DeepSeek-V3 (202
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ class CheckpointQuantization:
     """As `QuantizedWeight.activations`."""
     block: tuple[int, int] | None = None
     """Outputs and inputs that share a scale, of `float8`; None: a scale for each row or for all."""
+
+    @property
+    def format_name(self) -> str:
+        """As `QuantizedWeight.format_name`."""
+        return "fp8" if self.layout == "float8" else f"int{self.bits}"
 
 
 def parse_checkpoint_quantization(
@@ -78,8 +83,12 @@ def _awq(found: Mapping[str, Any]) -> CheckpointQuantization:
 
 def _fp8(found: Mapping[str, Any]) -> CheckpointQuantization:
     block = found.get("weight_block_size")
+    is_dynamic = found.get("activation_scheme", "dynamic") == "dynamic"
     return CheckpointQuantization(
-        layout="float8", scheme="fp8", block=(int(block[0]), int(block[1])) if block else None
+        layout="float8",
+        scheme="fp8",
+        block=(int(block[0]), int(block[1])) if block else None,
+        activations=("group" if block else "token") if is_dynamic else "none",
     )
 
 
@@ -92,6 +101,7 @@ def _compressed(found: Mapping[str, Any]) -> CheckpointQuantization:
             layout="float8",
             scheme="compressed-tensors",
             block=(int(block[0]), int(block[1])) if block else None,
+            activations=_float8_activations(group.get("input_activations"), block),
         )
     return CheckpointQuantization(
         layout=layout,
@@ -102,6 +112,16 @@ def _compressed(found: Mapping[str, Any]) -> CheckpointQuantization:
         has_activation_order=weights.get("actorder") == "group",
         activations="token" if group.get("input_activations") else "none",
     )
+
+
+def _float8_activations(inputs: Mapping[str, Any] | None, block: Sequence[int] | None) -> str:
+    """Static scales are left out: activations as they are come nearer to what was trained."""
+    if not inputs or not inputs.get("dynamic"):
+        return "none"
+    is_grouped = inputs.get("strategy") == "group"
+    if is_grouped and block and int(inputs.get("group_size") or 0) == int(block[1]):
+        return "group"
+    return "token" if inputs.get("strategy") == "token" else "none"
 
 
 def _group_size(found: Mapping[str, Any]) -> int:

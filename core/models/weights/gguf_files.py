@@ -7,7 +7,7 @@ package, and Q8_0 and Q4_0, whose blocks the contract's record can say, stay cod
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +102,15 @@ class GgufFiles(CheckpointFiles):
         content = torch.from_numpy(np.array(numbers, copy=True)).view(tensor.shape)
         return self._in_order(name, content)
 
-    def read_quantized(self, tensor: TensorShape) -> QuantizedWeight | None:
+    def read_quantized(
+        self, tensor: TensorShape, formats: Collection[str]
+    ) -> QuantizedWeight | None:
         """A weight of Q8_0 or Q4_0 as codes; None: it is stored in another type."""
         name = self._stored[tensor.name].name
         stored = self._tensors[name]
-        decode = {"Q8_0": _q8_0, "Q4_0": _q4_0}.get(stored.tensor_type.name)
-        if decode is None:
+        known = {"Q8_0": ("int8", _q8_0), "Q4_0": ("int4", _q4_0)}
+        format_name, decode = known.get(stored.tensor_type.name, ("", None))
+        if decode is None or format_name not in formats:
             return None
         blocks = torch.from_numpy(np.array(stored.data, copy=True))
         blocks = blocks.view(tensor.shape[0], tensor.shape[1] // _BLOCK, -1)

@@ -1,12 +1,12 @@
 """Checkpoints whose linear layers are stored quantized, as the contract's record or as numbers.
 
 Every layout is turned into `QuantizedWeight`, or where that cannot say it (groups in the order of
-activations, FP8) into float32. Source: as `checkpoint_quantization`.
+activations) or the device does not take it, into float32. Source: as `checkpoint_quantization`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from quire.core.models.weights.checkpoint_quantization import CheckpointQuantiza
 from quire.core.models.weights.weight_layout import TensorShape
 
 _WORD_BITS = 32
+_NO_FLOAT8 = 0x7F
+"""The bits of e4m3 that are no number, whatever the sign."""
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where output i of eight lies in a word of AWQ."""
 _SUFFIXES = {
@@ -69,13 +71,20 @@ class QuantizedFiles(CheckpointFiles):
         if not self._is_quantized(tensor.name):
             return super().read(tensor)
         if self._settings.layout == "float8":
-            return self._read_float8(tensor)
+            scales, size = self._float8_scales(tensor)
+            wide = scales.repeat_interleave(size, 1)[:, : tensor.shape[1]]
+            return self._read_part(tensor, "weight").float() * wide
         return _widen(*self._decode(tensor), self._groups_of_inputs(tensor))
 
-    def read_quantized(self, tensor: TensorShape) -> QuantizedWeight | None:
-        """One weight as it is stored; None: it is plain, or of groups that are not in order."""
-        if not self._is_quantized(tensor.name) or self._settings.layout == "float8":
+    def read_quantized(
+        self, tensor: TensorShape, formats: Collection[str]
+    ) -> QuantizedWeight | None:
+        """As plain files; None also for groups that are not in order."""
+        settings = self._settings
+        if not self._is_quantized(tensor.name) or settings.format_name not in formats:
             return None
+        if settings.layout == "float8":
+            return self._read_float8(tensor)
         groups, group_size = self._groups_of_inputs(tensor), self._group_size(tensor)
         in_order = torch.arange(tensor.shape[1]) // group_size
         if not torch.equal(groups, in_order):
@@ -192,19 +201,36 @@ class QuantizedFiles(CheckpointFiles):
             return codes, scales, unpack(zeros.T, bits).T[:rows]
         return codes, scales, zeros.int() + middle
 
-    def _read_float8(self, tensor: TensorShape) -> Tensor:
-        weight = self._read_part(tensor, "weight").float()
+    def _read_float8(self, tensor: TensorShape) -> QuantizedWeight | None:
+        """None: the last group is short, or a code is no number, as then only numbers show."""
+        weight, (scales, size) = self._read_part(tensor, "weight"), self._float8_scales(tensor)
+        if weight.dtype != torch.float8_e4m3fn or tensor.shape[1] % size:
+            return None
+        codes = weight.view(torch.uint8)
+        if bool(((codes & _NO_FLOAT8) == _NO_FLOAT8).any()):
+            return None
+        return QuantizedWeight(
+            bits=8,
+            group_size=0 if size == tensor.shape[1] else size,
+            num_inputs=tensor.shape[1],
+            codes=codes.contiguous(),
+            scales=scales.contiguous(),
+            activations=self._settings.activations,
+            scheme=self._settings.scheme,
+            encoding="float8_e4m3fn",
+        )
+
+    def _float8_scales(self, tensor: TensorShape) -> tuple[Tensor, int]:
+        """float32 [N, G], and the inputs of a group, of which the last may have fewer."""
+        rows, columns = tensor.shape
         suffix = (
             "weight_scale_inv" if self._has(tensor.name, "weight_scale_inv") else "weight_scale"
         )
         scale = self._read_part(tensor, suffix).float()
         if self._settings.block is not None and scale.dim() == 2:
             outputs, inputs = self._settings.block
-            scale = scale.repeat_interleave(outputs, 0).repeat_interleave(inputs, 1)
-            scale = scale[: weight.shape[0], : weight.shape[1]]
-        elif scale.dim() == 1 and scale.numel() == weight.shape[0]:
-            scale = scale.unsqueeze(1)
-        return weight * scale
+            return scale.repeat_interleave(outputs, 0)[:rows], min(inputs, columns)
+        return scale.reshape(-1, 1).expand(rows, 1), columns
 
 
 def unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
@@ -226,21 +252,20 @@ def stack_quantized(parts: list[QuantizedWeight]) -> QuantizedWeight | None:
     """Weights below one another; None: they differ in more than their rows."""
     first = parts[0]
     kinds = {
-        (p.bits, p.group_size, p.num_inputs, p.activations, p.scales.dtype, p.zeros is None)
+        (
+            *(p.bits, p.group_size, p.num_inputs, p.activations, p.encoding),
+            *(p.scales.dtype, p.zeros is None),
+        )
         for p in parts
     }
     if len(kinds) != 1:
         return None
     zeros = [p.zeros for p in parts if p.zeros is not None]
-    return QuantizedWeight(
-        bits=first.bits,
-        group_size=first.group_size,
-        num_inputs=first.num_inputs,
+    return replace(
+        first,
         codes=torch.cat([p.codes for p in parts]),
         scales=torch.cat([p.scales for p in parts]),
         zeros=torch.cat(zeros) if zeros else None,
-        activations=first.activations,
-        scheme=first.scheme,
     )
 
 
