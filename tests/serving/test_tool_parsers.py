@@ -72,6 +72,43 @@ def kimi(name: str, number: int, arguments: dict) -> str:
     return f"<|tool_call_begin|>{head}{json.dumps(arguments)}<|tool_call_end|>"
 
 
+def qwen_coder(name: str, arguments: dict) -> str:
+    pairs = [f"<parameter={key}>\n{plain(value)}\n</parameter>" for key, value in arguments.items()]
+    return "\n".join(["<tool_call>", f"<function={name}>", *pairs, "</function>", "</tool_call>"])
+
+
+def glm(name: str, arguments: dict) -> str:
+    pairs = [
+        f"<arg_key>{key}</arg_key>\n<arg_value>{plain(value)}</arg_value>\n"
+        for key, value in arguments.items()
+    ]
+    return f"<tool_call>{name}\n{''.join(pairs)}</tool_call>"
+
+
+def plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def gemma(name: str, arguments: dict) -> str:
+    inner = gemma_value(arguments)
+    return f"<start_function_call>call:{name}{inner}<end_function_call>"
+
+
+def gemma_value(value: object) -> str:
+    match value:
+        case str():
+            return f"<escape>{value}<escape>"
+        case dict():
+            return f"{{{','.join(f'{key}:{gemma_value(one)}' for key, one in value.items())}}}"
+        case list():
+            return f"[{','.join(gemma_value(one) for one in value)}]"
+    return json.dumps(value)
+
+
+def llama(name: str, arguments: dict) -> str:
+    return json.dumps({"name": name, "parameters": arguments})
+
+
 TWO = (("get_weather", OSLO), ("now", {}))
 CASES = [
     Case("hermes", "Just text.", (), "Just text."),
@@ -180,6 +217,25 @@ CASES = [
     Case(
         "gemma",
         "<start_function_call>call:get_weather{city:<escape>Oslo<escape>,days:3}<end_function_call>",
+    ),
+    Case(
+        "gemma",
+        gemma("now", {"a": {"b": [1, "x, {y}", []], "c": {}}, "d": None, "e": True}),
+        (("now", {"a": {"b": [1, "x, {y}", []], "c": {}}, "d": None, "e": True}),),
+    ),
+    Case(
+        "gemma",
+        "<start_function_call>call:now{a: at noon , b:12:30,}<end_function_call>",
+        (("now", {"a": "at noon", "b": "12:30"}),),
+    ),
+    *(
+        Case("gemma", text, (), text)
+        for text in (
+            "<start_function_call>call:now{a<end_function_call>",
+            "<start_function_call>call:now{a:b{c}<end_function_call>",
+            "<start_function_call>call:now{a:[1}<end_function_call>",
+            "<start_function_call>call:now{}}<end_function_call>",
+        )
     ),
     Case("gemma", "```tool_code\nget_weather(city='Oslo', days=3)\n```"),
     Case("gemma", "```tool_code\nprint(1)\n```", (), "```tool_code\nprint(1)\n```"),
@@ -378,6 +434,13 @@ LONG_CASES = [
         f"to=functions.get_weather<|message|>{LONG_JSON}<|call|><|start|>assistant<|channel|>"
         "commentary to=functions.now<|message|>{}<|call|>",
     ),
+    Case("qwen3_coder", f"Ok. {qwen_coder('get_weather', LONG)}{qwen_coder('now', {})}"),
+    Case("glm45", f"Ok. {glm('get_weather', LONG)}{glm('now', {})}"),
+    Case("gemma", f"Ok. {gemma('get_weather', LONG)}{gemma('now', {})}"),
+    *(
+        Case(name, f"{llama('get_weather', LONG)}; {llama('now', {})}", content="")
+        for name in ("llama3_json", "llama4_json")
+    ),
 ]
 
 
@@ -385,7 +448,9 @@ LONG_CASES = [
 def test_long_arguments_arrive_piece_by_piece(case):
     """A client sees what is being written, as it is written, and it adds up."""
     parts = fed(case.parser(), case.text)
-    assert facts_of(join(parts)) == ((("get_weather", LONG), ("now", {})), "Ok.", None)
+    calls, content, _ = facts_of(join(parts))
+    assert calls == (("get_weather", LONG), ("now", {}))
+    assert content == (None if case.content == "" else "Ok.")
     deltas = [part for part in parts if isinstance(part, CallPart) and part.index == 0]
     assert len(deltas) > len(LONG_JSON) // 2
     assert [part.name for part in deltas[:2]] == ["get_weather", None]
@@ -402,6 +467,50 @@ def test_long_arguments_read_the_same_however_they_are_cut_or_end(case, data):
     chunks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     whole, pieces = parse_whole(case.parser(), text), join(fed(case.parser(), chunks))
     assert written(pieces) == written(whole)
+
+
+def test_string_behind_short_pairs_arrives_piece_by_piece():
+    """A file that is written behind its short path is seen while it is written."""
+    arguments = {"days": 3, "city": "line\n\n" * 20 + '\t"end"\n'}
+    for name, written in (("qwen3_coder", qwen_coder), ("glm45", glm), ("gemma", gemma)):
+        case = Case(name, written("get_weather", arguments))
+        parts = fed(case.parser(), case.text)
+        assert facts_of(join(parts))[0] == (("get_weather", arguments),)
+        assert len(parts) > 40, name
+
+
+_PLAIN_MARKS = (
+    *("<parameter=city>", "<parameter=days>\n", "</parameter>", "\n</parameter>", "</function>"),
+    *("<arg_key>", "city", "</arg_key>", "<arg_value>", "</arg_value>", "</tool_call>", "\n"),
+    *("<escape>", "city:", ",", "}", "{", "[", "]", "1", "<end_function_call>", "<tool_call>"),
+    *(";", '"', '"name": "now", "parameters": {', "x" * 30, "y" * 62),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    name=st.sampled_from(["qwen3_coder", "glm45", "gemma", "llama3_json"]),
+    pieces=st.lists(
+        st.sampled_from(_PLAIN_MARKS),
+        max_size=16,
+    ),
+    data=st.data(),
+)
+def test_arguments_of_nonsense_read_the_same_however_they_are_cut(name, pieces, data):
+    """Whatever stands where long arguments began, the cuts of the stream do not show."""
+    begin = {
+        "qwen3_coder": "<tool_call>\n<function=get_weather>\n<parameter=city>\n",
+        "glm45": "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>",
+        "gemma": "<start_function_call>call:get_weather{city:<escape>",
+        "llama3_json": '{"name": "now", "parameters": {"city": "',
+    }[name]
+    case = Case(name, begin + "".join(pieces))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(case.text)), max_size=6)))
+    ends = [*cuts, len(case.text)]
+    chunks = [case.text[a:b] for a, b in zip([0, *cuts], ends, strict=True)]
+    whole = written(parse_whole(case.parser(), case.text))
+    assert written(join(fed(case.parser(), chunks))) == whole
+    assert written(join(fed(case.parser(), case.text))) == whole
 
 
 def test_mark_within_arguments_reads_the_same_however_it_is_cut():

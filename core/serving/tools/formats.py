@@ -11,6 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from quire.core.serving.tools.events import ToolCall, as_json, read_call, read_json
+from quire.core.serving.tools.plain_arguments import (
+    GLM,
+    QWEN_CODER,
+    GemmaArguments,
+    TaggedArguments,
+)
 from quire.core.serving.tools.python_calls import read_python_calls
 
 _DECODER = json.JSONDecoder()
@@ -38,9 +44,7 @@ def _read_named_objects(body: str) -> list[ToolCall] | None:
     calls: list[ToolCall] = []
     rest = body.strip()
     while rest:
-        head = re.match(
-            r"(?:\[TOOL_CALLS\])?\s*([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?\s*", rest
-        )
+        head = _MISTRAL_HEAD.match(rest)
         if head is None:
             return None
         try:
@@ -77,51 +81,36 @@ def read_kimi(body: str) -> list[ToolCall] | None:
     return [ToolCall(found.group(1), as_json(arguments), id=head.strip())]
 
 
-def qwen_coder_reader(tools: Tools) -> Callable[[str], list[ToolCall] | None]:
-    """`<function=name> <parameter=key> value </parameter> ... </function>`."""
+def qwen_coder_arguments(tools: Tools) -> Callable[[str], TaggedArguments]:
+    """For `<parameter=key> value </parameter> ... </function>`."""
+    return lambda name: TaggedArguments(QWEN_CODER, properties_of(name, tools))
+
+
+def glm_arguments(tools: Tools) -> Callable[[str], TaggedArguments]:
+    """For `<arg_key>key</arg_key> <arg_value>value</arg_value> ... </tool_call>`."""
+    return lambda name: TaggedArguments(GLM, properties_of(name, tools))
+
+
+def plain_reader(
+    head: re.Pattern[str],
+    make_reader: Callable[[str], TaggedArguments | GemmaArguments],
+    end: str = "",
+) -> Callable[[str], list[ToolCall] | None]:
+    """Reads a whole call of a head and arguments as plain text, which end with `end`."""
 
     def read(body: str) -> list[ToolCall] | None:
-        found = re.fullmatch(r"\s*<function=([^>\n]+)>(.*)</function>\s*", body, re.DOTALL)
+        found = head.match(body)
         if found is None:
             return None
-        name, inner = found.group(1).strip(), found.group(2)
-        pairs = re.findall(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", inner, re.DOTALL)
-        rest = re.sub(r"<parameter=[^>\n]+>.*?</parameter>", "", inner, flags=re.DOTALL)
-        if rest.strip() or not name:
+        name = found["name"].strip()
+        reader = make_reader(name)
+        arguments = read_json(reader.feed(body[found.end() :] + end))
+        is_whole = reader.rest is not None and reader.rest.strip() == end
+        if not name or reader.is_broken or not is_whole or not isinstance(arguments, dict):
             return None
-        return [_typed_call(name, pairs, tools)]
+        return [ToolCall(name, as_json(arguments))]
 
     return read
-
-
-def glm_reader(tools: Tools) -> Callable[[str], list[ToolCall] | None]:
-    """`name <arg_key>key</arg_key> <arg_value>value</arg_value> ...`."""
-    pair = r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>"
-
-    def read(body: str) -> list[ToolCall] | None:
-        name, _, inner = body.partition("<arg_key>")
-        inner = f"<arg_key>{inner}" if inner else ""
-        if (
-            not re.fullmatch(r"[\w.-]+", name.strip())
-            or re.sub(pair, "", inner, flags=re.DOTALL).strip()
-        ):
-            return None
-        return [_typed_call(name.strip(), re.findall(pair, inner, re.DOTALL), tools)]
-
-    return read
-
-
-def _typed_call(name: str, pairs: Sequence[tuple[str, str]], tools: Tools) -> ToolCall:
-    """Values written as plain text: strings where the tool's schema says so, else JSON."""
-    properties = properties_of(name, tools)
-    arguments = {}
-    for key, text in pairs:
-        kind = properties.get(key.strip(), {})
-        is_text = isinstance(kind, Mapping) and kind.get("type") == "string"
-        value = None if is_text else read_json(text.strip())
-        is_null = text.strip() == "null" and not is_text
-        arguments[key.strip()] = text if value is None and not is_null else value
-    return ToolCall(name, as_json(arguments))
 
 
 def properties_of(name: str, tools: Tools) -> Mapping[str, Any]:
@@ -132,29 +121,6 @@ def properties_of(name: str, tools: Tools) -> Mapping[str, Any]:
             found = (function.get("parameters") or {}).get("properties")
             return found if isinstance(found, Mapping) else {}
     return {}
-
-
-_GEMMA_VALUE = re.compile(
-    r"\s*([\w.-]+)\s*:\s*(?:<escape>(.*?)<escape>|([^,{}]*))\s*(?:,|$)", re.DOTALL
-)
-
-
-def read_gemma_call(body: str) -> list[ToolCall] | None:
-    """`call:name{key:<escape>text<escape>,other:3}`."""
-    found = re.fullmatch(r"\s*call:([\w.-]+)\{(.*)\}\s*", body, re.DOTALL)
-    if found is None:
-        return None
-    arguments: dict[str, Any] = {}
-    inner, position = found.group(2), 0
-    while position < len(inner):
-        pair = _GEMMA_VALUE.match(inner, position)
-        if pair is None or pair.end() == position:
-            return None
-        plain = pair.group(3)
-        value = pair.group(2) if plain is None else read_json(plain.strip())
-        arguments[pair.group(1)] = plain.strip() if value is None and plain is not None else value
-        position = pair.end()
-    return [ToolCall(found.group(1), as_json(arguments))]
 
 
 def read_gemma_code(body: str) -> list[ToolCall] | None:

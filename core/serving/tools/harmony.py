@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from quire.core.serving.tools.argument_stream import MIN_STREAMED, is_long_object
+from quire.core.serving.tools.argument_stream import MIN_STREAMED, ObjectReader, is_long
 from quire.core.serving.tools.events import (
     CallPart,
     Content,
@@ -112,11 +112,9 @@ class HarmonyParser:
     def _begin_telling(self, body: str, parts: list[Part]) -> None:
         """Begins the call that the message is, if its arguments are long."""
         name = self._tool()
-        if name is None or not is_long_object(body.lstrip()):
+        if name is None or not is_long(body.lstrip(), ObjectReader()):
             return
-        begun = self._trimmer.begin_call(name, None)
-        parts += begun
-        self._index = begun[0].index if begun and isinstance(begun[0], CallPart) else None
+        self._index = self._trimmer.begin_call(name, None, parts)
         self._is_told = True
 
     def _close(self, body: str) -> list[Part]:

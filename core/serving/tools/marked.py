@@ -6,7 +6,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from quire.core.serving.tools.argument_stream import ObjectEnd, is_long_object
+from quire.core.serving.tools.argument_stream import (
+    MIN_STREAMED,
+    MakeReader,
+    ObjectReader,
+    ToldCall,
+    is_long,
+)
 from quire.core.serving.tools.events import CallPart, Content, Part, ToolCall, new_call_id
 
 ReadCalls = Callable[[str], list[ToolCall] | None]
@@ -24,9 +30,11 @@ class Region:
     is_json: bool = True
     """An end within a JSON string is none."""
     head: re.Pattern[str] | None = None
-    """What stands before arguments in JSON, with the groups `name` (or `newer`) and perhaps `id`;
-    long ones are then told as they come. None: a call is told whole.
+    """What stands before arguments, with the groups `name` (or `newer`) and perhaps `id`; long
+    ones are then told as they come. None: a call is told whole.
     """
+    make_reader: MakeReader = ObjectReader
+    """For the arguments behind `head`."""
 
 
 class ContentTrimmer:
@@ -70,9 +78,14 @@ class ContentTrimmer:
             self._num_calls += 1
         return parts
 
-    def begin_call(self, name: str, call_id: str | None) -> list[Part]:
-        """The beginning of a call whose arguments come in pieces; nothing if it is one too many."""
-        return self.calls([ToolCall(name, "", call_id)])
+    def begin_call(self, name: str, call_id: str | None, parts: list[Part]) -> int | None:
+        """Begins a call whose arguments come in pieces; its index, or None if it is one too many.
+
+        Adds to `parts`.
+        """
+        begun = self.calls([ToolCall(name, "", call_id)])
+        parts += begun
+        return begun[0].index if begun and isinstance(begun[0], CallPart) else None
 
     def finish(self) -> list[Part]:
         """White space at the end of an answer that is not a call."""
@@ -94,10 +107,8 @@ class MarkedParser:
         self._buffer = ""
         self._region: Region | None = None
         self._searched = 0
-        self._object: ObjectEnd | None = None
-        """Of the arguments that are being told."""
-        self._index: int | None = None
-        """Of their call; None: it is not told."""
+        self._telling: ToldCall | None = None
+        """Whose arguments are being told."""
         self._is_told = False
         """The call of this region; what follows up to its end says nothing."""
 
@@ -115,7 +126,7 @@ class MarkedParser:
         if self._region is not None:
             region, self._region = self._region, None
             body, self._buffer = self._buffer, ""
-            if self._object is None and not self._is_told:
+            if self._telling is None and not self._is_told:
                 parts += self._close(region, body, region.end is None)
         parts += self._trimmer.text(self._buffer)
         self._buffer = ""
@@ -139,8 +150,8 @@ class MarkedParser:
         return True
 
     def _advance_region(self, region: Region, parts: list[Part]) -> bool:
-        if self._object is not None:
-            return self._tell(self._object, region, parts)
+        if self._telling is not None:
+            return self._tell(self._telling, region, parts)
         if not self._is_told and self._begin_telling(region, parts):
             return True
         if region.end is None:
@@ -167,26 +178,25 @@ class MarkedParser:
     def _begin_telling(self, region: Region, parts: list[Part]) -> bool:
         """Whether a call begins whose arguments are so long that they are told as they come."""
         head = region.head.match(self._buffer) if region.head is not None else None
-        if head is None or not is_long_object(self._buffer[head.end() :]):
+        if head is None:
             return False
         found = head.groupdict()
-        name, call_id = found["name"] or found["newer"], found.get("id")
-        begun = self._trimmer.begin_call(name.strip(), call_id and call_id.strip())
-        parts += begun
-        self._index = begun[0].index if begun and isinstance(begun[0], CallPart) else None
-        self._object = ObjectEnd()
-        self._buffer = self._buffer[head.end() :]
+        name, call_id = (found["name"] or found["newer"]).strip(), found.get("id")
+        text = self._buffer[head.end() :]
+        is_over = not region.is_json and region.end and region.end in text[:MIN_STREAMED]
+        if is_over or not is_long(text, region.make_reader(name)):
+            return False
+        index = self._trimmer.begin_call(name, call_id and call_id.strip(), parts)
+        self._telling = ToldCall(index, region.make_reader(name))
+        self._buffer = text
         return True
 
-    def _tell(self, arguments: ObjectEnd, region: Region, parts: list[Part]) -> bool:
-        end = arguments.find(self._buffer)
-        size = len(self._buffer) if end is None else end
-        piece, self._buffer = self._buffer[:size], self._buffer[size:]
-        if piece and self._index is not None:
-            parts.append(CallPart(index=self._index, arguments=piece))
-        if end is None:
+    def _tell(self, call: ToldCall, region: Region, parts: list[Part]) -> bool:
+        parts += call.feed(self._buffer)
+        self._buffer = call.rest or ""
+        if call.rest is None:
             return False
-        self._object, self._is_told, self._searched = None, True, 0
+        self._telling, self._is_told, self._searched = None, True, 0
         if region.end is None:
             self._region = None
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from quire.core.serving.tools import bare, formats
 from quire.core.serving.tools.events import AnswerParser, new_call_id, short_call_id
 from quire.core.serving.tools.harmony import HarmonyParser
 from quire.core.serving.tools.marked import ContentTrimmer, MarkedParser, Region
+from quire.core.serving.tools.plain_arguments import GemmaArguments, TaggedArguments
 
 Tools = Sequence[Mapping[str, Any]]
 MakeParser = Callable[[Tools, ContentTrimmer], AnswerParser]
@@ -49,14 +51,6 @@ def _marked(*regions: Region, noise: tuple[str, ...] = ()) -> MakeParser:
     return lambda _, trimmer: MarkedParser(regions, trimmer, noise=noise)
 
 
-def _typed(read: Callable[[Tools], Any]) -> MakeParser:
-    def make(tools: Tools, trimmer: ContentTrimmer) -> AnswerParser:
-        region = Region("<tool_call>", "</tool_call>", read(tools), is_json=False)
-        return MarkedParser([region], trimmer)
-
-    return make
-
-
 _TOOL_CALL = ("<tool_call>", "</tool_call>")
 _DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 _DEEPSEEK_ONE = ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
@@ -66,8 +60,37 @@ _GEMMA = ("<start_function_call>", "<end_function_call>")
 _HARMONY = ("<|channel|>", "<|message|>", "<|start|>")
 
 
+def _qwen_coder(tools: Tools, trimmer: ContentTrimmer) -> AnswerParser:
+    arguments = formats.qwen_coder_arguments(tools)
+    return _plain(_TOOL_CALL, heads.QWEN_CODER_HEAD, arguments, "", trimmer)
+
+
+def _glm(tools: Tools, trimmer: ContentTrimmer) -> AnswerParser:
+    arguments = formats.glm_arguments(tools)
+    return _plain(_TOOL_CALL, heads.GLM_HEAD, arguments, _TOOL_CALL[1], trimmer)
+
+
+def _gemma(_: Tools, trimmer: ContentTrimmer) -> AnswerParser:
+    code = Region("```tool_code\n", "```", formats.read_gemma_code, is_json=False)
+    return _plain(_GEMMA, heads.GEMMA_HEAD, GemmaArguments, "", trimmer, code)
+
+
+def _plain(
+    marks: tuple[str, str],
+    head: re.Pattern[str],
+    arguments: Callable[[str], TaggedArguments | GemmaArguments],
+    end: str,
+    trimmer: ContentTrimmer,
+    *others: Region,
+) -> AnswerParser:
+    """Calls between marks, whose arguments are no JSON."""
+    read = formats.plain_reader(head, arguments, end)
+    region = Region(*marks, read, is_json=False, head=head, make_reader=arguments)
+    return MarkedParser([region, *others], trimmer)
+
+
 def _llama(_: Tools, trimmer: ContentTrimmer) -> AnswerParser:
-    return bare.BareParser(bare.could_be_llama_json, bare.read_llama_json, trimmer)
+    return bare.LlamaParser(trimmer)
 
 
 def _pythonic(_: Tools, trimmer: ContentTrimmer) -> AnswerParser:
@@ -103,10 +126,10 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
             ("[TOOL_CALLS]",),
             short_call_id,
         ),
-        ToolFormat("glm45", _typed(formats.glm_reader), _TOOL_CALL, ("<arg_key>", "<tool_call>")),
+        ToolFormat("glm45", _glm, _TOOL_CALL, ("<arg_key>", "<tool_call>")),
         ToolFormat(
             "qwen3_coder",
-            _typed(formats.qwen_coder_reader),
+            _qwen_coder,
             _TOOL_CALL,
             ("<tool_call>", "<function=", "<parameter="),
         ),
@@ -116,15 +139,7 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
             _TOOL_CALL,
             ("<tool_call>", '"arguments"'),
         ),
-        ToolFormat(
-            "gemma",
-            _marked(
-                Region(*_GEMMA, formats.read_gemma_call, is_json=False),
-                Region("```tool_code\n", "```", formats.read_gemma_code, is_json=False),
-            ),
-            (*_GEMMA, "<escape>"),
-            _GEMMA[:1],
-        ),
+        ToolFormat("gemma", _gemma, (*_GEMMA, "<escape>"), _GEMMA[:1]),
         ToolFormat(
             "llama3_json", _llama, ("<|python_tag|>",), ("Environment: ipython", '"parameters"')
         ),
