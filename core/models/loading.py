@@ -39,6 +39,7 @@ from quire.core.models.weights.quantized_files import (
     move_quantized,
     stack_quantized,
 )
+from quire.core.models.weights.staging import Staging
 from quire.core.models.weights.weight_layout import (
     DecoderTensors,
     DenseTensors,
@@ -137,6 +138,7 @@ class WeightBuilder:
         self._decoder = description.decoder
         self._size_bytes = 0
         self._embedding: Tensor | None = None
+        self._staging = Staging()
 
     def build(self, tensors: DecoderTensors) -> DecoderWeights:
         """All weights; a progress bar on a terminal if the model is large."""
@@ -275,7 +277,7 @@ class WeightBuilder:
         """The parts below one another, in the model's dtype, each read straight into its rows."""
         num_rows = sum(part.shape[0] for part in parts)
         shape = (num_rows, *parts[0].shape[1:])
-        stacked = torch.empty(shape, dtype=self._dtype, device=self._device)
+        stacked = self._staging.take(shape, self._dtype, self._device)
         row = 0
         for part in parts:
             self._source.read_into(part, stacked[row : row + part.shape[0]])
