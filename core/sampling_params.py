@@ -86,6 +86,28 @@ def _structure_problems(given: StructuredOutputsParams) -> Iterator[str]:
             yield f"structured_outputs.{name} is {value!r}; it must be a text"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThinkingLimit:
+    """At most so many tokens of thoughts; then their end is written in the model's place.
+
+    Raises: RequestError for a limit or an end that is none.
+    """
+
+    end: str
+    """What ends thoughts, as `</think>`."""
+    max_tokens: int
+    begin: str | None = None
+    """What an output that thinks begins with, as `<think>`; without it nothing is counted. None:
+    the prompt has opened the thoughts.
+    """
+
+    def __post_init__(self) -> None:
+        problem = _Range(1, _INF, is_whole=True).problem("max_tokens", self.max_tokens)
+        if problem or not self.end or self.begin == "":
+            problem = problem or "begin and end must be texts"
+            raise RequestError(f"thinking_limit.{problem}", param="thinking_limit")
+
+
 @dataclass(slots=True, kw_only=True)
 class SamplingParams:
     """Settings of one request; the names are those of vLLM and the OpenAI API.
@@ -135,6 +157,7 @@ class SamplingParams:
     """Prompts share cached prefixes only with prompts of the same salt."""
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     """What the output must look like: a schema, an expression, a grammar."""
+    thinking_limit: ThinkingLimit | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     """Untouched by the engine; comes back with the output."""
 

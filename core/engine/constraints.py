@@ -18,8 +18,9 @@ from quire.core.errors import QuireError, RequestError
 from quire.core.interface.worker import StepBatch
 from quire.core.scheduler.request import FinishReason, RequestSpec, RequestUpdate
 from quire.core.structured.compiler import CompiledGrammar, GrammarCompiler
-from quire.core.structured.spec import ConstraintSpec
+from quire.core.structured.spec import ANYTHING, ConstraintSpec
 from quire.core.structured.state import GrammarState
+from quire.core.structured.thinking import ThinkingState
 
 _WAIT_S = 0.02
 """How long a core with nothing else to do waits for a grammar before it looks for messages."""
@@ -44,7 +45,7 @@ class Constraints:
         self._compiler = compiler
         self._clock = clock
         self._parked: dict[str, _Parked] = {}
-        self._states: dict[str, GrammarState] = {}
+        self._states: dict[str, GrammarState | ThinkingState] = {}
 
     @property
     def num_parked(self) -> int:
@@ -65,9 +66,8 @@ class Constraints:
                 f"request id {spec.request_id!r} is in use; choose another", param="request_id"
             )
         limit_s = self._compiler.limits.compile_time_s
-        self._parked[spec.request_id] = _Parked(
-            spec, constraint, self._compiler.submit(constraint.grammar), self._clock() + limit_s
-        )
+        grammar = self._compiler.submit(constraint.grammar or ANYTHING)
+        self._parked[spec.request_id] = _Parked(spec, constraint, grammar, self._clock() + limit_s)
 
     def wait(self) -> None:
         """Returns when a grammar is ready, or after a moment."""
@@ -88,15 +88,25 @@ class Constraints:
 
     def _admit(self, one: _Parked, add: Callable[[RequestSpec], None]) -> None:
         if not one.grammar.done():
-            raise self._compiler.too_slow(one.constraint.grammar)
-        state = GrammarState(
-            one.grammar.result(),
-            vocab_size=self._compiler.vocab_size,
-            end_token_ids=(*one.spec.eos_token_ids, *one.spec.stop_token_ids),
-            starts_after=one.constraint.starts_after,
-        )
+            raise self._compiler.too_slow(one.constraint.grammar or ANYTHING)
+        state = self._make_state(one, one.grammar.result())
         add(one.spec)
         self._states[one.spec.request_id] = state
+
+    def _make_state(self, one: _Parked, grammar: CompiledGrammar) -> GrammarState | ThinkingState:
+        constraint, vocab_size = one.constraint, self._compiler.vocab_size
+        thinking = None
+        if constraint.thinking is not None:
+            thinking = ThinkingState(constraint.thinking, grammar.tokenizer, vocab_size=vocab_size)
+            if constraint.grammar is None:
+                return thinking
+        return GrammarState(
+            grammar,
+            vocab_size=vocab_size,
+            end_token_ids=(*one.spec.eos_token_ids, *one.spec.stop_token_ids),
+            starts_after=constraint.starts_after,
+            thinking=thinking,
+        )
 
     def forget(self, request_ids: Iterable[str]) -> list[str]:
         """Drops what is known of requests; the ids of those that waited here."""

@@ -36,8 +36,8 @@ class Front:
 
         Raises: RequestError with the reason, for one that cannot be compiled in its limits.
         """
-        constraint = constraint_of(params)
-        if constraint is not None:
+        constraint = constraint_of(params, self.codec)
+        if constraint is not None and constraint.grammar is not None:
             self.grammars.compile(constraint.grammar)
 
 

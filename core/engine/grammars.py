@@ -9,9 +9,14 @@ from typing import Any
 
 from quire.core.engine.tokenizer import TextCodec, load_codec, no_tokenizer
 from quire.core.errors import CheckpointError, RequestError
-from quire.core.sampling_params import SamplingParams, StructuredOutputsParams
+from quire.core.sampling_params import SamplingParams, StructuredOutputsParams, ThinkingLimit
 from quire.core.structured.compiler import GrammarChecker, GrammarCompiler
-from quire.core.structured.spec import ConstraintSpec, GrammarKind, GrammarSpec
+from quire.core.structured.spec import (
+    ConstraintSpec,
+    GrammarKind,
+    GrammarSpec,
+    ThinkingSpec,
+)
 
 _KINDS: dict[str, GrammarKind] = {
     "json": "json_schema",
@@ -23,22 +28,51 @@ _KINDS: dict[str, GrammarKind] = {
 }
 
 
-def constraint_of(params: SamplingParams) -> ConstraintSpec | None:
-    """The constraint that a request asks for. Raises: RequestError for what JSON cannot hold."""
+def constraint_of(params: SamplingParams, codec: TextCodec | None) -> ConstraintSpec | None:
+    """The constraint that a request asks for.
+
+    Raises: RequestError for what JSON cannot hold, and for a bound of thoughts without a
+    tokenizer.
+    """
     asked = params.structured_outputs
-    if asked is None:
+    if asked is None and params.thinking_limit is None:
         return None
-    assert isinstance(asked, StructuredOutputsParams), asked
+    assert asked is None or isinstance(asked, StructuredOutputsParams), asked
+    return ConstraintSpec(
+        grammar=None if asked is None else _grammar_of(asked),
+        starts_after=None if asked is None else asked.starts_after,
+        thinking=_thinking_of(params.thinking_limit, codec),
+    )
+
+
+def _thinking_of(limit: ThinkingLimit | None, codec: TextCodec | None) -> ThinkingSpec | None:
+    if limit is None:
+        return None
+    tokens = [] if codec is None else codec.encode(limit.end, add_special_tokens=False)
+    if not tokens:
+        raise RequestError(
+            f"thoughts cannot be ended: there is no tokenizer that writes {limit.end!r}; "
+            "leave their limit out",
+            param="thinking_limit",
+        )
+    return ThinkingSpec(
+        begin=limit.begin,
+        end=limit.end,
+        end_token_ids=tuple(tokens),
+        max_tokens=limit.max_tokens,
+    )
+
+
+def _grammar_of(asked: StructuredOutputsParams) -> GrammarSpec:
     form = asked.forms[0]
     value = getattr(asked, form)
-    grammar = GrammarSpec(
+    return GrammarSpec(
         kind=_KINDS[form],
         text="" if form == "json_object" else _text_of(value, form),
         whitespace_pattern=asked.whitespace_pattern,
         disable_any_whitespace=asked.disable_any_whitespace,
         disable_additional_properties=asked.disable_additional_properties,
     )
-    return ConstraintSpec(grammar=grammar, starts_after=asked.starts_after)
 
 
 def front_checker(codec: TextCodec | None, model: str, vocab_size: int) -> GrammarChecker:

@@ -212,7 +212,7 @@ class InputProcessor:
             priority=params.priority if priority is None else priority,
             arrival_time_s=arrival_time_s,
             cache_salt=params.cache_salt,
-            constraint=constraint_of(params),
+            constraint=constraint_of(params, self._codec),
         )
 
     def _processor_names(self, params: SamplingParams) -> tuple[str, ...]:

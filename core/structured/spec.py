@@ -26,11 +26,30 @@ class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
     """For JSON: objects have the properties that the schema names, and no others."""
 
 
-class ConstraintSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A grammar, and from where on the output keeps to it."""
+ANYTHING = GrammarSpec(kind="regex", text=r"(.|\n)*")
 
-    grammar: GrammarSpec
+
+class ThinkingSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How long an output may think."""
+
+    begin: str | None
+    """What an output that thinks begins with; None: it thinks from its first token on."""
+    end: str
+    """What ends thoughts."""
+    end_token_ids: tuple[int, ...]
+    """`end` as tokens, for an output that must be made to stop."""
+    max_tokens: int
+    """Of the thoughts, without their end."""
+
+
+class ConstraintSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A grammar, from where on the output keeps to it, and how long it thinks before."""
+
+    grammar: GrammarSpec | None
+    """None: any text."""
     starts_after: str | None = None
     """A text that ends a part in which everything may be said, as `</think>` does. None: the
     grammar holds from the first token on.
     """
+    thinking: ThinkingSpec | None = None
+    """None: as long as it likes."""

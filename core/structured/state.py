@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.core.structured.compiler import CompiledGrammar
+from quire.core.structured.thinking import ThinkingState
 
 Words = npt.NDArray[np.int32]
 
@@ -22,14 +23,19 @@ class GrammarState:
         vocab_size: int,
         end_token_ids: Iterable[int],
         starts_after: str | None = None,
+        thinking: ThinkingState | None = None,
     ) -> None:
-        """`end_token_ids` end the output; they are allowed where the grammar may end."""
+        """`end_token_ids` end the output; they are allowed where the grammar may end.
+
+        `thinking` bounds what is said before `starts_after`.
+        """
         self._matcher = grammar.start()
         self._num_words = -(-vocab_size // 32)
         self._end_words = _as_words(end_token_ids, self._num_words)
         self._own_ends = ~_as_words(grammar.tokenizer.eos_tokens, self._num_words)
         self._tokenizer = grammar.tokenizer
         self._starts_after = starts_after
+        self._thinking = thinking
         self._seen: list[int] = []
         """The last tokens before the grammar begins: as many as its mark could have."""
         self.error: str | None = None
@@ -58,7 +64,7 @@ class GrammarState:
     def mask(self) -> bytes | None:
         """Which tokens may follow, as 32-bit words; None: all. None may, where `error` is set."""
         if self.is_waiting:
-            return None
+            return None if self._thinking is None else self._thinking.mask()
         if self.error is not None:
             return bytes(4 * self._num_words)
         words = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: self._num_words]
@@ -72,6 +78,8 @@ class GrammarState:
 
     def _wait(self, token_id: int) -> None:
         assert self._starts_after is not None, token_id
+        if self._thinking is not None:
+            self._thinking.accept([token_id])
         self._seen.append(token_id)
         del self._seen[: -4 * len(self._starts_after)]
         if self._starts_after in self._tokenizer.decode_str(self._seen):

@@ -16,17 +16,25 @@ from engine_fakes import spec as request
 from model_fakes import build_sim_core
 from msgspec.structs import replace
 from tiny_models import make_tiny_model
+from tokenizers import Tokenizer
 
 import quire
 from quire.benchmarks.structured_schemas import REFUSED, SCHEMAS
 from quire.core.engine.llm import LLM
 from quire.core.errors import RequestError
 from quire.core.interface.worker import StepResult
-from quire.core.sampling_params import SamplingParams, StructuredOutputsParams
+from quire.core.sampling_params import SamplingParams, StructuredOutputsParams, ThinkingLimit
 from quire.core.scheduler.request import FinishReason
 from quire.core.structured.compiler import GrammarCompiler, GrammarLimits
-from quire.core.structured.spec import MAX_GRAMMAR_CHARS, ConstraintSpec, GrammarSpec
+from quire.core.structured.spec import (
+    ANYTHING,
+    MAX_GRAMMAR_CHARS,
+    ConstraintSpec,
+    GrammarSpec,
+    ThinkingSpec,
+)
 from quire.core.structured.state import GrammarState
+from quire.core.structured.thinking import ThinkingState
 
 TOKENIZER = Path(quire.__file__).parent / "demo" / "tokenizer.json"
 VOCAB_SIZE = 4096
@@ -212,6 +220,79 @@ def test_state_lets_everything_pass_until_its_mark(compiler):
     assert state.is_complete
 
 
+def thinking(compiled, text: str | None, max_tokens: int) -> ThinkingState:
+    end = tuple(compiled.tokenizer.tokenize_str("</think>"))
+    spec = ThinkingSpec(begin=text, end="</think>", end_token_ids=end, max_tokens=max_tokens)
+    return ThinkingState(spec, compiled.tokenizer, vocab_size=VOCAB_SIZE)
+
+
+def follow(state, token_ids: list[int]) -> list[int]:
+    """What is said when a model would say `token_ids`, each where it may."""
+    said = []
+    for wish in token_ids:
+        may = allowed(state)
+        said.append(wish if wish in may else min(may))
+        state.accept(said[-1:])
+    return said
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3, 8, 200])
+def test_thoughts_that_become_too_long_are_ended(compiler, max_tokens):
+    """After so many tokens there is nothing to say but the end; then everything again."""
+    compiled = compiler.compile(ANYTHING)
+    tokenizer = compiled.tokenizer
+    wished = tokenizer.tokenize_str("so {many} thoughts of mine that never come to any end. " * 2)
+    end = tokenizer.tokenize_str("</think>")
+    said = follow(thinking(compiled, None, max_tokens), wished)
+    if max_tokens >= len(wished):
+        assert said == wished
+    else:
+        assert said == [
+            *wished[:max_tokens],
+            *end,
+            *wished[max_tokens + len(end) :],
+        ]
+
+
+def test_thoughts_that_end_by_themselves_are_left_alone(compiler):
+    """A model that stops in time is never forced, however long the rest is."""
+    compiled = compiler.compile(ANYTHING)
+    wished = compiled.tokenizer.tokenize_str("hm.</think>" + "The answer is long. " * 5)
+    assert follow(thinking(compiled, None, 12), wished) == wished
+
+
+def test_thoughts_are_counted_from_the_mark_that_opens_them(compiler):
+    """An answer without thoughts has no budget; one with them has it behind their beginning."""
+    compiled = compiler.compile(ANYTHING)
+    tokenizer = compiled.tokenizer
+    plain = tokenizer.tokenize_str("No thoughts here, only a long answer.")
+    assert follow(thinking(compiled, "<think>", 2), plain) == plain
+    begin, words = (
+        tokenizer.tokenize_str("\n<think>"),
+        tokenizer.tokenize_str("aaa bbb ccc ddd eee"),
+    )
+    said = follow(thinking(compiled, "<think>", 2), [*begin, *words])
+    forced = [*words[:2], *tokenizer.tokenize_str("</think>")]
+    assert said[len(begin) :][: len(forced)] == forced[: len(words)]
+
+
+def test_grammar_begins_behind_thoughts_that_were_ended(compiler):
+    """A form of output holds behind a forced end as behind the model's own."""
+    compiled = compiler.compile(GrammarSpec(kind="choice", text='["yes"]'))
+    state = GrammarState(
+        compiled,
+        vocab_size=VOCAB_SIZE,
+        end_token_ids=[END_ID],
+        starts_after="</think>",
+        thinking=thinking(compiled, None, 3),
+    )
+    tokenizer = compiled.tokenizer
+    follow(state, [*tokenizer.tokenize_str("abcdefgh")[:3], *tokenizer.tokenize_str("</think>")])
+    assert not state.is_waiting
+    state.accept(tokenizer.tokenize_str("yes"))
+    assert state.is_complete
+
+
 def test_state_token_that_does_not_fit_leaves_nothing_to_choose(compiler):
     """A worker that ignores masks gets an error, not text that pretends to fit."""
     compiled = compiler.compile(GrammarSpec(kind="choice", text='["yes"]'))
@@ -328,6 +409,30 @@ def check_all(outputs, schemas) -> int:
 def demo():
     with LLM("demo", cache_memory_bytes=64 << 20) as llm:
         yield llm
+
+
+def test_thinking_limit_holds_for_every_output_of_the_engine(demo):
+    """Thoughts end within their budget and a form follows them, also for n > 1."""
+    limit = ThinkingLimit(end="</think>", max_tokens=6)
+    form = StructuredOutputsParams(choice=["yes", "no"], starts_after="</think>")
+    end = Tokenizer.from_file(str(TOKENIZER)).encode("</think>", add_special_tokens=False).ids
+    for given in (None, form):
+        params = SamplingParams(
+            n=2, max_tokens=60, seed=3, ignore_eos=given is None,
+            thinking_limit=limit, structured_outputs=given,
+        )  # fmt: skip
+        for output in demo.generate(["Hello there", "A"], params):
+            for one in output.outputs:
+                _, _, answer = one.text.partition("</think>")
+                assert one.token_ids[6 : 6 + len(end)] == end
+                assert answer in ("yes", "no") if given else len(one.token_ids) == 60
+
+
+def test_thinking_limit_that_is_none_is_refused():
+    """A budget that cannot be held is said at once."""
+    for settings in ({"max_tokens": 0}, {"max_tokens": 3, "begin": ""}, {"max_tokens": True}):
+        with pytest.raises(RequestError, match="thinking_limit"):
+            ThinkingLimit(end="</think>", **settings)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])

@@ -229,6 +229,33 @@ async def test_required_call_asks_the_engine_for_calls_alone(replying):
         assert names == ["get_weather", "now"]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "begin"), [("Hi", "<think>"), ("Hi <think>\n", None), ("Hi </think>", "none")]
+)
+async def test_budget_of_thoughts_reaches_the_engine(replying, prompt, begin):
+    """Counted from the mark that opens thoughts, or from the start where the prompt did."""
+    replying.text = "x"
+    fields = {"thinking_token_budget": 7, "messages": [{"role": "assistant", "content": prompt}]}
+    fields |= {"continue_final_message": True, "chat_template": "{{ messages[0].content }}"}
+    settings = {"reasoning_parser": "qwen3", "trust_request_chat_template": True}
+    async with connected(replying.engine, **settings) as client:
+        response = await client.post("/v1/chat/completions", json=fields)
+    assert response.status_code == 200, response.text
+    limit = replying.engine.submitted[-1].params.thinking_limit
+    found = "none" if limit is None else limit.begin
+    assert found == begin
+    assert limit is None or (limit.end, limit.max_tokens) == ("</think>", 7)
+
+
+@pytest.mark.parametrize("thoughts", ["none", "gpt_oss"])
+async def test_budget_of_thoughts_that_nobody_can_end_is_refused(replying, thoughts):
+    """What cannot be held is not accepted."""
+    async with connected(replying.engine, reasoning_parser=thoughts) as client:
+        body = {"messages": MESSAGES, "thinking_token_budget": 7}
+        error = error_of(await client.post("/v1/chat/completions", json=body), 400)
+    assert error["param"] == "thinking_token_budget"
+
+
 async def test_form_and_tools_together_are_refused(replying):
     """An answer of a fixed form could call no tool: nothing of the two is dropped in silence."""
     async with connected(replying.engine, tool_call_parser="hermes") as client:

@@ -128,6 +128,21 @@ def test_message_has_thoughts_text_and_calls_as_blocks(claude):
     assert final.stop_reason == "tool_use"
 
 
+def test_message_budget_of_thoughts_reaches_the_engine(claude, engine):
+    """`budget_tokens` is held, not dropped; with thinking off it has no sense."""
+    messages = [{"role": "user", "content": "Hi"}]
+    given = {"model": "fake", "max_tokens": 2000, "messages": messages}
+    claude.messages.create(**given, thinking={"type": "enabled", "budget_tokens": 1024})
+    assert engine.submitted[-1].params.thinking_limit.max_tokens == 1024
+    for thinking in (
+        {"type": "adaptive", "budget_tokens": 1024},
+        {"type": "enabled", "budget_tokens": 0},
+        {"type": "enabled", "budget_tokens": "many"},
+    ):
+        with pytest.raises(anthropic.BadRequestError, match="thinking"):
+            claude.messages.create(**given, extra_body={"thinking": thinking})
+
+
 def test_message_goes_on_after_a_call(claude, engine):
     """Blocks of an answer and results of tools, put back, become chat's messages."""
     first = claude.messages.create(

@@ -198,6 +198,8 @@ class ChatRequest(SamplingFields, TemplateFields):
     top_logprobs: Count | None = None
     parallel_tool_calls: bool | None = None
     """None or true: as many calls as the model makes; false: one."""
+    thinking_token_budget: Count | None = Field(default=None, ge=1)
+    """Thoughts that become longer are ended."""
     include_reasoning: bool | None = None
     """False: thoughts are left out of the answer."""
 

@@ -16,6 +16,7 @@ CHAT_NAMES = {
     "stop": "stop_sequences",
     "response_format": "output_config",
     "reasoning_effort": "thinking",
+    "thinking_token_budget": "thinking",
     "chat_template_kwargs": "thinking",
     "parallel_tool_calls": "tool_choice",
     "prompt": "messages",
@@ -58,7 +59,9 @@ class MessagesFields(RequestBody):
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
-    """`{"type": "enabled"}` and `disabled` become the template's `enable_thinking`."""
+    """`{"type": "enabled"}` and `disabled` become the template's `enable_thinking`; with
+    `budget_tokens` thoughts that become longer are ended.
+    """
     output_config: dict[str, Any] | None = None
     """`format`: a JSON schema; `effort`."""
 
@@ -77,6 +80,7 @@ class MessagesFields(RequestBody):
             fields |= _chat_tool_choice(self.tool_choice)
         if self.thinking is not None:
             fields["chat_template_kwargs"] = {"enable_thinking": _is_thinking(self.thinking)}
+            fields["thinking_token_budget"] = self.thinking.get("budget_tokens")
             # Of the two ways to show thoughts, the server has them whole or not at all.
             if isinstance(self, MessagesRequest) and self.thinking.get("display") == "omitted":
                 fields["include_reasoning"] = False
@@ -273,9 +277,9 @@ def _is_thinking(thinking: dict[str, Any]) -> bool:
     _refuse_unknown(thinking, _THINKING_FIELDS, "thinking")
     if kind not in ("enabled", "adaptive", "disabled"):
         raise RequestError(f"thinking has the type {str(kind)[:40]!r}", param="thinking")
-    if thinking.get("budget_tokens") is not None:
+    if kind != "enabled" and thinking.get("budget_tokens") is not None:
         raise RequestError(
-            "thinking.budget_tokens is not supported; max_tokens bounds all of the answer",
+            f"thinking.budget_tokens belongs to the type enabled, not {kind}; leave it out",
             param="thinking",
         )
     if thinking.get("display") not in (None, *_DISPLAYS):

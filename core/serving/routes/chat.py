@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -16,9 +17,10 @@ from quire.core.serving.http.disconnect import run_while_connected
 from quire.core.serving.http.limits import check_limits
 from quire.core.serving.http.sse import EventStream
 from quire.core.serving.protocol.chat import ChatRequest, TemplateFields
-from quire.core.serving.protocol.tools import NamedToolChoice
+from quire.core.serving.protocol.tools import NamedToolChoice, ToolChoice
 from quire.core.serving.server_state import Names, Server, ServerState, make_names
 from quire.core.serving.tools.plan import AnswerPlan
+from quire.core.serving.tools.registry import Formats
 
 router = APIRouter()
 
@@ -93,16 +95,24 @@ def plan_answer(body: ChatRequest, server: ServerState) -> AnswerPlan:
             "know it: leave it out",
             param="reasoning_effort",
         )
-    choice = body.tool_choice
     tools = [tool.to_template() for tool in body.shown_tools]
+    return replace(
+        _plan_tools(body.tool_choice, tools, formats),
+        is_parallel=body.parallel_tool_calls is not False,
+        max_thinking_tokens=body.thinking_token_budget,
+    )
+
+
+def _plan_tools(
+    choice: ToolChoice | None, tools: list[dict[str, Any]], formats: Formats
+) -> AnswerPlan:
     if not tools:
         return AnswerPlan(formats=formats)
-    is_parallel = body.parallel_tool_calls is not False
     if isinstance(choice, NamedToolChoice):
         named = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
         return AnswerPlan(formats=formats, mode="named", tools=named)
     if choice == "required":
-        return AnswerPlan(formats=formats, mode="required", tools=tools, is_parallel=is_parallel)
+        return AnswerPlan(formats=formats, mode="required", tools=tools)
     if formats.tools is None:
         raise RequestError(
             "there are tools and the chat template does not tell how this model writes tool "
@@ -110,7 +120,7 @@ def plan_answer(body: ChatRequest, server: ServerState) -> AnswerPlan:
             "--tool-call-parser",
             param="tool_choice",
         )
-    return AnswerPlan(formats=formats, mode="auto", tools=tools, is_parallel=is_parallel)
+    return AnswerPlan(formats=formats, mode="auto", tools=tools)
 
 
 async def render(body: TemplateFields, server: ServerState) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quire.core.errors import RequestError
-from quire.core.sampling_params import SamplingParams, StructuredOutputsParams
+from quire.core.sampling_params import SamplingParams, StructuredOutputsParams, ThinkingLimit
 from quire.core.serving.tools.events import AnswerParser, new_call_id
 from quire.core.serving.tools.guaranteed import CallListParser, NamedCallParser
 from quire.core.serving.tools.harmony import HarmonyParser
@@ -28,14 +28,18 @@ class AnswerPlan:
     tools: Sequence[Mapping[str, Any]] = ()
     """As the OpenAI API has them; of a named choice that one alone."""
     is_parallel: bool = True
+    max_thinking_tokens: int | None = None
 
     def apply(self, params: SamplingParams, prompt: str) -> None:
         """Writes into `params` what the answer needs: a grammar, and marks that must be seen.
 
-        Raises: RequestError for a form that contradicts the tools.
+        Raises: RequestError for a form that contradicts the tools, and for a bound of thoughts that
+        nobody knows how to end.
         """
         if self.is_reading and self.formats.shows_special_tokens:
             params.skip_special_tokens = False
+        if self.max_thinking_tokens is not None:
+            params.thinking_limit = self._limit(prompt, self.max_thinking_tokens)
         if self.mode != "none" and params.structured_outputs is not None:
             raise RequestError(
                 f"the answer's form is asked for and tool_choice is {self.mode}; an answer of that "
@@ -52,6 +56,20 @@ class AnswerPlan:
         if isinstance(params.structured_outputs, StructuredOutputsParams) and self._thinks(prompt):
             assert self.formats.reasoning is not None
             params.structured_outputs.starts_after = self.formats.reasoning.end
+
+    def _limit(self, prompt: str, max_tokens: int) -> ThinkingLimit | None:
+        reasoning = self.formats.reasoning
+        if reasoning is None or reasoning.is_harmony:
+            raise RequestError(
+                "a budget of thoughts needs a model whose thoughts stand between two marks, and "
+                "this server knows of none; leave thinking_token_budget (thinking.budget_tokens) "
+                "out, or start the server with --reasoning-parser",
+                param="thinking_token_budget",
+            )
+        if is_open(prompt, reasoning.begin, reasoning.end) is False:
+            return None
+        begin = None if self._thinks(prompt) else reasoning.begin
+        return ThinkingLimit(begin=begin, end=reasoning.end, max_tokens=max_tokens)
 
     @property
     def is_reading(self) -> bool:
