@@ -78,7 +78,7 @@ class Connections:
     async def ask(self, body: dict[str, Any]) -> Answer:
         """One streamed completion."""
         sent_s = time.monotonic()
-        reader, writer = self._free.pop() if self._free else await self._open()
+        reader, writer = await self._take()
         raw = json.dumps({**body, "stream": True}).encode()
         writer.write(
             b"POST /v1/completions HTTP/1.1\r\nHost: s\r\nContent-Type: application/json\r\n"
@@ -104,6 +104,15 @@ class Connections:
         """Ends those that are free."""
         for _, writer in self._free:
             writer.close()
+
+    async def _take(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The connection used last: servers close those that were idle for long."""
+        while self._free:
+            reader, writer = self._free.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return await self._open()
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection(self._server.host, self._server.port)
