@@ -125,7 +125,20 @@ def _relative_command(arguments: Sequence[str]) -> list[str]:
     root = Path(__file__).parent.parent
     program = Path(arguments[0]).resolve()
     shown = str(program.relative_to(root)) if program.is_relative_to(root) else program.name
-    return [shown, *arguments[1:]]
+    return [shown, *_without_places(arguments[1:])]
+
+
+def _without_places(arguments: Sequence[str]) -> list[str]:
+    """Arguments without the options that say where files of this machine lie: no figure needs them."""
+    kept: list[str] = []
+    options = iter(arguments)
+    for argument in options:
+        name, _, value = argument.partition("=")
+        if name not in ("--out", "--folder"):
+            kept.append(argument)
+        elif not value:
+            next(options, None)
+    return kept
 
 
 def _processor_name() -> str:
