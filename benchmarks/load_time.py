@@ -4,8 +4,10 @@ python benchmarks/load_time.py --shape qwen2-0.5b --threads 2
 
 Each round starts a new process, with the file in the page cache. It imports torch and what reads
 configs first, so that loading itself is told apart from starting Python; then it makes an `LLM` and
-asks it for one token. Memory is the most that was resident, less what the imports took, over what
-the engine says its packed weights take.
+asks it for one token. Its cache is small, and filled afterwards. Memory is the most that was
+resident, less that of a process that has served a model of next to no weights: until the first
+token over what the engine says its packed weights take, and with the cache filled over weights and
+cache.
 """
 
 from __future__ import annotations
@@ -32,16 +34,26 @@ import torch, transformers
 from transformers import AutoConfig
 imported, before = time.perf_counter(), resident("VmRSS")
 from quire import LLM, SamplingParams
-directory, dtype, quantization, threads = sys.argv[1:]
-llm = LLM(directory, dtype=dtype, quantization=quantization or None, num_threads=int(threads))
+directory, dtype, quantization, threads, cache = sys.argv[1:]
+llm = LLM(
+    directory, dtype=dtype, quantization=quantization or None, num_threads=int(threads),
+    cache_memory_bytes=int(cache), max_model_len=512,
+)
 loaded = time.perf_counter()
-llm.generate([[1, 2, 3, 4]], SamplingParams(max_tokens=1, detokenize=False))
-done = time.perf_counter()
+one = SamplingParams(max_tokens=1, detokenize=False)
+llm.generate([[1, 2, 3, 4]], one)
+done, peak = time.perf_counter(), resident("VmHWM")
+for number in range(llm.facts.num_cache_tokens // 256 + 1):
+    llm.generate([[number] * 256], one)
 print(json.dumps({
     "imports": imported - start, "LLM(...)": loaded - imported, "first token": done - loaded,
-    "peak": resident("VmHWM") - before, "weights": llm.facts.weight_bytes,
+    "first peak": peak, "last peak": resident("VmHWM"), "weights": llm.facts.weight_bytes,
+    "cache": llm.statistics().memory_bytes["cache"],
 }))
 """
+_CACHE_BYTES = 16 * 2**20
+_SMALL_SHAPE = "qwen2-tiny"
+"""Of the model of next to no weights."""
 
 _STAGES = ("imports", "LLM(...)", "first token")
 
@@ -58,7 +70,9 @@ def main(
     """Loads the model in process after process; the first warms the page cache and is dropped."""
     home = folder or Path(tempfile.gettempdir()) / "quire-benchmarks"
     directory = make_model(shape, home, dtype=dtype)
-    arguments = [str(directory), dtype, quantization, str(threads)]
+    options = [dtype, quantization, str(threads), str(_CACHE_BYTES)]
+    arguments = [str(directory), *options]
+    bare = _load([str(make_model(_SMALL_SHAPE, home, dtype=dtype)), *options])["first peak"]
     answers = [_load(arguments) for _ in range(rounds + 1)][1:]
     record = Record(
         name=f"load_time_{shape}_{quantization or dtype}",
@@ -68,17 +82,22 @@ def main(
     for stage in ("LLM(...) to first token", *_STAGES):
         values = tuple(total[stage] for total in totals)
         record.measurements.append(Measurement(work="load", subject=stage, unit="s", values=values))
-    record.measurements.append(
-        Measurement(
-            work="peak memory",
-            subject="resident / packed weights",
-            unit="ratio",
-            values=tuple(answer["peak"] / answer["weights"] for answer in answers),
-            note=f"packed weights {answers[0]['weights'] / 2**20:.0f} MiB",
-        )
-    )
+    record.measurements += _memory(answers, bare)
     record.show()
     print(f"written to {record.write(out)}")
+
+
+def _memory(answers: list[dict[str, float]], bare: float) -> list[Measurement]:
+    weights, cache = answers[0]["weights"], answers[0]["cache"]
+    first = tuple((answer["first peak"] - bare) / weights for answer in answers)
+    last = tuple((answer["last peak"] - bare) / (weights + cache) for answer in answers)
+    process = f"a process without a model {bare / 2**20:.0f} MiB"
+    sizes = f"packed weights {weights / 2**20:.0f} MiB, cache {cache / 2**20:.0f} MiB, {process}"
+    rows = (("first token, over weights", first), ("cache filled, over weights + cache", last))
+    return [
+        Measurement(work="peak memory", subject=subject, unit="ratio", values=values, note=sizes)
+        for subject, values in rows
+    ]
 
 
 def _load(arguments: list[str]) -> dict[str, float]:

@@ -129,7 +129,7 @@ def _relative_command(arguments: Sequence[str]) -> list[str]:
 
 
 def _without_places(arguments: Sequence[str]) -> list[str]:
-    """Arguments without the options that say where files of this machine lie: no figure needs them."""
+    """Arguments without those that say where files lie: no figure needs them."""
     kept: list[str] = []
     options = iter(arguments)
     for argument in options:
