@@ -36,7 +36,8 @@ class StructuredOutputsParams:
     """Any JSON object."""
     structural_tag: str | Mapping[str, Any] | None = None
     """JSON with `structures` (each `begin`, `schema`, `end`) and `triggers`: free text in which a
-    trigger obliges to one of the structures.
+    trigger obliges to one of the structures. With `otherwise`, a schema, there is no free text:
+    the output is JSON of that schema, or else structures alone, several only with `between`.
     """
     disable_any_whitespace: bool = False
     """JSON without spaces between its tokens."""

@@ -194,6 +194,8 @@ def _structural_tag(spec: GrammarSpec) -> str:
     """Free text in which certain beginnings oblige: after `begin`, the schema, then `end`."""
     tag = _read_json(spec)
     structures = tag.get("structures") if isinstance(tag, dict) else None
+    if isinstance(structures, list) and structures and "otherwise" in tag:
+        return _structures_or_answer(tag, spec)
     triggers = tag.get("triggers") if isinstance(tag, dict) else None
     if not isinstance(structures, list) or not structures or not isinstance(triggers, list):
         raise RequestError(
@@ -206,6 +208,25 @@ def _structural_tag(spec: GrammarSpec) -> str:
     for name, structure in zip(names, structures, strict=True):
         rules += _tag_rules(name, structure, triggers, spec)
     return _lark("\n".join(rules))
+
+
+def _structures_or_answer(tag: Mapping[str, Any], spec: GrammarSpec) -> str:
+    """Structures alone, several with `between` between them, or else JSON of a schema."""
+    answer, between = tag["otherwise"], tag.get("between")
+    if not _is_schema(answer) or not isinstance(between, str | None):
+        raise RequestError(
+            "otherwise is a schema, and between a text or absent", param=param_of(spec)
+        )
+    rules = [f"answer: %json {json.dumps(_with_options(answer, spec))}"]
+    names = [f"tag_{index}" for index in range(len(tag["structures"]))]
+    for name, structure in zip(names, tag["structures"], strict=True):
+        begin, end, schema = _parts_of(structure, spec)
+        close = f" {json.dumps(end)}" if end else ""
+        body = json.dumps(_with_options(schema, spec))
+        rules.append(f"{name}: {json.dumps(begin)} %json {body}{close}")
+    more = f" ({json.dumps(between)} tag)*" if between else "" if between is None else " tag*"
+    rules += [f"tag: {' | '.join(names)}", f"tags: tag{more}"]
+    return _lark("\n".join(["%llguidance {}", "start: answer | tags", *rules]))
 
 
 def _tag_rules(

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
 from asking import connected, error_of, served_in_thread
 from fake_engine import FakeEngine
+from tokenizers import Tokenizer
 
+import quire
+from quire.core.engine.grammars import constraint_of
 from quire.core.errors import ConfigError
+from quire.core.sampling_params import SamplingParams, StructuredOutputsParams
 from quire.core.serving.http.app import make_app
 from quire.core.serving.settings import ServerSettings
+from quire.core.serving.tools.events import parse_whole
+from quire.core.serving.tools.plan import AnswerPlan
+from quire.core.serving.tools.registry import choose_formats
+from quire.core.structured.compiler import CompiledGrammar, GrammarCompiler
 
+TOKENIZER = Path(quire.__file__).parent / "demo" / "tokenizer.json"
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 TOOL = {
     "type": "function",
@@ -256,12 +266,66 @@ async def test_budget_of_thoughts_that_nobody_can_end_is_refused(replying, thoug
     assert error["param"] == "thinking_token_budget"
 
 
-async def test_form_and_tools_together_are_refused(replying):
+@pytest.mark.parametrize(
+    ("parser", "fields"),
+    [
+        ("llama3_json", {"response_format": {"type": "json_object"}}),
+        ("pythonic", {"response_format": {"type": "json_object"}}),
+        ("hermes", {"guided_regex": "a+"}),
+        ("hermes", {"response_format": {"type": "json_object"}, "tool_choice": "required"}),
+    ],
+)
+async def test_form_and_tools_of_which_no_grammar_can_be_made_are_refused(replying, parser, fields):
     """An answer of a fixed form could call no tool: nothing of the two is dropped in silence."""
-    async with connected(replying.engine, tool_call_parser="hermes") as client:
-        body = {"messages": MESSAGES, "tools": [TOOL], "response_format": {"type": "json_object"}}
+    async with connected(replying.engine, tool_call_parser=parser) as client:
+        body = {"messages": MESSAGES, "tools": [TOOL], **fields}
         error = error_of(await client.post("/v1/chat/completions", json=body), 400)
     assert error["param"] == "response_format"
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[GrammarCompiler]:
+    size = Tokenizer.from_file(str(TOKENIZER)).get_vocab_size()
+    compiler = GrammarCompiler(TOKENIZER.read_text, vocab_size=size)
+    yield compiler
+    compiler.close()
+
+
+def test_answer_is_calls_or_keeps_to_the_form_that_is_asked_for(compiler):
+    """With both a form and tools, the model has exactly these two ways, and each is read."""
+    formats = choose_formats("hermes", "none", "", frozenset())
+    schema = {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"]}
+    schema["additionalProperties"] = False
+    for is_parallel in (True, False):
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(json=schema))
+        tools = [TOOL, NOW]
+        plan = AnswerPlan(formats=formats, mode="auto", tools=tools, is_parallel=is_parallel)
+        plan.apply(params, "")
+        grammar = compiler.compile(constraint_of(params, None).grammar)
+        form, call = formats.call_form, formats.call_form.between.join
+        one = f'{form.before_name}"get_weather"{form.after_name}{{"city": "Oslo"}}{form.end}'
+        two = f'{form.before_name}"now"{form.after_name}{{}}{form.end}'
+        assert fits(grammar, '{"warm": true}')
+        assert fits(grammar, one)
+        assert fits(grammar, call([two, one])) == is_parallel
+        for other in ("It is warm.", '{"warm": 3}', one.replace("weather", "time"), f"{one}."):
+            assert not fits(grammar, other)
+        assert parse_whole(plan.parser(""), '{"warm": true}').content == '{"warm": true}'
+        assert parse_whole(plan.parser(""), one).calls[0].name == "get_weather"
+
+
+def fits(grammar: CompiledGrammar, text: str) -> bool:
+    """Whether a grammar allows a text and its end there."""
+    matcher = grammar.start()
+    return all(map(matcher.consume_token, grammar.tokenizer.tokenize_str(text))) and (
+        matcher.is_accepting()
+    )
+
+
+def test_form_and_tools_whose_marks_are_special_tokens_are_refused():
+    """A grammar of text cannot say a token that is none."""
+    assert choose_formats("hermes", "none", "", frozenset({"<tool_call>"})).call_form is None
+    assert choose_formats("hermes", "none", "", frozenset({"<|im_end|>"})).call_form is not None
 
 
 async def test_special_tokens_show_where_they_mark_calls(replying):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from quire.core.errors import RequestError
 from quire.core.sampling_params import SamplingParams, StructuredOutputsParams, ThinkingLimit
-from quire.core.serving.tools.events import AnswerParser, new_call_id
+from quire.core.serving.tools.events import AnswerParser, as_json, new_call_id, read_json
 from quire.core.serving.tools.guaranteed import CallListParser, NamedCallParser
 from quire.core.serving.tools.harmony import HarmonyParser
 from quire.core.serving.tools.marked import ContentTrimmer
@@ -40,12 +40,9 @@ class AnswerPlan:
             params.skip_special_tokens = False
         if self.max_thinking_tokens is not None:
             params.thinking_limit = self._limit(prompt, self.max_thinking_tokens)
-        if self.mode != "none" and params.structured_outputs is not None:
-            raise RequestError(
-                f"the answer's form is asked for and tool_choice is {self.mode}; an answer of that "
-                "form could call no tool: leave one out, or set tool_choice to none",
-                param="response_format",
-            )
+        asked = params.structured_outputs
+        if self.mode != "none" and isinstance(asked, StructuredOutputsParams):
+            params.structured_outputs = self._calls_or(asked)
         if self.mode == "required":
             functions = [tool["function"] for tool in self.tools]
             schema = call_list_schema(functions, is_parallel=self.is_parallel)
@@ -56,6 +53,32 @@ class AnswerPlan:
         if isinstance(params.structured_outputs, StructuredOutputsParams) and self._thinks(prompt):
             assert self.formats.reasoning is not None
             params.structured_outputs.starts_after = self.formats.reasoning.end
+
+    def _calls_or(self, asked: StructuredOutputsParams) -> StructuredOutputsParams:
+        """A form by which an answer is calls, or else what was asked for."""
+        form, written = self.formats.call_form, asked.json
+        if self.mode != "auto" or form is None or asked.forms[0] not in ("json", "json_object"):
+            raise RequestError(
+                f"the answer's form is asked for and tool_choice is {self.mode}; no grammar is "
+                "known for either of this form and this model's calls: leave one out, or set "
+                "tool_choice to none",
+                param="response_format",
+            )
+        structures = [
+            {
+                "begin": f"{form.before_name}{as_json(tool['function']['name'])}{form.after_name}",
+                "schema": arguments_schema(tool["function"]),
+                "end": form.end,
+            }
+            for tool in self.tools
+        ]
+        schema = read_json(written) if isinstance(written, str) else written
+        tag = {
+            "structures": structures,
+            "otherwise": {"type": "object"} if asked.json_object else schema,
+            "between": form.between if self.is_parallel else None,
+        }
+        return replace(asked, json=None, json_object=None, structural_tag=tag)
 
     def _limit(self, prompt: str, max_tokens: int) -> ThinkingLimit | None:
         reasoning = self.formats.reasoning

@@ -21,6 +21,26 @@ MakeParser = Callable[[Tools, ContentTrimmer], AnswerParser]
 AUTO, NONE = "auto", "none"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallForm:
+    """How a call is written whose arguments are JSON, and which begins as no JSON does."""
+
+    before_name: str
+    after_name: str
+    """Of the name, which is JSON too."""
+    end: str
+    between: str
+    """Two calls."""
+
+
+_HERMES_CALL = CallForm(
+    before_name='<tool_call>\n{"name": ',
+    after_name=', "arguments": ',
+    end="}\n</tool_call>",
+    between="\n",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
     """How one family writes tool calls."""
@@ -32,6 +52,8 @@ class ToolFormat:
     signs: tuple[str, ...] = ()
     """All of these in a chat template: it is this format for sure."""
     make_id: Callable[[], str] = new_call_id
+    call_form: CallForm | None = field(default=None, kw_only=True)
+    """None: calls are not of a form that a grammar could describe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +160,14 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
             _marked(Region(*_TOOL_CALL, formats.read_json_call, head=heads.JSON_HEAD)),
             _TOOL_CALL,
             ("<tool_call>", '"arguments"'),
+            call_form=_HERMES_CALL,
         ),
         ToolFormat("gemma", _gemma, (*_GEMMA, "<escape>"), _GEMMA[:1]),
         ToolFormat(
-            "llama3_json", _llama, ("<|python_tag|>",), ("Environment: ipython", '"parameters"')
+            "llama3_json",
+            _llama,
+            ("<|python_tag|>",),
+            ("Environment: ipython", '"parameters"'),
         ),
         ToolFormat("llama4_json", _llama, ("<|python_tag|>",)),
         ToolFormat(
@@ -175,6 +201,8 @@ class Formats:
     reasoning: ReasoningFormat | None = None
     shows_special_tokens: bool = False
     """Some of the marks are special tokens, which a text would leave out."""
+    call_form: CallForm | None = None
+    """How a grammar may describe calls; None: it cannot, as where marks are special tokens."""
     knows_reasoning_effort: bool = False
     """The template asks how much the model is to think."""
     said: tuple[str, ...] = ()
@@ -203,9 +231,17 @@ def choose_formats(
         tools=tools,
         reasoning=reasoning,
         shows_special_tokens=bool(marks & special_tokens),
+        call_form=_describable(tools, special_tokens),
         knows_reasoning_effort="reasoning_effort" in chat_template,
         said=tuple(said),
     )
+
+
+def _describable(tools: ToolFormat | None, special_tokens: frozenset[str]) -> CallForm | None:
+    form = None if tools is None else tools.call_form
+    if form is None or any(mark in form.before_name + form.end for mark in special_tokens):
+        return None
+    return form
 
 
 def unknown_formats(tool_parser: str, reasoning_parser: str) -> list[str]:
