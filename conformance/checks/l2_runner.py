@@ -67,6 +67,8 @@ class Runner:
         self.worker.cache_budget_bytes()
         self.worker.allocate_cache(CachePlan(num_blocks=[_NUM_BLOCKS] * self._num_groups))
         self.worker.warm_up()
+        while self.worker.warm_up_more():  # an engine would do it between steps
+            pass
         trial.provider = info.providers.get("paged_attention", "")
 
     def _make_worker(self) -> Worker:

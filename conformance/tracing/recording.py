@@ -116,6 +116,10 @@ class RecordingWorker(Worker):
         """The inner worker's; not recorded."""
         self._inner.warm_up()
 
+    def warm_up_more(self) -> bool:
+        """The inner worker's; not recorded."""
+        return self._inner.warm_up_more()
+
     def execute(self, batch: StepBatch) -> StepResult:
         """Runs and records one step. Raises what the inner worker raises; that is not recorded."""
         self._log.is_on = True

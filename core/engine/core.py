@@ -13,6 +13,7 @@ from quire.core.config import EngineConfig
 from quire.core.engine.constraints import Constraints
 from quire.core.engine.facts import EngineFacts, EngineStatistics, PlanFacts
 from quire.core.engine.grammars import core_compiler
+from quire.core.engine.late_warm_up import LateWarmUp
 from quire.core.engine.messages import same_death
 from quire.core.engine.pooling import refuse_text
 from quire.core.errors import (
@@ -93,6 +94,7 @@ class EngineCore:
         self._refused: list[RequestUpdate] = []
         self._num_added = 0
         self._num_prompt_tokens = 0
+        self._late = LateWarmUp(executor)
         self._dead: EngineDeadError | None = None
 
     @classmethod
@@ -158,13 +160,23 @@ class EngineCore:
             self._admit_compiled()
         refused, self._refused = self._refused, []
         try:
-            return refused + self._step() if refused else self._step()
+            updates = self._step()
+            self._late.between_steps(self.scheduler.num_waiting + self._constraints.num_parked)
+            return refused + updates if refused else updates
         except Exception as error:  # whatever it is, no step can follow
             self._dead = dead_error(error)
             raise self._dead from error
         except BaseException:  # Ctrl-C in the middle: books and device may differ
             self._dead = EngineDeadError("a step was interrupted; restart the engine")
             raise
+
+    def warm_up_more(self) -> bool:
+        """Does one piece of what the start left for later; whether it is worth asking again.
+
+        For moments without work. Raises: EngineDeadError, DeviceLost.
+        """
+        self._raise_if_dead()
+        return self._late.do_piece()
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prefixes. Running requests keep their blocks."""

@@ -153,7 +153,11 @@ class CoreLoop:
                     self._mailbox.send(Updates(updates))
 
     def _take_messages(self) -> None:
-        message = self._mailbox.receive(may_wait=not self._core.has_work())
+        core = self._core
+        message = self._mailbox.receive(may_wait=False)
+        # Whoever comes in an idle moment waits for one piece of it at most.
+        if message is None and not core.has_work() and not core.warm_up_more():
+            message = self._mailbox.receive(may_wait=True)
         while message is not None:
             self._take(message)
             if not self._is_open:

@@ -34,6 +34,13 @@ class Executor(ABC):
     def warm_up(self) -> None:
         """Runs what the first real steps would otherwise wait for."""
 
+    def warm_up_more(self) -> bool:
+        """Does one more piece of what `warm_up` left for later; whether there are others.
+
+        Raises: DeviceLost.
+        """
+        return False
+
     @abstractmethod
     def submit(self, batch: StepBatch) -> PendingStep:
         """Starts one step.

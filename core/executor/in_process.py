@@ -42,6 +42,10 @@ class InProcessExecutor(Executor):
         """Warms the worker up."""
         self._worker.warm_up()
 
+    def warm_up_more(self) -> bool:
+        """Lets the worker do one more piece."""
+        return self._worker.warm_up_more()
+
     def submit(self, batch: StepBatch) -> PendingStep:
         """Starts one step."""
         return self._worker.submit(batch)

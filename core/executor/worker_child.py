@@ -68,6 +68,7 @@ CALLS: dict[str, Callable[[Executor, bytes], Any]] = {
     "cache_budget_bytes": lambda executor, _: executor.cache_budget_bytes(),
     "allocate_cache": _allocate,
     "warm_up": _warm_up,
+    "warm_up_more": lambda executor, _: executor.warm_up_more(),
     "register_logits_processor": _register,
     "health": lambda executor, _: executor.health(),
     "memory_by_tag": lambda executor, _: executor.memory_by_tag(),

@@ -45,7 +45,7 @@ _CLOSED = "the worker was closed; start another engine"
 _SHUTDOWN_GRACE_S = 10.0
 _DEATH_GRACE_S = 5.0
 """How long a child that hung up may take to be gone."""
-_DEADLINE_GRACE_S = 5.0
+_DEADLINE_GRACE_S = 30.0
 """How much later than the child itself we notice that it hangs: it can tell where."""
 
 T = TypeVar("T")
@@ -117,6 +117,10 @@ class WorkerProcess(Executor):
     def warm_up(self) -> None:
         """Warms the worker up."""
         self._call("warm_up", type(None))
+
+    def warm_up_more(self) -> bool:
+        """Lets the worker do one more piece."""
+        return self._call("warm_up_more", bool)
 
     def submit(self, batch: StepBatch) -> PendingStep:
         """Hands a step to the child and returns; what befalls it there, its `result` raises.

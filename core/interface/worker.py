@@ -360,6 +360,16 @@ class Worker(ABC):
         Compilation, capture, the largest batch.
         """
 
+    def warm_up_more(self) -> bool:
+        """Does one more piece of what `warm_up` left for later; whether there are others.
+
+        Called after `warm_up`, in moments that no request waits for, also with steps in flight,
+        which it changes nothing of. Until then steps run without it, slower and with the same
+        results. What it finds no memory for is left out, and said.
+        Raises: DeviceLost.
+        """
+        return False
+
     @abstractmethod
     def execute(self, batch: StepBatch) -> StepResult:
         """Runs one step and waits for it.

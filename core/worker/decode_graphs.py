@@ -1,19 +1,22 @@
 """Decode steps recorded once for each number of requests, and replayed with new data.
 
-Used where a device's `step_mode` is not `eager` and it offers `graphs`. Recorded work reads buffers
-at fixed addresses, so a replay first copies the step's tensors there. What a plan learns from the
-host while it is recorded is the worst case: it must take lengths from the device's tensors.
+Used where a device's `step_mode` is not `eager` and it offers `graphs`. A recording is made when
+the first step of its size comes, or, after `defer`, one by one in moments that the engine chooses,
+while such steps run eagerly. Recorded work reads buffers at fixed addresses, so a replay first
+copies the step's tensors there. What a plan learns from the host while it is recorded is the worst
+case: it must take lengths from the device's tensors.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from quire.core.errors import UnsupportedError
+from quire.core.errors import DeviceOutOfMemory, UnsupportedError
 from quire.core.interface import NULL_BLOCK, AttentionBatch, CapturedStep, Device, GraphCapture
 from quire.core.models.language_model import LanguageModel
 from quire.core.worker.buckets import Buckets
@@ -31,13 +34,19 @@ class DecodeGraphs:
     def __init__(
         self, device: Device, model: LanguageModel, graphs: GraphCapture, max_requests: int
     ) -> None:
+        self._device = device
         self._graphs = graphs
         self._max_model_len = model.max_model_len
         self._sizes = _sizes(device.capabilities.request_buckets, max_requests)
         self.buckets = Buckets(self._sizes, self._sizes)
         """Decode steps are padded to these: a token for each request."""
         self._captured: dict[int, CapturedStep | None] = {}
+        self._deferred: set[int] = set()
+        self._num_missed: Counter[int] = Counter()
+        self._has_told = False
+        self._recorded_bytes = 0
         block_sizes = [group.spec.block_size for group in model.attention_groups]
+        self._block_sizes = block_sizes
         index_dtype = getattr(torch, device.capabilities.index_dtype)
         self._static = _static_buffers(
             str(device.torch_device), self._sizes[-1], model, block_sizes, index_dtype
@@ -55,9 +64,13 @@ class DecodeGraphs:
     def run(self, tensors: Mapping[str, Tensor], forward: Forward) -> Tensor | None:
         """Replays a step: hidden states [n, H], overwritten by the next replay.
 
-        Records it first if it is the first of its size. None: it must run eagerly.
+        Records it first if it is the first of its size and was not deferred. None: it must run
+        eagerly.
         """
         num_requests = len(tensors["seq_lens"])
+        if num_requests in self._deferred:
+            self._num_missed[num_requests] += 1
+            return None
         if num_requests not in self._captured:
             self._captured[num_requests] = self._capture(num_requests, forward)
         captured = self._captured[num_requests]
@@ -71,8 +84,65 @@ class DecodeGraphs:
         captured.replay()
         return static["hidden"]
 
+    def defer(self) -> None:
+        """From now on steps do not wait for recordings: `capture_next` makes them."""
+        self._num_missed.clear()
+        self._deferred = set(self._sizes) - set(self._captured)
+
+    @property
+    def has_deferred(self) -> bool:
+        """Whether `capture_next` has anything to do."""
+        return bool(self._deferred)
+
+    def capture_next(self, forward: Forward) -> None:
+        """Makes one recording: of the size that ran eagerly most often, then of the largest.
+
+        Where the device has no memory for it, steps of this size and larger ones stay eager, which
+        is said once. Mutates the static buffers alone. Raises: DeviceLost.
+        """
+        num_requests = max(self._deferred, key=lambda size: (self._num_missed[size], size))
+        self._make_harmless()
+        free = self._device.memory().free_bytes
+        try:
+            self._captured[num_requests] = self._capture(num_requests, forward)
+        except DeviceOutOfMemory as error:
+            self._give_up(num_requests, error)
+        self._deferred.discard(num_requests)
+        if self._device.capabilities.copy_mode != "unified":
+            self._recorded_bytes += max(0, free - self._device.memory().free_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the static buffers, and what recordings made by `capture_next` took of the device."""
+        return sum(buffer.nbytes for buffer in self._static.values()) + self._recorded_bytes
+
+    def _give_up(self, num_requests: int, error: DeviceOutOfMemory) -> None:
+        lost = {size for size in self._deferred if size >= num_requests}
+        self._captured |= dict.fromkeys(lost)
+        self._deferred -= lost
+        if not self._has_told:
+            self._has_told = True
+            _LOGGER.warning(
+                "decodes of %d and more requests run eagerly, without a recording: %s",
+                num_requests,
+                error,
+            )
+
+    def _make_harmless(self) -> None:
+        """Warming up runs the step: what the last replay left must not be written once more."""
+        for name, buffer in self._static.items():
+            if name == "seq_lens":
+                buffer.fill_(1)
+            elif name.startswith("block_table."):
+                buffer.fill_(NULL_BLOCK)
+            elif name.startswith("slot_mapping."):
+                buffer.fill_(NULL_BLOCK * self._block_sizes[int(name.partition(".")[2])])
+            elif name in ("token_ids", "positions"):
+                buffer.zero_()
+
     def release(self) -> None:
         """Drops every recording."""
+        self._deferred.clear()
         self._captured.clear()
         self._graphs.release()
 

@@ -177,10 +177,36 @@ class ModelRunner:
         if self._lost is not None:
             raise self._lost
 
+    def defer_recordings(self) -> bool:
+        """From now on decode steps run eagerly until `record_next` has recorded their size.
+
+        Returns whether decode steps are recorded at all.
+        """
+        if self._graphs is not None:
+            self._graphs.defer()
+        return self._graphs is not None
+
+    def record_next(self) -> bool:
+        """Records decode steps of one more size; whether others are left. Raises: DeviceLost."""
+        graphs = self._graphs
+        if graphs is None or not graphs.has_deferred:
+            return False
+
+        def record() -> None:
+            with torch.inference_mode(), device_errors("graphs"):
+                graphs.capture_next(self._forward)
+
+        try:
+            self._device.queue().run(record)
+        except DeviceLost as error:
+            self._lost = error
+            raise
+        return graphs.has_deferred
+
     @property
-    def decode_sizes(self) -> tuple[int, ...]:
-        """The numbers of requests of which decode steps are recorded."""
-        return () if self._graphs is None else self._graphs.sizes
+    def graph_bytes(self) -> int:
+        """Memory of recordings and of the buffers that they read."""
+        return 0 if self._graphs is None else self._graphs.size_bytes
 
     def release(self) -> None:
         """Drops recordings; no step may follow."""

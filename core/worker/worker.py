@@ -118,14 +118,22 @@ class DefaultWorker(Worker):
     def warm_up(self) -> None:
         """Runs a step of every bucket, or a small one where the device names none."""
         claims, runner = self._device.capabilities, self._running()
+        is_deferred = isinstance(runner, ModelRunner) and runner.defer_recordings()
         limit = self._config.max_num_batched_tokens
         sizes = [size for size in claims.token_buckets if size <= limit]
         for num_tokens in sizes or [min(2, limit)]:
             for num_requests in claims.request_buckets or (1,):
                 if num_requests <= min(num_tokens, self._config.max_num_seqs):
                     self._run_dummy(runner, num_tokens, num_requests)
-        for num_requests in runner.decode_sizes:
-            self._run_dummy(runner, num_requests, num_requests)
+        if isinstance(runner, ModelRunner) and is_deferred:
+            # Eagerly: its kernels are compiled, and requests are served before the first recording.
+            self._run_dummy(runner, 1, 1)
+            runner.defer_recordings()  # what ran so far was nobody's
+
+    def warm_up_more(self) -> bool:
+        """Records decode steps of one more size."""
+        runner = self._running()
+        return isinstance(runner, ModelRunner) and runner.record_next()
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -200,12 +208,14 @@ class DefaultWorker(Worker):
 
     def memory_by_tag(self) -> dict[str, int]:
         """Weights and cache as allocated; activations as measured or estimated."""
+        runner = self._runner
         tensors = [tensor for cache in self._caches for tensor in cache.tensors.values()]
         return {
             "weights": 0 if self._model is None else self._model.weight_bytes,
             "cache": sum(tensor.nbytes for tensor in tensors),
             "activations": self._activation_bytes,
-            "workspace": 0 if self._runner is None else self._runner.workspace_bytes,
+            "workspace": 0 if runner is None else runner.workspace_bytes,
+            "graphs": runner.graph_bytes if isinstance(runner, ModelRunner) else 0,
         }
 
     def close(self) -> None:

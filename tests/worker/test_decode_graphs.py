@@ -13,8 +13,14 @@ from worker_driver import Driver, make_worker  # noqa: E402
 
 from quire.backends.reference import TorchDevice  # noqa: E402
 from quire.backends.reference.attention import ReferenceAttention  # noqa: E402
-from quire.core.errors import UnsupportedError  # noqa: E402
-from quire.core.interface import Capabilities, CapturedStep, DeviceInfo, GraphCapture  # noqa: E402
+from quire.core.errors import DeviceLost, DeviceOutOfMemory, UnsupportedError  # noqa: E402
+from quire.core.interface import (  # noqa: E402
+    Capabilities,
+    CapturedStep,
+    DeviceInfo,
+    GraphCapture,
+    MemoryInfo,
+)
 
 
 class DeviceLengthsAttention(ReferenceAttention):
@@ -46,11 +52,15 @@ class CallingGraphs(GraphCapture):
 
     def __init__(self, refused=()):
         self.keys, self.num_replays, self.refused, self.is_released = [], 0, refused, False
+        self.too_large, self.before = (), lambda: None
 
     def capture(self, key, step):
+        self.before()
         self.keys.append(key)
         if key in self.refused:
             raise UnsupportedError([], what=key)
+        if key in self.too_large:
+            raise DeviceOutOfMemory(f"no memory for {key}", tag="graphs")
         step()
         step()
         return Again(self, step)
@@ -80,6 +90,12 @@ class GraphDevice(TorchDevice):
         return self._graphs
 
 
+def record_all(worker) -> None:
+    """What an engine does in idle moments, without an engine."""
+    while worker.warm_up_more():
+        pass
+
+
 def start(tiny, prompts, graphs, **claims) -> Driver:
     device = GraphDevice(graphs, **claims)
     driver = Driver(make_worker(tiny("gemma3"), device=device), num_groups=2)
@@ -94,7 +110,10 @@ def test_replayed_decodes_give_the_tokens_of_transformers(claims, tiny, prompts,
     graphs = CallingGraphs()
     driver = start(tiny, prompts, graphs, **claims)
     driver.worker.warm_up()
-    sizes = claims.get("request_buckets", (1, 2, 4, 8))
+    assert graphs.keys == [], "requests would wait for recordings"
+    record_all(driver.worker)
+    assert not driver.worker.warm_up_more()
+    sizes = claims.get("request_buckets", (1, 2, 4, 8))[::-1]
     assert graphs.keys == [f"decode of {size} requests" for size in sizes]
     after_warm_up = graphs.num_replays
     outputs = driver.run(64)
@@ -111,7 +130,110 @@ def test_decode_that_cannot_be_recorded_runs_eagerly_and_says_so(tiny, prompts, 
     graphs = CallingGraphs(refused=("decode of 8 requests",))
     driver = start(tiny, prompts, graphs)
     driver.worker.warm_up()
+    record_all(driver.worker)
     assert "decodes of 8 requests run eagerly" in caplog.text
     outputs = driver.run(64)
     expected = {name: tokens[: len(outputs[name])] for name, tokens in oracle("gemma3").items()}
     assert outputs == expected
+
+
+def test_steps_run_eagerly_while_recordings_are_made_between_them(tiny, prompts, oracle):
+    """Served from the first moment; the size that ran eagerly most often comes first.
+
+    What the last replay left in the buffers belongs to requests: no recording may write it again.
+    """
+    graphs = CallingGraphs()
+    driver = start(tiny, prompts, graphs)
+    worker = driver.worker
+    worker.warm_up()
+    execute, ours = worker.execute, worker._running()._graphs
+    seen = []
+
+    def look():
+        seen.append((ours._static["slot_mapping.0"].unique().tolist(), graphs.num_replays))
+
+    graphs.before = look
+    num_steps = 0
+
+    def execute_and_record(batch):
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps % 3 == 0:
+            worker.warm_up_more()
+        return execute(batch)
+
+    worker.execute = execute_and_record
+    outputs = driver.run(64)
+    expected = {name: tokens[: len(outputs[name])] for name, tokens in oracle("gemma3").items()}
+    assert outputs == expected
+    assert num_steps >= 9
+    assert [slots for slots, _ in seen] == [[0]] * len(seen)
+    assert seen[-1][1] > 0, "no recording was made after a replay"
+    assert graphs.keys[0] == "decode of 8 requests"
+
+
+def test_size_that_runs_most_often_is_recorded_first(tiny, prompts, oracle):
+    """One user alone waits for the recording of one request, not for three others."""
+    graphs = CallingGraphs()
+    driver = start(tiny, {"r17": prompts["r17"]}, graphs)
+    driver.worker.warm_up()
+    driver.run(64)
+    driver.worker.warm_up_more()
+    assert graphs.keys == ["decode of 1 requests"]
+
+
+def test_memory_refused_to_a_recording_leaves_it_out_and_says_so_once(
+    tiny, prompts, oracle, caplog
+):
+    """Serving goes on; smaller ones are still tried."""
+    graphs = CallingGraphs()
+    graphs.too_large = ("decode of 8 requests", "decode of 1 requests")
+    driver = start(tiny, prompts, graphs)
+    driver.worker.warm_up()
+    record_all(driver.worker)
+    assert graphs.keys == [f"decode of {size} requests" for size in (8, 4, 2, 1)]
+    assert caplog.text.count("run eagerly") == 1
+    assert "no memory for decode of 8 requests" in caplog.text
+    outputs = driver.run(64)
+    expected = {name: tokens[: len(outputs[name])] for name, tokens in oracle("gemma3").items()}
+    assert outputs == expected
+    assert graphs.num_replays > 0
+
+
+def test_device_lost_in_a_recording_is_told_and_remembered(tiny, prompts):
+    """It is no reason to go on eagerly."""
+    graphs = CallingGraphs()
+    driver = start(tiny, prompts, graphs)
+    driver.worker.warm_up()
+
+    def fail():
+        raise DeviceLost("the device is gone")
+
+    graphs.before = fail
+    with pytest.raises(DeviceLost):
+        driver.worker.warm_up_more()
+    with pytest.raises(DeviceLost):
+        driver.worker.health()
+
+
+def test_memory_of_recordings_is_counted(tiny, prompts, monkeypatch):
+    """Buffers from the start, and what each recording took of a device with memory of its own."""
+    graphs = CallingGraphs()
+    driver = start(tiny, prompts, graphs)
+    worker = driver.worker
+    worker.warm_up()
+    before = worker.memory_by_tag()["graphs"]
+    assert before > 0
+    taken = 0
+
+    def memory():
+        return MemoryInfo(total_bytes=1 << 30, free_bytes=(1 << 30) - taken)
+
+    def take():
+        nonlocal taken
+        taken += 1000
+
+    monkeypatch.setattr(worker._device, "memory", memory)
+    graphs.before = take
+    record_all(worker)
+    assert worker.memory_by_tag()["graphs"] - before == 4000
