@@ -145,15 +145,17 @@ class WeightBuilder:
         with self._progress(len(tensors.layers)) as advance:
             embedding = self._embedding = self._stack((tensors.embedding,))
             self._size_bytes += embedding.nbytes
-            layers = []
-            for layer in tensors.layers:
-                layers.append(self._layer(layer))
-                advance()
+            # First: what stands beside it while it is packed is as large, and gone before the rest.
             lm_head = (
                 self._pack(embedding, None, is_head=True)
                 if tensors.lm_head is None
                 else self._linear(tensors.lm_head, is_head=True)
             )
+            self._staging = Staging()
+            layers = []
+            for layer in tensors.layers:
+                layers.append(self._layer(layer))
+                advance()
             final_norm = self._norm(tensors.final_norm)
         return DecoderWeights(
             embedding=embedding,
