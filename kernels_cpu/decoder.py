@@ -27,7 +27,7 @@ class Step:
     Raises: ValueError, TypeError.
     """
 
-    __slots__ = ("_kept", "handle", "num_tokens")
+    __slots__ = ("_angles", "_kept", "_rotation", "handle", "num_tokens")
 
     def __init__(
         self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, slot_mapping: Tensor
@@ -43,6 +43,8 @@ class Step:
                 f"block_table has {block_table.shape[0]} rows for {num_requests} requests"
             )
         self._kept = (query_start_loc, seq_lens, block_table, slot_mapping)
+        self._angles: tuple[Tensor, Tensor, int] | None = None
+        self._rotation = (0, 0, 0, 0)
         self.handle = _cpu.Step(
             query_start_loc.data_ptr(),
             seq_lens.data_ptr(),
@@ -50,6 +52,19 @@ class Step:
             slot_mapping.data_ptr(),
             (num_requests, self.num_tokens, block_table.shape[1], block_table.stride(0)),
         )
+
+    def rotation(self, cos: Tensor, sin: Tensor, head_size: int) -> tuple[int, int, int, int]:
+        """Addresses and row strides of cosines and sines float32 [T, F], 2F <= head_size.
+
+        Nearly all layers of a step bring the same ones, which are checked when they first come.
+        Keeps them alive. Raises: ValueError, TypeError.
+        """
+        known = self._angles
+        if known is None or known[0] is not cos or known[1] is not sin or known[2] != head_size:
+            strides = checks.check_rotation(cos, sin, self.num_tokens, head_size)
+            self._rotation = (cos.data_ptr(), sin.data_ptr(), *strides)
+            self._angles = (cos, sin, head_size)
+        return self._rotation
 
 
 class FusedDecoderLayer:
@@ -148,17 +163,14 @@ class FusedDecoderLayer:
                 raise TypeError(f"{name} is {tensor.dtype}, expected {self._dtype} on the CPU")
             if tensor.shape != shape or not tensor.is_contiguous():
                 raise ValueError(f"{name} {tuple(tensor.shape)}: expected contiguous {shape}")
-        cos_stride, sin_stride = checks.check_rotation(cos, sin, shape[0], self._head_size)
+        rotation = step.rotation(cos, sin, self._head_size)
         if cos.shape[1] != self._num_pairs:
             raise ValueError(f"cos has {cos.shape[1]} pairs, expected {self._num_pairs}")
         self._handle.run(
             step.handle,
             x.data_ptr(),
             residual.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cos_stride,
-            sin_stride,
+            *rotation,
         )
 
     def _bind(self, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> None:

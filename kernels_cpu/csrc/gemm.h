@@ -17,8 +17,7 @@ static inline vf load_scales(const LinearWeights& w, int64_t index) {
 
 static inline vi load_zeros(const LinearWeights& w, int64_t index) {
   if (!w.zeros) return splat_int(w.zero);
-  typedef uint8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const vb*>(w.zeros + index), vi);
+  return load_bytes(w.zeros + index);
 }
 
 template <class T, int ROWS, int VECS>
@@ -166,11 +165,10 @@ static void widen_row(const T* x, int64_t n, int64_t padded, float* out) {
 
 // Writes W rounded activations as the words that `Dots::add` broadcasts.
 static inline void store_rounded(vi q, uint32_t* words) {
-  typedef int8_t vq __attribute__((vector_size(W), aligned(1), may_alias));
   typedef int16_t vs __attribute__((vector_size(W * 2)));
   typedef int16_t vs_mem __attribute__((vector_size(W * 2), aligned(2), may_alias));
   if constexpr (Dots::WORDS == 1) {
-    *reinterpret_cast<vq*>(words) = __builtin_convertvector(q, vq);
+    store_bytes(reinterpret_cast<int8_t*>(words), q);
   } else {
     const vs wide = __builtin_convertvector(q, vs);
     *reinterpret_cast<vs_mem*>(words) = swap_middles(wide, std::make_integer_sequence<int, W>{});
@@ -188,9 +186,7 @@ static int32_t round_inputs(const float* x, int64_t n, float scale, uint32_t* wo
     total += q;
     store_rounded(q, words + i / 4 * Dots::WORDS);
   }
-  int32_t sum = 0;
-  for (int i = 0; i < W; ++i) sum += total[i];
-  return sum;
+  return sum_of(total);
 }
 
 // max |x| / 127, the scale that uses the whole range. Source: Dettmers et al. 2022, section 2 ("absmax").

@@ -79,6 +79,32 @@ static inline void store(f16* p, vf x) {
 #endif
 }
 
+// W bytes as whole numbers. GCC 12 widens them one by one where it is left to choose.
+static inline vi load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  typedef uint8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const vb*>(p), vi);
+#endif
+}
+
+// Whole numbers within [-128, 127] as W bytes.
+static inline void store_bytes(int8_t* p, vi x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
+#elif defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+  const __m128i words = _mm_packs_epi32(low, high);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+#else
+  typedef int8_t vq __attribute__((vector_size(W), aligned(1), may_alias));
+  *reinterpret_cast<vq*>(p) = __builtin_convertvector(x, vq);
+#endif
+}
+
 // The first n < W elements; the rest are zero.
 template <class T>
 static inline vf load_part(const T* p, int n) {
@@ -111,6 +137,9 @@ static inline float sum_of(vf x) {
   return fold<W / 2>(x, [](vf a, vf b) { return a + b; })[0];
 }
 static inline float max_of(vf x) { return fold<W / 2>(x, max)[0]; }
+static inline int32_t sum_of(vi x) {
+  return ((vi)fold<W / 2>((vf)x, [](vf a, vf b) { return (vf)((vi)a + (vi)b); }))[0];
+}
 
 // exp for x <= 88; exactly 0 below -87; NaN stays NaN. Source: Cephes, expf (S. Moshier), two units in the last place.
 static inline vf exp_of(vf x) {

@@ -17,6 +17,7 @@ from quire.core.interface import AttentionBatch, AttentionSpec, QuantizedWeight 
 from quire.core.models.layers import DecoderLayer, LayerWeights  # noqa: E402
 from quire.core.models.mlp import DenseWeights  # noqa: E402
 from quire.core.models.self_attention import HeadWeights  # noqa: E402
+from quire.kernels_cpu import Step  # noqa: E402
 
 pytestmark = [
     pytest.mark.native,
@@ -266,6 +267,26 @@ def test_fused_layer_rows_that_do_not_match_the_step_are_refused():
         run_one(layer, attention, cache, rows=2)
     with pytest.raises(TypeError, match="float32"):
         run_one(layer, attention, cache, dtype=torch.float32)
+
+
+def test_step_angles_are_checked_whenever_others_come():
+    """Angles that were checked once vouch for no others, and for no smaller heads."""
+    step = Step(
+        torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor([1], dtype=torch.int32),
+        torch.zeros((1, 1), dtype=torch.int32),
+        torch.tensor([0]),
+    )
+    cos, sin = torch.ones(1, 8), torch.zeros(1, 8)
+    known = (cos.data_ptr(), sin.data_ptr(), 8, 8)
+    assert step.rotation(cos, sin, 16) == known
+    assert step.rotation(cos, sin, 16) == known
+    with pytest.raises(ValueError, match="8 pairs do not fit"):
+        step.rotation(cos, sin, 8)
+    with pytest.raises(TypeError, match="sin is"):
+        step.rotation(cos, sin.double(), 16)
+    other = torch.ones(2, 8)[1:]
+    assert step.rotation(other, sin, 16)[0] == other.data_ptr()
 
 
 def run_one(layer, attention, cache, *, slot=0, rows=1, dtype=torch.bfloat16):
