@@ -43,7 +43,7 @@ def main(
     only: Annotated[str, typer.Option(help="run loads whose name contains this")] = "",
     deterministic: Annotated[
         bool, typer.Option(help="Quire with --deterministic as one more subject")
-    ] = False,
+    ] = True,
     folder: Annotated[Path | None, typer.Option(help="where the model is kept")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON to write; a plot goes beside it")] = None,
 ) -> None:

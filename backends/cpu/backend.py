@@ -49,7 +49,9 @@ def _device_info() -> DeviceInfo:
     from quire import kernels_cpu
 
     cpu = read_cpu()
-    kernels = f"native:{kernels_cpu.isa()}" if kernels_cpu.HAVE_NATIVE else "reference"
+    kernels, levels = "reference", "none"
+    if kernels_cpu.HAVE_NATIVE:
+        kernels, levels = f"native:{kernels_cpu.isa()}", ", ".join(kernels_cpu.available_isas())
     return DeviceInfo(
         index=0,
         name=cpu.name,
@@ -59,5 +61,6 @@ def _device_info() -> DeviceInfo:
             "cores": str(count_cores()),
             "bfloat16": "native" if cpu.has_bfloat16 else "emulated",
             "kernels": kernels,
+            "levels": levels,
         },
     )
