@@ -179,6 +179,30 @@ def test_stop_ends_the_answer_in_the_engine(page):
 
 
 @in_browser
+def test_answer_can_be_copied_and_asked_for_again(page):
+    """Trying again asks the same with the sampling that is set now, and only the new answer stays."""
+    engine = chatting()
+    with served_in_thread(engine) as url:
+        page.open(url)
+        page.run("document.querySelector('#ideas button').click()")
+        page.wait(ANSWERED)
+        page.run("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+        page.run("document.querySelector('.copy').click()")
+        page.wait("document.getElementById('announcer').textContent === 'Copied'")
+        assert page.run("window.copied") == REPLY
+        page.run("document.querySelector('[name=temperature]').value = 0.25")
+        page.run("document.querySelector('.again').focus()")
+        page.enter()
+        page.wait(f"document.activeElement.id === 'composer-text' && {ANSWERED}")
+        assert page.run("document.querySelectorAll('.turn').length") == 2
+        assert page.run("document.querySelectorAll('.again').length") == 1
+    first, second = engine.submitted
+    assert second.prompt == first.prompt
+    assert second.params.temperature == 0.25
+    assert page.problems == []
+
+
+@in_browser
 def test_errors_are_told_in_words(page):
     """A failure in mid-answer is shown and announced, and the page goes on."""
     with served_in_thread(chatting(fail_at=3)) as url:

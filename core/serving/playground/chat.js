@@ -77,7 +77,30 @@ export class Chat {
     };
   }
 
+  // The last question once more, with the sampling that is set now; its answer takes the old one's place.
+  async #again(last) {
+    if (this.running) return;
+    this.turns = last.turns;
+    last.answer.node.remove();
+    const { sampling } = readSettings();
+    const asked = this.#run({ ...last.question, body: { ...last.question.body, ...sampling } }, last.settings);
+    $("stop").focus();
+    await asked;
+  }
+
+  #addActions(last) {
+    for (const old of document.querySelectorAll(".again")) old.remove();
+    const copy = async () => {
+      try { await navigator.clipboard.writeText(last.answer.said); this.#announce("Copied"); }
+      catch { this.#announce("The browser did not allow copying"); }
+    };
+    last.answer.node.append(el("div", { class: "actions" },
+      navigator.clipboard && last.answer.said ? el("button", { type: "button", class: "quiet copy", onclick: copy }, "Copy") : null,
+      el("button", { type: "button", class: "quiet again", onclick: () => this.#again(last) }, "Try again")));
+  }
+
   async #run(question, settings) {
+    const turns = [...this.turns];
     const answer = new Answer(question.given, settings);
     $("log").append(answer.node);
     this.#setRunning(new AbortController());
@@ -98,6 +121,7 @@ export class Chat {
       if (answer.said) this.turns.push({ role: "assistant", content: answer.said });
       else this.turns.pop();
     }
+    this.#addActions({ question, settings, turns, answer });
     this.#setRunning(null);
     $("log").scrollTop = $("log").scrollHeight;
   }
