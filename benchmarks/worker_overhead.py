@@ -12,11 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from quire.backends.reference import TorchDevice
 from quire.benchmarks.recording import Measurement, Record
 from quire.benchmarks.shapes import SHAPES
+from quire.core.config import EngineConfig
+from quire.core.executor.executor import Executor
+from quire.core.executor.in_process import InProcessExecutor
+from quire.core.executor.worker_process import WorkerProcess
 from quire.core.interface import (
     CachePlan,
     Capabilities,
@@ -37,6 +42,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.5},
     "logprobs 5": {"num_logprobs": 5},
 }
+
+
+PLACES = {False: "quire", True: "quire, worker process"}
+"""Whether the worker has a process of its own, and what that is called."""
+
+
+class Nothing(msgspec.Struct):
+    """What a worker's process has to tell at its start."""
 
 
 class DroppingQueue(ImmediateQueue):
@@ -78,45 +91,66 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(SHAPES["llama-15m"]))
         for name, settings in SETTINGS.items():
+            spec = SamplingSpec(**settings)
+            # In turns, so that a machine that changes its pace changes it for both.
             values = [
-                _median_us(folder, running, prompt, steps, SamplingSpec(**settings))
+                [_median_us(folder, running, prompt, steps, spec, is_apart) for is_apart in PLACES]
                 for _ in range(rounds)
             ]
-            record.measurements.append(
-                Measurement(work=name, subject="quire", unit="us a step", values=tuple(values))
-            )
+            for subject, column in zip(PLACES.values(), zip(*values, strict=True), strict=True):
+                record.measurements.append(
+                    Measurement(work=name, subject=subject, unit="us a step", values=column)
+                )
     record.show()
     print(f"written to {record.write(out)}")
 
 
-def _median_us(folder: str, running: int, prompt: int, steps: int, spec: SamplingSpec) -> float:
+def _median_us(
+    folder: str, running: int, prompt: int, steps: int, spec: SamplingSpec, is_apart: bool
+) -> float:
     """The middle of the times of all decode steps, submission to result."""
-    worker = _start(folder, running, prompt + steps + 2)
+    executor = _start(folder, running, prompt + steps + 2, is_apart)
     times = []
     for batch in _batches(running, prompt, steps, spec):
         begin = time.perf_counter()
-        worker.execute(batch)
+        executor.execute(batch)
         times.append(time.perf_counter() - begin)
-    worker.close()
+    executor.close()
     return sorted(times[1:])[steps // 2] * 1e6  # the first one is the prefill
 
 
-def _start(folder: str, running: int, max_model_len: int) -> DefaultWorker:
-    config = WorkerConfig(
+def _start(folder: str, running: int, max_model_len: int, is_apart: bool) -> Executor:
+    config = EngineConfig(
         model=folder,
+        max_num_seqs=running,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=running * max_model_len,
+    )
+    executor: Executor
+    if is_apart:
+        executor = process = WorkerProcess(start_idle_worker, config)
+        process.started(Nothing)
+    else:
+        _, executor = start_idle_worker(config)
+    executor.load_model()
+    executor.allocate_cache(CachePlan(num_blocks=[2]))
+    return executor
+
+
+def start_idle_worker(config: EngineConfig) -> tuple[Nothing, Executor]:
+    """The core's own worker on an idle device, here or in the process that calls this."""
+    worker_config = WorkerConfig(
+        model=config.model,
         dtype="float32",
         cache_dtype="float32",
         block_size=BLOCK_SIZE,
-        max_model_len=max_model_len,
-        max_num_seqs=running,
-        max_num_batched_tokens=running * max_model_len,
+        max_model_len=config.max_model_len or 0,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
         device_memory_fraction=0.5,
         load_format="dummy",
     )
-    worker = DefaultWorker(IdleDevice(), config)
-    worker.load_model()
-    worker.allocate_cache(CachePlan(num_blocks=[2]))
-    return worker
+    return Nothing(), InProcessExecutor(DefaultWorker(IdleDevice(), worker_config))
 
 
 def _batches(running: int, prompt: int, steps: int, spec: SamplingSpec) -> Iterator[StepBatch]:

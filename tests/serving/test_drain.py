@@ -36,10 +36,13 @@ def stream_whole(address: str, heads: queue.Queue[int]) -> tuple[int, list[dict]
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_sigterm_under_load_loses_no_accepted_request(tmp_path):
+@pytest.mark.parametrize("has_worker_process", [False, True], ids=["in_core", "worker_process"])
+def test_sigterm_under_load_loses_no_accepted_request(tmp_path, has_worker_process):
     """What was let in, running or queued, is answered whole after SIGTERM; then the status is 0."""
     model = make_tiny_model("llama", tmp_path / "llama")
-    options = ("--max-num-seqs", str(RUNNING), "--shutdown-timeout-s", "120")
+    options = ["--max-num-seqs", str(RUNNING), "--shutdown-timeout-s", "120"]
+    if has_worker_process:
+        options.append("--worker-process")
     heads: queue.Queue[int] = queue.Queue()
     with (
         quire_serve(model, *options) as (process, address),
@@ -64,3 +67,4 @@ def test_sigterm_under_load_loses_no_accepted_request(tmp_path):
             assert not any("error" in event for event in events)
             assert events[-1]["usage"]["completion_tokens"] == TOKENS
         assert process.wait(60) == 0
+        assert not psutil.pid_exists(core)

@@ -75,31 +75,54 @@ def stream_until_error(address: str, has_begun) -> tuple[float, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_killed_core_is_told_within_seconds_and_replaced(tmp_path):
-    """kill -9 in mid-stream: all clients hear it in 5 s, a new core comes, a second death ends all."""
+@pytest.mark.parametrize("victim", ["core", "worker"])
+def test_killed_process_is_told_within_seconds_and_replaced(tmp_path, victim):
+    """kill -9 in mid-stream: all clients hear it in 5 s, a new engine comes, a second death ends all."""
     model = make_tiny_model("llama", tmp_path / "llama")
-    options = ("--max-engine-restarts", "1", "--on-engine-death", "restart", "--max-num-seqs", "8")
+    options = ["--max-engine-restarts", "1", "--on-engine-death", "restart", "--max-num-seqs", "8"]
+    if victim == "worker":
+        options.append("--worker-process")
     with quire_serve(model, *options) as (process, address):
         base = address.removesuffix("/v1")
         with httpx.Client(base_url=base, timeout=60) as client, ThreadPoolExecutor(8) as pool:
-            _kill_in_mid_stream(client, pool, address, process.pid)
+            killed = victim_pid(process.pid, victim)
+            _kill_in_mid_stream(client, pool, address, killed)
             wait_status(client, "/ready", 200)
+            assert not psutil.pid_exists(killed)
             again = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 4})
             assert again.status_code == 200
-            os.kill(core_pid(process.pid), signal.SIGKILL)
+            os.kill(victim_pid(process.pid, victim), signal.SIGKILL)
         assert process.wait(60) == 1
 
 
-def core_pid(server_pid: int) -> int:
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_worker_killed_while_idle_ends_the_server_where_exit_is_asked_for(tmp_path):
+    """Nobody need ask: the engine notices by itself, and the process ends with 1, its core with it."""
+    model = make_tiny_model("llama", tmp_path / "llama")
+    with quire_serve(model, "--worker-process", "--on-engine-death", "exit") as (process, _):
+        core = core_pid(process.pid)
+        os.kill(core_pid(core), signal.SIGKILL)
+        assert process.wait(60) == 1
+        assert not psutil.pid_exists(core)
+
+
+def victim_pid(server_pid: int, victim: str) -> int:
+    """The engine core of a server, or the worker in a process of its own under that."""
+    core = core_pid(server_pid)
+    return core if victim == "core" else core_pid(core)
+
+
+def core_pid(parent_pid: int) -> int:
     """The child that computes: the one that multiprocessing spawned, not its resource tracker."""
-    for child in psutil.Process(server_pid).children():
+    for child in psutil.Process(parent_pid).children():
         if "spawn_main" in " ".join(child.cmdline()):
             return child.pid
-    raise AssertionError("the server has no engine core")
+    raise AssertionError("the process has no child that computes")
 
 
 def _kill_in_mid_stream(
-    client: httpx.Client, pool: ThreadPoolExecutor, address: str, server_pid: int
+    client: httpx.Client, pool: ThreadPoolExecutor, address: str, victim: int
 ) -> None:
     begun: list[str] = []
     # More than the core runs at once, so that some still wait in its queue.
@@ -107,7 +130,7 @@ def _kill_in_mid_stream(
     while not begun and not any(future.done() for future in waiting):
         pass
     killed_s = time.monotonic()
-    os.kill(core_pid(server_pid), signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     ends = [future.result() for future in waiting]
     assert max(end_s for end_s, _ in ends) - killed_s < TOLD_WITHIN_S
     assert all('"error"' in text or "length" in text for _, text in ends)
