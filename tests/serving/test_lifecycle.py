@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,6 +67,25 @@ def held_stream(one: Served) -> Iterator[Iterator[str]]:
         lines = response.iter_lines()
         assert "H" in next(lines)
         yield lines
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="NO OPENSSL: nobody makes the keys")
+def test_certificate_makes_the_server_speak_tls(tmp_path):
+    """With a certificate and its key, clients that trust it are answered, and no others."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    name = ["-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    subprocess.run([*make, *files, *name], check=True, capture_output=True, timeout=120)
+    with started(ssl_certfile=str(certificate), ssl_keyfile=str(key)) as process:
+        url = process.stdout.readline().strip()
+        assert url.startswith("https://127.0.0.1:"), process.stderr.read()
+        trust = ssl.create_default_context(cafile=certificate)
+        assert httpx.get(f"{url}/ready", verify=trust, timeout=20).status_code == 200
+        with pytest.raises(httpx.ConnectError, match=r"(?i)certificate"):
+            httpx.get(f"{url}/ready", timeout=20)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
 
 
 def test_sigterm_drains_then_ends_with_zero():

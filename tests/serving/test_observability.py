@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
+from quire.core.errors import EngineDeadError
 from quire.core.serving.cli.application import application
 from quire.core.serving.cli.top import TopView, gauge, sparkline
 from quire.core.serving.http.middleware import RequestIdMiddleware
@@ -190,3 +192,21 @@ def test_top_counts_speed_between_looks():
     assert view.speeds == [10.0, 0.0]
     assert sparkline([0.0, 5.0, 10.0]) == " ▄█"
     assert gauge(0.5, 4) == "██░░ 50.0%"
+
+
+async def test_load_tells_what_is_inside_runs_and_waits():
+    """A balancer sees what a server has to do, without reading all metrics, and after a death too."""
+    engine = FakeEngine(hold=asyncio.Event())
+    async with connected(engine) as client:
+        asked = asyncio.ensure_future(client.post("/v1/completions", json=BODY))
+        while not engine.streams:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        busy = (await client.get("/load")).json()
+        engine.hold.set()
+        assert (await asked).status_code == 200
+        idle = (await client.get("/load")).json()
+        engine.dead_error = EngineDeadError("gone")
+        gone = (await client.get("/load")).json()
+    assert busy == {"server_load": 1, "running": 1, "waiting": 2, "cache_usage": 0.25}
+    assert idle == {**busy, "server_load": 0, "running": 0}
+    assert gone == {"server_load": 0, "running": 0, "waiting": 0, "cache_usage": 0.0}
