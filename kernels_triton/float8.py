@@ -73,6 +73,26 @@ def round_rows_float8_kernel(
 
 
 @triton.jit
+def _add_products(x, code, part, wide: tl.constexpr, UNITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Part + x @ code.T, for bits [N, BLOCK_K] and x in bits of the units or as it is."""
+    if UNITS == 1:
+        weight = tl.trans(code.to(tl.float8e4nv, bitcast=True))
+        x = x.to(tl.float8e4nv, bitcast=True)
+        part = tl.dot(x, weight, part, max_num_imprecise_acc=BLOCK_K)
+    elif UNITS == 2:
+        weight = tl.trans(code.to(tl.float8e4b8, bitcast=True))
+        part = tl.dot(x.to(tl.float8e4b8, bitcast=True), weight, part)
+    else:
+        # Moved into the places of a half, a number is less by 2^8.
+        bits = code.to(tl.uint16)
+        half = ((bits & 128) << 8) | ((bits & 127) << 7)
+        weight = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        weight = tl.trans(weight.to(wide))
+        part = tl.dot(x.to(tl.float32).to(wide), weight, part, input_precision="ieee")
+    return part
+
+
+@triton.jit
 def float8_linear_kernel(
     x_ptr,
     x_scales_ptr,
@@ -113,21 +133,7 @@ def float8_linear_kernel(
             x = tl.load(x_rows[:, None] + k[None, :], mask=is_row[:, None] & is_input, other=0)
             mask = is_output[:, None] & is_input
             code = tl.load(code_rows[:, None] + k[None, :], mask=mask, other=0)
-            if UNITS == 1:
-                weight = tl.trans(code.to(tl.float8e4nv, bitcast=True))
-                x = x.to(tl.float8e4nv, bitcast=True)
-                part = tl.dot(x, weight, part, max_num_imprecise_acc=BLOCK_K)
-            elif UNITS == 2:
-                weight = tl.trans(code.to(tl.float8e4b8, bitcast=True))
-                part = tl.dot(x.to(tl.float8e4b8, bitcast=True), weight, part)
-            else:
-                # Moved into the places of a half, a number is less by 2^8.
-                bits = code.to(tl.uint16)
-                half = ((bits & 128) << 8) | ((bits & 127) << 7)
-                weight = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-                wide = out_ptr.dtype.element_ty
-                weight = tl.trans(weight.to(wide))
-                part = tl.dot(x.to(tl.float32).to(wide), weight, part, input_precision="ieee")
+            part = _add_products(x, code, part, out_ptr.dtype.element_ty, UNITS, BLOCK_K)
         scale = tl.load(scales_ptr + n * GROUPS + group, mask=is_output, other=0.0)
         part = part * scale.to(tl.float32)[None, :]
         if X_GROUPS > 0:
