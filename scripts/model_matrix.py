@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ NUM_TOKENS = 6
 MARGIN = 1e-3
 """A reference whose best two logits are nearer than this decides nothing."""
 MEMORY_BYTES = 10 << 30
+_CACHES = (72, 88, 112, 160, 320)
+"""Sizes of a cache in tokens, the smallest first: the first that holds the longest request."""
 _WAYS = """\
 *paged*: one flat token batch, attention served by the device. *cached*: request by request, with a
 transformers cache filled from pages, states included; slower. *recomputed*: the whole text for
@@ -62,7 +65,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     from tiny_architectures import causal_architectures
 
-    _import_everything()
+    import_everything()
 
     path = Path(arguments.json)
     results = json.loads(path.read_text())["results"] if path.exists() else {}
@@ -78,7 +81,7 @@ def main() -> int:
     return int(any(row["status"] == "wrong" for row in results.values()))
 
 
-def _import_everything() -> None:
+def import_everything() -> None:
     """What every child needs, so that it imports its own architecture alone."""
     import importlib
 
@@ -128,10 +131,15 @@ def in_a_process(
     _, status = os.waitpid(child, 0)
     if not text:
         why = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "no answer"
-        return {"status": "failed", "detail": f"the process ended with {why}"}
+        return {"status": "failed", "detail": f"the process ended with {why}", "made": _today()}
     result: dict[str, Any] = json.loads(text)
+    result["made"] = _today()
     result["seconds"] = round(time.perf_counter() - begin, 1)
     return result
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
 
 
 def _child(name: str, writer: int, limit_s: int, run: Callable[[str], dict[str, Any]]) -> None:
@@ -151,23 +159,37 @@ def _child(name: str, writer: int, limit_s: int, run: Callable[[str], dict[str, 
     os._exit(0)
 
 
-def run_architecture(name: str) -> dict[str, Any]:
-    """What became of one architecture."""
+def run_architecture(
+    name: str,
+    make: Callable[[str], Any] | None = None,
+    ask_also: Callable[[Any], Any] | None = None,
+) -> dict[str, Any]:
+    """What became of one architecture.
+
+    `make`: of tiny models, by default of causal ones. `ask_also`: asked of the running engine,
+    whose answer is the row's `also`.
+    """
+    from matrix_pages import refusal
     from tiny_architectures import make_tiny_architecture
     from tiny_models import make_tiny_tokenizer
 
     from quire.core.errors import UnsupportedError
 
     try:
-        model = make_tiny_architecture(name)
-        expected, margins = reference(model, use_cache=True)
+        model = (make or make_tiny_architecture)(name)
     except Exception as error:  # transformers' own code on a shrunk config
         return {"status": "no_reference", "detail": f"{type(error).__name__}: {error}"[:400]}
     with tempfile.TemporaryDirectory() as directory:
+        try:
+            expected, margins = reference(model, use_cache=True)
+        except Exception as error:  # a refusal counts also where the reference fails
+            detail = f"{type(error).__name__}: {error}"[:400]
+            model.save_pretrained(directory)
+            return refusal(Path(directory)) or {"status": "no_reference", "detail": detail}
         model.save_pretrained(directory)
         make_tiny_tokenizer().save_pretrained(directory)
         try:
-            answer = run_tightly(Path(directory))
+            answer = run_tightly(Path(directory), ask_also)
         except UnsupportedError as error:
             detail = "; ".join(f"{r.have}" for r in error.reasons)
             return {"status": "refused", "detail": detail[:600]}
@@ -213,7 +235,7 @@ def reference(model: Any, *, use_cache: bool) -> tuple[list[list[int]], list[lis
     return rows, margins
 
 
-def run_tightly(directory: Path) -> dict[str, Any]:
+def run_tightly(directory: Path, ask_also: Callable[[Any], Any] | None = None) -> dict[str, Any]:
     """Tokens of the real engine in a cache too small for all requests, if that can be foretold."""
     from quire.core.errors import ConfigError
     from quire.core.models.description import size_of_dtype
@@ -223,14 +245,18 @@ def run_tightly(directory: Path) -> dict[str, Any]:
         group.bytes_per_token(size_of_dtype)
         for group in describe(directory, model_impl="transformers").attention_groups
     )
-    try:
-        return run_engine(directory, 192 * per_token)
-    except ConfigError:
-        # Loading has settled on another way than the dry run, with other pages.
-        return run_engine(directory, 64 << 20)
+    for num_tokens in _CACHES:
+        try:
+            return run_engine(directory, num_tokens * per_token, ask_also)
+        except ConfigError:
+            # One request does not fit, or loading has settled on another way with other pages.
+            continue
+    return run_engine(directory, 64 << 20, ask_also)
 
 
-def run_engine(directory: Path, cache_bytes: int) -> dict[str, Any]:
+def run_engine(
+    directory: Path, cache_bytes: int, ask_also: Callable[[Any], Any] | None = None
+) -> dict[str, Any]:
     """Tokens of the real engine, twice: the second time every prefix is there."""
     from quire import LLM, SamplingParams
 
@@ -238,7 +264,7 @@ def run_engine(directory: Path, cache_bytes: int) -> dict[str, Any]:
     asked = [{"prompt_token_ids": prompt} for prompt in prompts()]
     settings: dict[str, Any] = {
         "device": "cpu", "dtype": "float32", "model_impl": "transformers", "max_num_seqs": 4,
-        "max_num_batched_tokens": 24, "max_model_len": 128, "block_size": 16, "num_threads": 1,
+        "max_num_batched_tokens": 24, "max_model_len": 96, "block_size": 16, "num_threads": 1,
     }  # fmt: skip
     with LLM(model=str(directory), cache_memory_bytes=cache_bytes, **settings) as llm:
         runs = []
@@ -246,7 +272,9 @@ def run_engine(directory: Path, cache_bytes: int) -> dict[str, Any]:
             outputs = llm.generate(asked, params, use_tqdm=False)
             runs.append([list(output.outputs[0].token_ids) for output in outputs])
         forward = llm.facts.providers.get("forward", "")
+        also = {} if ask_also is None else {"also": ask_also(llm)}
         return {
+            **also,
             "tokens": runs,
             "again": runs[0] if runs[0] == runs[1] else None,
             "num_preemptions": llm.statistics().num_preemptions,

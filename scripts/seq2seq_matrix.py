@@ -10,27 +10,26 @@ compared token by token with `generate`. What is in the JSON file already is not
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import matrix_pages
 import model_matrix
-from model_matrix import compare, in_a_process
+from matrix_pages import refusal, refused
+from model_matrix import compare
 
 LABELS = {**model_matrix.LABELS, "elsewhere": "no encoder-decoder; not tried here"}
 NUM_TOKENS = 8
 START, PAD = 0, 2
-BEGIN_MARK, END_MARK = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 LENGTHS = (15, 31, 47, 4)
 DEFAULT_JSON = "docs/reports/seq2seq.json"
 
 
 def main() -> int:
     """Runs the matrix; 1 if an architecture gave a wrong token."""
-    arguments = _parse()
+    arguments = matrix_pages.parse(__doc__.split("\n", 1)[0], DEFAULT_JSON)
     import torch
     import transformers
 
@@ -39,30 +38,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     from tiny_seq2seq import seq2seq_architectures
 
-    path = Path(arguments.json)
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
-    missing = [name for name in seq2seq_architectures() if name not in results]
-    for name in arguments.architectures or missing:
-        results[name] = in_a_process(name, arguments.limit_s, run_seq2seq)
-        print(f"{name:32} {results[name]['status']:14}", flush=True)
-        content = {
-            "transformers": transformers.__version__,
-            "results": dict(sorted(results.items())),
-        }
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    if arguments.markdown:
-        page = Path(arguments.markdown)
-        page.write_text(_with_table(page.read_text(), render(results, transformers.__version__)))
-    return int(any(row["status"] == "wrong" for row in results.values()))
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("architectures", nargs="*", help="model types; none: all that are missing")
-    parser.add_argument("--json", default=DEFAULT_JSON, help="results, read and written")
-    parser.add_argument("--markdown", help="a page between whose marks the table is written")
-    parser.add_argument("--limit-s", type=int, default=120, help="seconds for one architecture")
-    return parser.parse_args()
+    return matrix_pages.run_matrix(arguments, seq2seq_architectures(), run_seq2seq, LABELS)
 
 
 def run_seq2seq(name: str) -> dict[str, Any]:
@@ -89,30 +65,15 @@ def run_seq2seq(name: str) -> dict[str, Any]:
         try:
             expected, margins = reference(model, given)
         except Exception as error:  # a refusal counts also where the reference fails
-            return _refusal(Path(directory)) or {
+            return refusal(Path(directory)) or {
                 "status": "no_reference",
                 "detail": f"{type(error).__name__}: {error}"[:400],
             }
         try:
             runs = run_engine(Path(directory), asked)
         except UnsupportedError as error:
-            detail = "; ".join(f"{r.need}: {r.have}" for r in error.reasons)
-            return {"status": "refused", "class": type(model).__name__, "detail": detail[:600]}
+            return {**refused(error), "class": type(model).__name__}
     return {"status": compare(runs, expected, margins), "class": type(model).__name__}
-
-
-def _refusal(directory: Path) -> dict[str, Any] | None:
-    from quire.core.errors import QuireError, UnsupportedError
-    from quire.core.models.registry import describe
-
-    try:
-        describe(directory)
-    except UnsupportedError as error:
-        detail = "; ".join(f"{r.need}: {r.have}" for r in error.reasons)
-        return {"status": "refused", "detail": detail[:600]}
-    except QuireError:
-        return None
-    return None
 
 
 def _asked(model: Any, directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -182,30 +143,6 @@ def run_engine(directory: Path, asked: list[dict[str, Any]]) -> list[list[list[i
             [list(o.outputs[0].token_ids) for o in llm.generate(asked, params, use_tqdm=False)]
             for _ in range(2)
         ]
-
-
-def render(results: dict[str, Any], version: str) -> str:
-    """The table."""
-    by_status: dict[str, int] = {}
-    for row in results.values():
-        by_status[row["status"]] = by_status.get(row["status"], 0) + 1
-    counts = ", ".join(f"{by_status[s]} {s.replace('_', ' ')}" for s in LABELS if s in by_status)
-    lines = [
-        f"With transformers {version}, {len(results)} architectures: {counts}.",
-        "",
-        "| architecture | result | remark |",
-        "|---|---|---|",
-    ]
-    for name, row in sorted(results.items()):
-        remark = row.get("detail", "").replace("|", "/").replace("\n", " ")
-        lines.append(f"| {name} | {LABELS[row['status']]} | {remark[:240]} |")
-    return "\n".join(lines)
-
-
-def _with_table(page: str, table: str) -> str:
-    before, _, rest = page.partition(BEGIN_MARK)
-    _, _, after = rest.partition(END_MARK)
-    return f"{before}{BEGIN_MARK}\n{table}\n{END_MARK}{after}"
 
 
 if __name__ == "__main__":

@@ -157,16 +157,17 @@ def tiny_config(model_type: str) -> Any:
     from transformers import AutoConfig
 
     default = AutoConfig.for_model(model_type)
-    settings = _shrunk(default, model_type)
+    settings = shrunk(default, model_type)
     for name, value in vars(default).items():
         if name in _UNSETTABLE.get(model_type, ()):
             continue
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            settings[name] = {**_shrunk(value, value.model_type), "model_type": value.model_type}
+            settings[name] = {**shrunk(value, value.model_type), "model_type": value.model_type}
     return AutoConfig.for_model(model_type, **settings)
 
 
-def _shrunk(default: Any, model_type: str) -> dict[str, Any]:
+def shrunk(default: Any, model_type: str) -> dict[str, Any]:
+    """What is set of a default config for a model of its type to be tiny."""
     names = {name for name in dir(default) if not name.startswith("_")}
     mapped = set(getattr(default, "attribute_map", {}))
     settings = {

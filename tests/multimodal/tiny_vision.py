@@ -15,6 +15,8 @@ SPECIAL = (
     "<|video_pad|>", "<start_of_image>", "<end_of_image>", "<image_soft_token>",
     "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
     *(f"<row_{row}_col_{col}>" for row in range(1, 3) for col in range(1, 3)),
+    "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
+    "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>",
 )  # fmt: skip
 WORDS = [
     "a",
@@ -80,6 +82,9 @@ MARKS = {
     "idefics3": "<image>",
     "smolvlm": "<image>",
     "paligemma": "<image>",
+    "llava_next": "<image>",
+    "internvl": "<IMG_CONTEXT>",
+    "aya_vision": "<image>",
 }
 """What stands for an image in a prompt, by family."""
 
@@ -125,6 +130,10 @@ _NAMED = {
         "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
         "image_token": "<image_soft_token>",
     },
+    "internvl": {
+        "start_image_token": "<img>", "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+    },
 }  # fmt: skip
 
 
@@ -159,7 +168,7 @@ def make_config(family: str) -> Any:
             text_config={**_TEXT, "model_type": "gemma"}, image_token_index=3, projection_dim=64,
         )  # fmt: skip
     else:
-        raise ValueError(family)
+        config = _tiled_config(family)
     config.architectures = [_ARCHITECTURES[family]]
     return config
 
@@ -173,7 +182,39 @@ _ARCHITECTURES = {
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
     "paligemma": "PaliGemmaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "aya_vision": "AyaVisionForConditionalGeneration",
 }
+
+
+def _tiled_config(family: str) -> Any:
+    """Of a family whose images have rows or tiles of different numbers."""
+    import transformers as hf
+
+    if family == "llava_next":
+        return hf.LlavaNextConfig(
+            vision_config=hf.CLIPVisionConfig(**_VISION), text_config=hf.LlamaConfig(**_TEXT),
+            image_token_index=3, vision_feature_layer=-1, image_grid_pinpoints=_PINPOINTS,
+        )  # fmt: skip
+    if family == "internvl":
+        vision = {**_VISION, "image_size": [32, 32], "patch_size": [8, 8]}
+        vision.pop("projection_dim")
+        return hf.InternVLConfig(
+            vision_config=vision, text_config={**_TEXT, "model_type": "qwen2"},
+            image_token_id=SPECIAL.index("<IMG_CONTEXT>"), image_seq_length=4,
+        )  # fmt: skip
+    if family == "aya_vision":
+        return hf.AyaVisionConfig(
+            vision_config={**_VISION, "model_type": "siglip_vision_model"},
+            text_config={**_TEXT, "model_type": "cohere2", "sliding_window": 12},
+            image_token_index=SPECIAL.index("<|IMG_PATCH|>"), downsample_factor=2,
+            vision_feature_layer=-1, alignment_intermediate_size=64,
+        )  # fmt: skip
+    raise ValueError(family)
+
+
+_PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
 def _qwen_config(family: str) -> Any:
@@ -214,6 +255,14 @@ def make_image_processor(family: str) -> Any:
     if family == "paligemma":
         size = {"height": 32, "width": 32}
         return hf.SiglipImageProcessorPil(size=size, image_seq_length=16)
+    if family == "llava_next":
+        return hf.LlavaNextImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32},
+            image_grid_pinpoints=_PINPOINTS,
+        )  # fmt: skip
+    if family in ("internvl", "aya_vision"):
+        size = {"height": 32, "width": 32}
+        return hf.GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, max_patches=2)
     made = hf.Idefics3ImageProcessorPil if family == "idefics3" else hf.SmolVLMImageProcessorPil
     return made(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
 
@@ -225,6 +274,15 @@ def processor_settings(family: str) -> dict[str, Any]:
             "patch_size": 8, "vision_feature_select_strategy": "default", "image_token": "<image>",
             "num_additional_image_tokens": 1,
         }  # fmt: skip
+    if family == "llava_next":
+        return {
+            "patch_size": 8, "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        }  # fmt: skip
+    if family == "internvl":
+        return {"image_seq_length": 4}
+    if family == "aya_vision":
+        return {"patch_size": 8, "img_size": 32, "downsample_factor": 2}
     if family == "gemma3":
         return {"image_seq_length": 16}
     if family in ("idefics3", "smolvlm"):

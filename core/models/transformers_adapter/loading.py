@@ -104,6 +104,8 @@ def _refuse_changed_inputs(text_model: TextModel, directory: Path) -> None:
     # It may want what `generate` alone hands to it; then it changes nothing for us.
     except Exception:
         return
+    if prepared.get("position_ids") is None:
+        _refuse_other_positions(text_model, ids[0], directory)
     given = prepared.get("input_ids")
     if given is not None and given.shape != ids.shape:
         reason = Reason(
@@ -111,6 +113,27 @@ def _refuse_changed_inputs(text_model: TextModel, directory: Path) -> None:
             need=f"{given.shape[1]} tokens for a text of {ids.shape[1]}, some of them the model's",
             have="the text's own tokens",
             remedy="use a model that predicts the next token of a text",
+        )
+        raise UnsupportedError([reason], what=f"generation with the checkpoint in {directory}")
+
+
+def _refuse_other_positions(text_model: TextModel, ids: torch.Tensor, directory: Path) -> None:
+    """Raises UnsupportedError if positions from 0 give other logits than `generate` has."""
+    own = text_model.run(ids, torch.arange(len(ids), device=ids.device)).hidden[-1].float()
+    try:
+        generated = text_model.model.generate(
+            ids.unsqueeze(0), attention_mask=torch.ones_like(ids).unsqueeze(0), max_new_tokens=1,
+            do_sample=False, output_logits=True, return_dict_in_generate=True,
+        ).logits[0][0].float()  # fmt: skip
+    # It may want what a request with images alone has.
+    except Exception:
+        return
+    if own.shape == generated.shape and (own - generated).abs().max() > 0.2 * generated.std():
+        reason = Reason(
+            code="model.positions",
+            need="positions that the model counts by itself",
+            have="positions from 0, which give other logits than its own generation",
+            remedy="use a model that takes its positions",
         )
         raise UnsupportedError([reason], what=f"generation with the checkpoint in {directory}")
 

@@ -54,6 +54,9 @@ SIGHTS = {
     "gemma3": Sight(is_bidirectional=True),
     "idefics3": Sight(language_model="text_model"),
     "smolvlm": Sight(language_model="text_model"),
+    "llava_next": Sight(),
+    "internvl": Sight(),
+    "aya_vision": Sight(),
     "paligemma": Sight(sees_whole_prompt=True, first_position=1),
 }
 """By `model_type`: the families whose images were held against transformers' own generation."""

@@ -1,0 +1,49 @@
+"""The matrix of image-text-to-text models: its page, and rows of it that are run again."""
+
+from __future__ import annotations
+
+import json
+
+import matrix_pages
+import pytest
+import vision_matrix
+from model_matrix import ROOT
+
+RESULTS = json.loads((ROOT / vision_matrix.DEFAULT_JSON).read_text())
+SERVED = ("exact", "text_only")
+
+
+def test_page_holds_the_results_of_the_file():
+    """Nobody edits the table by hand."""
+    page = (ROOT / "docs" / "multimodal.md").read_text()
+    table = matrix_pages.render(RESULTS["results"], RESULTS["transformers"], vision_matrix.LABELS)
+    assert matrix_pages.with_table(page, table) == page
+
+
+def test_no_architecture_gives_wrong_tokens():
+    """What runs is exact, and what is not is refused or has its cause."""
+    assert not [name for name, row in RESULTS["results"].items() if row["status"] == "wrong"]
+    unexplained = [
+        name
+        for name, row in RESULTS["results"].items()
+        if row["status"] not in (*SERVED, "exact_uncached") and not row.get("detail")
+    ]
+    assert not unexplained
+
+
+@pytest.mark.parametrize("name", ["llava", "mistral3"])
+def test_rows_run_again_are_as_written(name):
+    """One that is served with images, and one that refuses them by name."""
+    row = vision_matrix.run_vision(name)
+    assert row["status"] == RESULTS["results"][name]["status"], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["aria", "cohere2_vision", "fuyu", "gemma3", "idefics2", "llava_next", "paligemma"],
+)
+def test_more_rows_run_again_are_as_written(name):
+    """The same for architectures that differ in the way they run."""
+    row = vision_matrix.run_vision(name)
+    assert row["status"] == RESULTS["results"][name]["status"], row
