@@ -171,7 +171,7 @@ def _measurement(
 def _start_quire(directory: Path, backend: str, *, is_dry: bool) -> LLM:
     from quire import LLM
 
-    return LLM(
+    llm = LLM(
         model=str(directory),
         device=backend,
         dtype="bfloat16",
@@ -180,6 +180,8 @@ def _start_quire(directory: Path, backend: str, *, is_dry: bool) -> LLM:
         max_num_batched_tokens=32 if is_dry else 8192,
         cache_memory_bytes=(1 << 20) if is_dry else (16 << 30),
     )
+    llm.warm_up()
+    return llm
 
 
 def _run_quire(llm: LLM, works: list[Work]) -> float:

@@ -65,6 +65,13 @@ class CoreClient(ABC):
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prefixes. Raises: EngineDeadError."""
 
+    def finish_warm_up(self) -> None:
+        """Does now what the start left for moments without work.
+
+        A core in a process of its own has such moments, and nothing is done here. Raises:
+        EngineDeadError, DeviceLost.
+        """
+
     def register_logits_processor(self, name: str, function: Any) -> None:
         """Makes a function known to the worker.
 
@@ -116,6 +123,11 @@ class InProcessClient(CoreClient):
     def reset_prefix_cache(self) -> bool:
         """Tells the core."""
         return self._core.reset_prefix_cache()
+
+    def finish_warm_up(self) -> None:
+        """Asks the core until nothing is left."""
+        while self._core.warm_up_more():
+            pass
 
     def register_logits_processor(self, name: str, function: Any) -> None:
         """Hands the function to the worker."""

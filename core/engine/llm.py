@@ -182,6 +182,14 @@ class LLM(PoolingMethods):
         """Forgets cached prefixes. Raises: EngineDeadError."""
         return self._client.reset_prefix_cache()
 
+    def warm_up(self) -> None:
+        """Records now what is else recorded between steps, such as decode steps as graphs.
+
+        Nobody needs to call this; who measures does, so that no figure holds a recording.
+        Raises: EngineDeadError, DeviceLost.
+        """
+        self._client.finish_warm_up()
+
     def close(self) -> None:
         """Ends the engine and releases the device. Calling twice is harmless."""
         self._client.close()

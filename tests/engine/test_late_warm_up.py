@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quire.core.engine.client import InProcessClient
 from quire.core.engine.late_warm_up import LateWarmUp
 
 
@@ -52,3 +53,12 @@ def test_nothing_is_done_while_a_request_waits():
     assert pieces.num_asked == 0
     late.between_steps(0)
     assert pieces.num_asked == 1
+
+
+def test_user_may_have_everything_done_before_measuring():
+    """A figure must not hold the recording of a graph."""
+    pieces = Pieces(4, 1.0)
+    client = object.__new__(InProcessClient)
+    client._core = pieces
+    client.finish_warm_up()
+    assert pieces.num_left == 0
