@@ -11,6 +11,25 @@ constexpr int KEYS = 64;   // keys of a tile: the packed tile of keys and that o
 constexpr int SPAN = 512;  // keys of a span: the unit of work when one long context is shared by threads
 constexpr int ROWS = 128;  // rows of a query tile, at most
 
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIRS = true;
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
+constexpr int PAIR_KEYS = 256;  // keys of a tile of pairs: half of the bytes, and more keys for each step of the softmax
+constexpr int TILE_WORDS = HAS_PAIRS ? PAIR_KEYS / 2 : KEYS;  // what a tile takes of a feature, in either form
+
+// Whether a cache of C is multiplied by the instruction for pairs of bfloat16; queries have the dtype of a plain cache.
+template <class C>
+constexpr bool by_pairs() {
+  return HAS_PAIRS && std::is_same_v<C, bf16>;
+}
+
+template <class C>
+constexpr int keys_of() {
+  return by_pairs<C>() ? PAIR_KEYS : KEYS;
+}
+
 struct Item {
   int32_t request;
   int32_t kv_head;
@@ -45,95 +64,31 @@ static inline int64_t partial_floats(const AttentionArgs& a) { return ROWS * (2 
 static inline Partial partial_at(float* memory) { return {memory, memory + ROWS, memory + 2 * ROWS}; }
 
 struct Scratch {
-  float* q;       // [ROWS, padded head_size], scaled
-  float* keys;    // [padded head_size, KEYS]: transposed
-  float* values;  // [KEYS, padded v_head_size]
+  float* q;       // [ROWS, padded head_size], scaled; of pairs: half of it, not scaled
+  float* keys;    // [padded head_size, KEYS]: transposed; of pairs: [half of it, PAIR_KEYS]
+  float* values;  // [KEYS, padded v_head_size]; of pairs: [PAIR_KEYS / 2, padded v_head_size]
   float* scores;  // [ROWS, KEYS]
   Partial span, total;
 };
 
 static inline int64_t scratch_floats(const AttentionArgs& a) {
-  const int64_t d = round_up(a.head_size, W), dv = round_up(a.v_head_size, W);
-  return ROWS * d + d * KEYS + KEYS * dv + ROWS * KEYS + 2 * partial_floats(a);
+  const int64_t d = round_up(a.head_size, 2 * W), dv = round_up(a.v_head_size, W);
+  return (ROWS + TILE_WORDS) * d + TILE_WORDS * dv + ROWS * KEYS + 2 * partial_floats(a);
 }
 
 static inline Scratch scratch_at(const AttentionArgs& a, float* memory) {
-  const int64_t d = round_up(a.head_size, W), dv = round_up(a.v_head_size, W);
+  const int64_t d = round_up(a.head_size, 2 * W), dv = round_up(a.v_head_size, W);
   Scratch s;
   s.q = memory;
   s.keys = s.q + ROWS * d;
-  s.values = s.keys + d * KEYS;
-  s.scores = s.values + KEYS * dv;
+  s.values = s.keys + d * TILE_WORDS;
+  s.scores = s.values + TILE_WORDS * dv;
   s.span = partial_at(s.scores + ROWS * KEYS);
   s.total = partial_at(s.span.max + partial_floats(a));
   return s;
 }
 
-// ------------------------------------------------------------------------------------------------------- products
-
-// c[MR, NV * W] = (IS_SUM ? c : 0) + a[MR, depth] b[depth, NV * W], held in registers.
-template <int MR, int NV, bool IS_SUM>
-static inline void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                                 int64_t depth) {
-  vf acc[MR][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) acc[i][j] = IS_SUM ? load(c + i * ldc + j * W) : vf{};
-  for (int64_t k = 0; k < depth; ++k) {
-    vf row[NV];
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) row[j] = load(b + k * ldb + j * W);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const vf factor = splat(a[i * lda + k]);
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) acc[i][j] += factor * row[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, acc[i][j]);
-}
-
-// Registers bound the tile: MR * NV sums, NV loaded vectors and one factor.
-constexpr int MAX_MR = 6;
-constexpr int MAX_NV = W == 16 ? 4 : 2;
-
-template <int NV, bool IS_SUM>
-static void multiply_panel(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-                           int64_t depth) {
-  int64_t tiles = (rows + MAX_MR - 1) / MAX_MR;
-  for (int64_t i = 0; i < rows; --tiles) {
-    const int64_t n = (rows - i + tiles - 1) / tiles;  // even tiles: 7 rows are 4 and 3, not 6 and 1
-    const float* x = a + i * lda;
-    float* y = c + i * ldc;
-    switch (n) {
-      case 6: multiply_tile<6, NV, IS_SUM>(x, lda, b, ldb, y, ldc, depth); break;
-      case 5: multiply_tile<5, NV, IS_SUM>(x, lda, b, ldb, y, ldc, depth); break;
-      case 4: multiply_tile<4, NV, IS_SUM>(x, lda, b, ldb, y, ldc, depth); break;
-      case 3: multiply_tile<3, NV, IS_SUM>(x, lda, b, ldb, y, ldc, depth); break;
-      case 2: multiply_tile<2, NV, IS_SUM>(x, lda, b, ldb, y, ldc, depth); break;
-      default: multiply_tile<1, NV, IS_SUM>(x, lda, b, ldb, y, ldc, depth); break;
-    }
-    i += n;
-  }
-}
-
-// c = (IS_SUM ? c : 0) + a b; columns is a multiple of W.
-template <bool IS_SUM>
-static void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-                     int64_t columns, int64_t depth) {
-  int64_t j = 0;
-  for (; j + MAX_NV * W <= columns; j += MAX_NV * W)
-    multiply_panel<MAX_NV, IS_SUM>(a, lda, b + j, ldb, c + j, ldc, rows, depth);
-  if (MAX_NV == 4 && j + 2 * W <= columns) {
-    multiply_panel<2, IS_SUM>(a, lda, b + j, ldb, c + j, ldc, rows, depth);
-    j += 2 * W;
-  }
-  if (j < columns) multiply_panel<1, IS_SUM>(a, lda, b + j, ldb, c + j, ldc, rows, depth);
-}
+#include "attention_products.h"
 
 // -------------------------------------------------------------------------------------------------------- packing
 
@@ -223,35 +178,88 @@ static inline void clear(const Partial& partial, int64_t rows, int64_t width) {
   for (int64_t i = 0; i < rows * width; i += W) store(partial.out + i, vf{});
 }
 
+#if defined(__AVX512BF16__)
+#include "attention_pairs.h"
+#endif
+
+template <class T, class C>
+static inline void prepare_queries(const AttentionArgs& a, const Item& item, const Scratch& s) {
+#if defined(__AVX512BF16__)
+  if constexpr (by_pairs<C>()) return pack_query_pairs(a, item, reinterpret_cast<uint32_t*>(s.q));
+#endif
+  pack_queries<T>(a, item, s.q);
+}
+
+template <class C>
+static inline void pack_tile(const AttentionArgs& a, const CacheRows<C>& keys, int skipped, int stop, float* to) {
+  const int first = skipped / W * W, last = int(round_up(stop, W));
+#if defined(__AVX512BF16__)
+  if constexpr (by_pairs<C>()) return pack_key_pairs(keys, first, last, a.head_size, reinterpret_cast<uint32_t*>(to));
+#endif
+  pack_keys(keys, first, last, a.head_size, to);
+}
+
+// One tile of keys: [from, to) of them are there, and the next ones are asked for meanwhile.
+struct KeyTile {
+  int64_t tile, position0;
+  int skipped, stop;
+};
+
+template <class C>
+static inline void attend_wide(const AttentionArgs& a, const Item& item, const KeyTile& t, const CacheRows<C>& values,
+                               const Scratch& s, const Partial& result) {
+  const int64_t rows = int64_t(item.num_tokens) * item.num_heads;
+  const int64_t width = round_up(a.head_size, W), v_width = round_up(a.v_head_size, W);
+  const int first = t.skipped / W * W, last = int(round_up(t.stop, W));
+  multiply<false>(s.q, width, s.keys + first, KEYS, s.scores + first, KEYS, rows, last - first, width);
+  soften(a, item, first, last, t.tile, t.position0, s.scores, result);
+  pack_values(values, t.skipped, t.stop, a.v_head_size, s.values);
+  multiply<true>(s.scores + t.skipped, KEYS, s.values + t.skipped * v_width, v_width, result.out, v_width, rows, v_width,
+                 t.stop - t.skipped);
+}
+
+// Scores, softmax and values of one tile, whose keys are packed.
+template <class C>
+static inline void attend_tile(const AttentionArgs& a, const Item& item, const KeyTile& t, const CacheRows<C>& values,
+                               const Scratch& s, const Partial& result) {
+#if defined(__AVX512BF16__)
+  if constexpr (by_pairs<C>()) {
+    const int first = t.skipped / W * W, last = int(round_up(t.stop, W));
+    pack_value_pairs(values, first, last, a.v_head_size, reinterpret_cast<uint32_t*>(s.values));
+    const bool is_plain = a.soft_cap <= 0 && !a.alibi_slopes && a.scale > 0;
+    return attend_pairs(a, item, {t.tile, t.position0, first, last, is_plain}, s, result);
+  }
+#endif
+  attend_wide(a, item, t, values, s, result);
+}
+
 // The attention of the item's rows over the keys of one span: s.q is packed, s.span is written.
 template <class C>
 static void attend_span(const AttentionArgs& a, const Item& item, int64_t span, const Scratch& s, const Partial& result) {
   const int64_t rows = int64_t(item.num_tokens) * item.num_heads;
-  const int64_t width = round_up(a.head_size, W), v_width = round_up(a.v_head_size, W);
   const int64_t num_new = a.query_start_loc[item.request + 1] - a.query_start_loc[item.request];
   const int64_t position0 = a.seq_lens[item.request] - num_new + item.first_token;
   const int64_t begin = span * SPAN > item.first_key ? span * SPAN : item.first_key;
   const int64_t end = (span + 1) * SPAN < item.end_key ? (span + 1) * SPAN : item.end_key;
-  clear(result, rows, v_width);
-  CacheRows<C> keys, values;
+  clear(result, rows, round_up(a.v_head_size, W));
+  constexpr int STEP = keys_of<C>();
+  CacheRows<C> keys, values[2];
   const CacheOf k{a.k_cache, a.k_scales, a.k_block_stride, a.k_slot_stride, a.k_head_stride};
   const CacheOf v{a.v_cache, a.v_scales, a.v_block_stride, a.v_slot_stride, a.v_head_stride};
-  int64_t tile = begin / KEYS * KEYS, from = begin, to = tile + KEYS < end ? tile + KEYS : end;
+  int64_t tile = begin / STEP * STEP, from = begin, to = tile + STEP < end ? tile + STEP : end;
   find_rows(a, item, k, tile, from, to, keys);
-  for (; tile < end; tile += KEYS) {
+  find_rows(a, item, v, tile, from, to, values[0]);
+  prefetch_rows(keys, int(from - tile), int(to - tile), a.head_size);
+  prefetch_rows(values[0], int(from - tile), int(to - tile), a.v_head_size);
+  for (int turn = 0; tile < end; tile += STEP, turn ^= 1) {
     const int skipped = int(from - tile), stop = int(to - tile);
-    const int first = skipped / W * W, last = int(round_up(stop, W));
-    find_rows(a, item, v, tile, from, to, values);
-    prefetch_rows(values, skipped, stop, a.v_head_size);
-    pack_keys(keys, first, last, a.head_size, s.keys);
-    from = to, to = to + KEYS < end ? to + KEYS : end;
-    find_rows(a, item, k, tile + KEYS, from, to, keys);
+    pack_tile(a, keys, skipped, stop, s.keys);
+    from = to, to = to + STEP < end ? to + STEP : end;
+    find_rows(a, item, k, tile + STEP, from, to, keys);
+    find_rows(a, item, v, tile + STEP, from, to, values[turn ^ 1]);
     prefetch_rows(keys, 0, int(to - from), a.head_size);
-    multiply<false>(s.q, width, s.keys + first, KEYS, s.scores + first, KEYS, rows, last - first, width);
-    soften(a, item, first, last, tile, position0, s.scores, result);
-    pack_values(values, skipped, stop, a.v_head_size, s.values);
-    multiply<true>(s.scores + skipped, KEYS, s.values + skipped * v_width, v_width, result.out, v_width, rows, v_width,
-                   stop - skipped);
+    prefetch_rows(values[turn ^ 1], 0, int(to - from), a.v_head_size);
+    attend_tile(a, item, {tile, position0, skipped, stop}, values[turn], s, result);
   }
 }
 
@@ -346,7 +354,7 @@ static bool attend_by_items(const AttentionArgs& a, const Item* items, int64_t n
       const Item& item = items[i];
       const Scratch s = scratch_at(a, memory);
       const int64_t rows = int64_t(item.num_tokens) * item.num_heads;
-      pack_queries<T>(a, item, s.q);
+      prepare_queries<T, C>(a, item, s);
       const int64_t span0 = item.first_key / SPAN;
       attend_span<C>(a, item, span0, s, s.total);
       for (int64_t span = 1; span < item.num_spans; ++span) {
@@ -384,7 +392,7 @@ static bool attend_by_spans(const AttentionArgs& a, const Item* items, int64_t n
       }
       const Item& item = items[low];
       const Scratch s = scratch_at(a, memory);
-      if (packed != low) pack_queries<T>(a, item, s.q);
+      if (packed != low) prepare_queries<T, C>(a, item, s);
       packed = low;
       const int64_t span = item.first_key / SPAN + unit - item.first_span;
       attend_span<C>(a, item, span, s, partial_at(partials + size * size_t(unit)));

@@ -75,8 +75,8 @@ struct CacheOf {
 // The rows of a tile; null where there is none.
 template <class T>
 struct CacheRows {
-  const T* at[KEYS];
-  float scale[KEYS];  // of int8 alone
+  const T* at[keys_of<T>()];
+  float scale[keys_of<T>()];  // of int8 alone
 };
 
 // Those of keys [begin, end) of the tile that starts at `tile`; nothing may be read outside.
@@ -85,7 +85,7 @@ static void find_rows(const AttentionArgs& a, const Item& item, const CacheOf& c
                       int64_t end, CacheRows<T>& rows) {
   const int32_t* table = a.block_table + item.request * a.table_stride;
   const T* head = static_cast<const T*>(cache.data) + item.kv_head * cache.head_stride;
-  for (int i = 0; i < KEYS; ++i) rows.at[i] = nullptr;
+  for (int i = 0; i < keys_of<T>(); ++i) rows.at[i] = nullptr;
   int64_t position = begin;
   while (position < end) {
     const int64_t offset = position % a.block_size, block = table[position / a.block_size];

@@ -17,6 +17,8 @@ pytestmark = [
 ]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+BOTH = [torch.float32, torch.bfloat16]
+"""In bfloat16 a level may multiply pairs, a kernel of its own."""
 SETTINGS = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -145,6 +147,7 @@ def test_attention_mixed_batch_equals_float64(isa, dtype, heads, kv_heads, size,
     assert_near(attend(p, scale=scale), oracle(p, scale=scale))
 
 
+@pytest.mark.parametrize("dtype", BOTH)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 40)), min_size=1, max_size=4),
     group=st.integers(1, 9),
@@ -162,6 +165,7 @@ def test_attention_mixed_batch_equals_float64(isa, dtype, heads, kv_heads, size,
 @SETTINGS
 def test_attention_odd_shapes_equal_float64(
     isa,
+    dtype,
     lengths,
     group,
     kv_heads,
@@ -186,7 +190,7 @@ def test_attention_odd_shapes_equal_float64(
         size=size,
         v_size=v_size,
         block_size=block_size,
-        dtype=torch.float32,
+        dtype=dtype,
         rng=rng,
     )
     options = {"scale": 0.3, "window": window, "chunk": chunk, "soft_cap": soft_cap}
@@ -195,7 +199,8 @@ def test_attention_odd_shapes_equal_float64(
     assert_near(attend(p, **options), oracle(p, **options))
 
 
-def test_attention_keys_before_the_window_may_be_gone(isa, torch_rng):
+@pytest.mark.parametrize("dtype", BOTH)
+def test_attention_keys_before_the_window_may_be_gone(isa, dtype, torch_rng):
     """Blocks that the window has left are free: their slots hold NaN and their table entries anything."""
     window, block_size = 48, 16
     lengths = [(400, 3), (300, 1)]
@@ -205,7 +210,7 @@ def test_attention_keys_before_the_window_may_be_gone(isa, torch_rng):
         kv_heads=2,
         size=32,
         block_size=block_size,
-        dtype=torch.float32,
+        dtype=dtype,
         rng=torch_rng,
         hidden=300 - 48,
     )
@@ -214,28 +219,31 @@ def test_attention_keys_before_the_window_may_be_gone(isa, torch_rng):
     assert_near(attend(p, scale=0.2, window=window), expected)
 
 
-def test_attention_more_heads_in_a_group_than_rows_of_a_tile(isa, torch_rng):
+@pytest.mark.parametrize("dtype", BOTH)
+def test_attention_more_heads_in_a_group_than_rows_of_a_tile(isa, dtype, torch_rng):
     """One key head for 71 query heads (Falcon) is cut into tiles of heads."""
     p = make_problem(
-        [(70, 3)], heads=142, kv_heads=2, size=16, block_size=8, dtype=torch.float32, rng=torch_rng
+        [(70, 3)], heads=142, kv_heads=2, size=16, block_size=8, dtype=dtype, rng=torch_rng
     )
     assert_near(attend(p, scale=0.25), oracle(p, scale=0.25))
 
 
-def test_attention_large_scores_do_not_overflow(isa, torch_rng):
+@pytest.mark.parametrize("dtype", BOTH)
+def test_attention_large_scores_do_not_overflow(isa, dtype, torch_rng):
     """Scores of several hundred and a sink above them stay finite."""
     p = make_problem(
-        [(200, 2)], heads=2, kv_heads=1, size=16, block_size=16, dtype=torch.float32, rng=torch_rng
+        [(200, 2)], heads=2, kv_heads=1, size=16, block_size=16, dtype=dtype, rng=torch_rng
     )
     options = {"scale": 100.0, "sinks": torch.tensor([2000.0, -2000.0])}
     assert_near(attend(p, **options), oracle(p, **options), scale=100)
 
 
-def test_attention_result_does_not_depend_on_company_chunks_or_threads(isa, torch_rng):
+@pytest.mark.parametrize("dtype", BOTH)
+def test_attention_result_does_not_depend_on_company_chunks_or_threads(isa, dtype, torch_rng):
     """A row is bitwise the same alone and in a batch, in one chunk and in three, on one thread and on two."""
     lengths = [(1300, 1300), (1500, 1)]
     p = make_problem(
-        lengths, heads=6, kv_heads=2, size=32, block_size=16, dtype=torch.float32, rng=torch_rng
+        lengths, heads=6, kv_heads=2, size=32, block_size=16, dtype=dtype, rng=torch_rng
     )
     together = attend(p, scale=0.2)
     before = torch.get_num_threads()
