@@ -65,7 +65,7 @@ class CoreClient(ABC):
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prefixes. Raises: EngineDeadError."""
 
-    def finish_warm_up(self) -> None:
+    def finish_warm_up(self) -> None:  # noqa: B027 - nothing is the right default
         """Does now what the start left for moments without work.
 
         A core in a process of its own has such moments, and nothing is done here. Raises:
