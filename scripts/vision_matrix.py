@@ -79,7 +79,7 @@ def is_image_refused(llm: Any) -> bool:
     try:
         llm.generate([asked], SamplingParams(max_tokens=1), use_tqdm=False)
     except RequestError as error:
-        return "multi_modal_data" in str(error)
+        return "image" in str(error) or "multi_modal_data" in str(error)
     return False
 
 

@@ -15,9 +15,12 @@ SPECIAL = (
     "<|video_pad|>", "<start_of_image>", "<end_of_image>", "<image_soft_token>",
     "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
     *(f"<row_{row}_col_{col}>" for row in range(1, 3) for col in range(1, 3)),
+)  # fmt: skip
+TILE_MARKS = (
     "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
     "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>",
 )  # fmt: skip
+"""Behind the words, so that ids of words stay what they were."""
 WORDS = [
     "a",
     "the",
@@ -50,6 +53,7 @@ WORDS = [
     "?",
     "\n",
 ]
+_VOCABULARY = (*SPECIAL, "<unk>", *WORDS, *TILE_MARKS)
 _TEXT = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -114,13 +118,13 @@ def make_tokenizer(family: str) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: index for index, word in enumerate((*SPECIAL, "<unk>", *WORDS))}
+    words = {word: index for index, word in enumerate(_VOCABULARY)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     named = _NAMED.get(family)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", bos_token="<bos>",
-        eos_token="<eos>", extra_special_tokens=named or list(SPECIAL[3:]),
+        eos_token="<eos>", extra_special_tokens=named or [*SPECIAL[3:], *TILE_MARKS],
         chat_template=_CHAT.replace("MARK", MARKS[family]),
     )  # fmt: skip
 
@@ -202,13 +206,13 @@ def _tiled_config(family: str) -> Any:
         vision.pop("projection_dim")
         return hf.InternVLConfig(
             vision_config=vision, text_config={**_TEXT, "model_type": "qwen2"},
-            image_token_id=SPECIAL.index("<IMG_CONTEXT>"), image_seq_length=4,
+            image_token_id=_VOCABULARY.index("<IMG_CONTEXT>"), image_seq_length=4,
         )  # fmt: skip
     if family == "aya_vision":
         return hf.AyaVisionConfig(
             vision_config={**_VISION, "model_type": "siglip_vision_model"},
             text_config={**_TEXT, "model_type": "cohere2", "sliding_window": 12},
-            image_token_index=SPECIAL.index("<|IMG_PATCH|>"), downsample_factor=2,
+            image_token_index=_VOCABULARY.index("<|IMG_PATCH|>"), downsample_factor=2,
             vision_feature_layer=-1, alignment_intermediate_size=64,
         )  # fmt: skip
     raise ValueError(family)
