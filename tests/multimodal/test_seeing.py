@@ -121,7 +121,10 @@ def test_generate_images_in_chunks_and_together_as_transformers(directory, famil
         assert _tokens(again) == expected
         has_cache = llm.config.enable_prefix_caching
         assert has_cache == (not SIGHTS[family].sees_whole_prompt)
-        assert all(bool(output.num_cached_tokens) == has_cache for output in again)
+        # A prompt that fills no block leaves nothing.
+        long = [output for output in again if len(output.prompt_token_ids) > 16]
+        assert long
+        assert all(bool(output.num_cached_tokens) == has_cache for output in long)
 
 
 @pytest.mark.slow
