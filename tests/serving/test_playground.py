@@ -108,12 +108,31 @@ def test_chat_is_answered_with_the_keyboard_alone(page, url, width, height):
     page.enter()
     page.wait(ANSWERED)
     assert page.run("document.querySelector('.turn.user .text').textContent") == "Hi there"
-    assert page.run("document.querySelector('.turn.assistant .text').textContent") == REPLY
+    assert page.run("document.querySelector('.turn.assistant > .text').textContent") == REPLY
+    assert page.run("document.querySelector('.thoughts').hidden") is True
     assert page.run("document.getElementById('announcer').textContent") == f"Answer: {REPLY}"
     facts = page.run("document.querySelector('.facts').innerText")
     for words in ("first token", "tokens", "prefix cache", "ended by"):
         assert words in facts
     assert page.problems == []
+
+
+@in_browser
+def test_thoughts_are_seen_apart_and_folded_when_the_answer_begins(page):
+    """A model that thinks must not look as if it did nothing, and its answer comes first afterwards."""
+    engine = chatting(reply=lambda prompt_ids, index: "<think>Let me see.</think>Yes")
+    with served_in_thread(engine, reasoning_parser="qwen3") as url:
+        page.open(url)
+        page.run("document.querySelector('#ideas button').click()")
+        page.wait(ANSWERED)
+        thoughts = "document.querySelector('.turn.assistant .thoughts')"
+        assert page.run(f"{thoughts}.querySelector('.text').textContent") == "Let me see."
+        assert page.run(f"[{thoughts}.hidden, {thoughts}.open]") == [False, False]
+        assert page.run(f"{thoughts}.querySelector('summary').textContent").startswith(
+            "Thought for"
+        )
+        assert page.run("document.querySelector('.turn.assistant > .text').textContent") == "Yes"
+        assert page.problems == []
 
 
 @in_browser
@@ -123,7 +142,7 @@ def test_token_probabilities_are_shown_and_reached_by_keys(page, url):
     page.run("document.querySelector('[name=logprobs]').click()")
     page.run("document.querySelector('#ideas button').click()")
     page.wait(ANSWERED)
-    tokens = "[...document.querySelectorAll('.turn.assistant .text .token')]"
+    tokens = "[...document.querySelectorAll('.turn.assistant > .text .token')]"
     assert page.run(f"{tokens}.map(t => t.textContent).join('')").startswith(REPLY)
     assert page.run(f"{tokens}.filter(t => t.tabIndex === 0).length") == 1
     page.run(f"{tokens}[0].focus()")
@@ -158,7 +177,7 @@ def test_controls_reach_the_engine(page, mode):
     params = asked.params
     assert (params.temperature, params.top_k, params.seed, params.max_tokens) == (0.25, 7, 11, 4)
     assert "go" in asked.prompt
-    assert page.run("document.querySelector('.turn.assistant .text').textContent").endswith(
+    assert page.run("document.querySelector('.turn.assistant > .text').textContent").endswith(
         REPLY[:4]
     )
 
@@ -170,7 +189,7 @@ def test_stop_ends_the_answer_in_the_engine(page):
     with served_in_thread(engine) as url:
         page.open(url)
         page.run("document.querySelector('#ideas button').click()")
-        page.wait("document.querySelector('.turn.assistant .text')?.textContent.length > 0")
+        page.wait("document.querySelector('.turn.assistant > .text')?.textContent.length > 0")
         page.run("document.getElementById('stop').click()")
         page.wait("document.getElementById('stop').hidden")
         page.wait("document.querySelector('.facts').innerText.includes('you')")
@@ -221,7 +240,7 @@ def test_markup_in_an_answer_stays_text(page):
         page.open(url)
         page.run("document.querySelector('#ideas button').click()")
         page.wait(ANSWERED)
-        assert page.run("document.querySelector('.turn.assistant .text').textContent") == evil
+        assert page.run("document.querySelector('.turn.assistant > .text').textContent") == evil
         assert page.run("document.querySelectorAll('.turn img, .turn script').length") == 0
 
 

@@ -65,6 +65,7 @@ export class Chat {
       path: "v1/chat/completions", given: "",
       body: { ...settings.sampling, ...logprobs, messages: [...system, ...this.turns] },
       read: (choice) => choice.delta.content || "",
+      think: (choice) => choice.delta.reasoning_content || "",
     };
   }
 
@@ -74,6 +75,7 @@ export class Chat {
       path: "v1/completions", given: text,
       body: { ...settings.sampling, ...logprobs, prompt: text },
       read: (choice) => choice.text,
+      think: () => "",
     };
   }
 
@@ -108,7 +110,7 @@ export class Chat {
     try {
       for await (const event of stream(question.path, question.body, this.running.signal)) {
         const atEnd = isAtEnd($("log"));
-        answer.take(event, question.read);
+        answer.take(event, question);
         if (atEnd) $("log").scrollTop = $("log").scrollHeight;
       }
       answer.finish();
@@ -154,18 +156,24 @@ class Answer {
     if (!this.view) this.text.append(this.body);
     this.facts = el("ul", { class: "facts", "aria-label": "What the answer took" });
     const parts = this.view ? [this.view.legend, this.view.detail] : [];
-    this.node = turn("assistant", "Model", this.text, ...parts, this.facts);
+    this.thoughts = new Thoughts();
+    this.node = turn("assistant", "Model", this.thoughts.node, this.text, ...parts, this.facts);
     this.node.classList.add("running");
     if (this.isMono) this.node.classList.add("mono");
   }
 
-  take(event, read) {
+  take(event, { read, think }) {
     if (event.usage) this.usage = event.usage;
     for (const choice of event.choices) {
       const added = read(choice);
-      if (added) {
+      const thought = think(choice);
+      if (added || thought) {
         this.last = performance.now();
         this.first ??= this.last;
+      }
+      if (thought) this.thoughts.add(thought);
+      if (added) {
+        this.thoughts.end();
         this.said += added;
       }
       if (this.view) this.view.add(readLogprobs(choice.logprobs));
@@ -176,6 +184,7 @@ class Answer {
 
   finish(reason = this.reason) {
     this.node.classList.remove("running");
+    this.thoughts.end();
     if (!this.view && !this.isMono) this.text.replaceChildren(...withCode(this.said));
     const facts = [];
     if (this.first) facts.push(["first token", `${formatNumber(this.first - this.begun)} ms`]);
@@ -194,6 +203,29 @@ class Answer {
   fail(message) {
     this.finish(null);
     this.node.append(el("p", { class: "error", role: "alert" }, message));
+  }
+}
+
+// What a model thinks before it answers: open while it does, folded when the answer begins.
+class Thoughts {
+  constructor() {
+    this.begun = performance.now();
+    this.isOver = false;
+    this.title = el("summary", {}, "Thinking …");
+    this.text = document.createTextNode("");
+    this.node = el("details", { class: "thoughts", open: true, hidden: true }, this.title, el("div", { class: "text" }, this.text));
+  }
+
+  add(text) {
+    this.node.hidden = false;
+    this.text.data += text;
+  }
+
+  end() {
+    if (this.isOver) return;
+    this.isOver = true;
+    this.node.open = false;
+    this.title.textContent = `Thought for ${formatNumber((performance.now() - this.begun) / 1000, 1)} s`;
   }
 }
 
