@@ -31,6 +31,8 @@ class Case:
     prompt: str
     images: list[Any]
     expected: list[int]
+    first_logprob: float
+    """Of the first new token."""
 
     @property
     def request(self) -> dict[str, Any]:
@@ -62,10 +64,12 @@ def _cases(directory: Path, family: str) -> list[Case]:
             inputs.pop(name, None)
         with torch.no_grad():
             output = model.generate(
-                **inputs, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None
-            )
-        new = output[0, inputs["input_ids"].shape[1] :].tolist()
-        cases.append(Case(prompt, images, new))
+                **inputs, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+        new = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        logprob = float(output.logits[0][0].double().log_softmax(-1)[new[0]])
+        cases.append(Case(prompt, images, new, logprob))
     return cases
 
 
@@ -113,7 +117,9 @@ def test_generate_images_in_chunks_and_together_as_transformers(directory, famil
         first = llm.generate(requests, GREEDY, use_tqdm=False)
         assert _tokens(first) == expected
         # The image counts: were it ignored, all this would hold of the text alone.
-        one, _, other, same = map(_first_logprob, first)
+        logprobs = [_first_logprob(output) for output in first]
+        assert logprobs == pytest.approx([case.first_logprob for case in cases], abs=2e-4)
+        one, _, other, same = logprobs
         assert one != pytest.approx(other, abs=1e-6)
         assert one == pytest.approx(same, abs=1e-5)
         # Again, from cached prefixes; the third has the first one's text and another image.

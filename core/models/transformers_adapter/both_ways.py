@@ -30,6 +30,8 @@ class Span:
     end: int
     block_ids: Sequence[Sequence[int]]
     """For each cache group."""
+    is_cut_by_windows: bool = False
+    """Whether a window hides tokens of the span too, or only what came before it."""
 
 
 def attend_both_ways(
@@ -46,15 +48,19 @@ def attend_both_ways(
     """Rewrites the rows of `span` in `out` [T, Hq, Dv]; q, k, v are the step's [T, heads, D]."""
     first_query = max(span.first, span.num_computed)
     window = spec.window if spec.kind == "sliding_window" else None
-    low = 0 if window is None else max(0, min(span.first, first_query - window + 1))
+    low = 0
+    if window is not None:
+        in_window = max(0, first_query - window + 1)
+        low = in_window if span.is_cut_by_windows else min(span.first, in_window)
     shift = span.begin - span.num_computed
     keys, values = _keys_and_values(span, spec, backend, cache, group, k, v, low)
     queries = torch.arange(first_query, span.end, device=q.device).unsqueeze(1)
     places = torch.arange(low, span.end, device=q.device)
-    sees = places <= queries
-    if window is not None:
-        sees &= places > queries - window
-    sees |= (places >= span.first) & (places < span.end)
+    is_near = torch.ones_like(places <= queries) if window is None else places > queries - window
+    sees_of_span = (places >= span.first) & (places < span.end)
+    if span.is_cut_by_windows:
+        sees_of_span = sees_of_span & is_near
+    sees = ((places <= queries) & is_near) | sees_of_span
     rows = slice(shift + first_query, shift + span.end)
     num_groups = spec.num_heads // spec.num_kv_heads
     scores = torch.einsum(

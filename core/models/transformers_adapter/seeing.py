@@ -7,6 +7,7 @@ rows (Qwen's M-RoPE) are computed once for each prompt; the output goes on from 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,7 @@ class Eyes:
         self._body = text_model.body
         self._language_model = getattr(text_model.body, sight.language_model)
         self._image_token_id = int(text_model.model.config.image_token_id)
+        self.is_cut_by_windows = sight.is_bidirectional and _cuts_spans(text_model.model)
 
     def run(self, step: StepContext) -> Tensor:
         """Rows [T, H] of a step, images in their places."""
@@ -241,10 +243,20 @@ def spans_of(eyes: Eyes, images: Sequence[RequestImages]) -> list[Span]:
             first=first,
             end=end,
             block_ids=request.block_ids,
+            is_cut_by_windows=eyes.is_cut_by_windows,
         )
         for request in images
         for first, end in eyes.spans(request)
     ]
+
+
+def _cuts_spans(model: Any) -> bool:
+    """Whether windows of this model hold between the tokens of one image as well.
+
+    transformers changed this for Gemma 3: a module that makes the masks of images by
+    `create_masks_for_vision_model` has the window hide them too, an earlier one has not.
+    """
+    return hasattr(sys.modules[type(model).__module__], "create_masks_for_vision_model")
 
 
 def _flat(rows: Any) -> Tensor:
