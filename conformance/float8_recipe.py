@@ -52,8 +52,10 @@ def _call(ops: Ops, tensors: Mapping[str, Tensor], options: Options) -> dict[str
 
 
 def _expect(arrays: Mapping[str, Array], options: Options) -> dict[str, Array]:
-    how = {name: options[name] for name in ("group_size", "activations")}
-    return {"out": layers.float8_linear(**arrays, **how)}
+    out = layers.float8_linear(
+        **arrays, group_size=options["group_size"], activations=options["activations"]
+    )
+    return {"out": out}
 
 
 FLOAT8_RECIPE = Recipe(

@@ -130,9 +130,7 @@ class Ops(ABC):
         """
         raise NotImplementedError
 
-    def quantize_linear(
-        self, weight: Tensor, bits: int, group_size: int
-    ) -> QuantizedWeight | None:
+    def quantize_linear(self, weight: Tensor, bits: int, group_size: int) -> QuantizedWeight | None:
         """Quantizes weights [N, K] at load; None: the core does it in plain torch, more slowly.
 
         weight in any floating dtype; mutates nothing. `bits` 8 with group_size 0: `int8`; 4 with a
