@@ -39,7 +39,13 @@ from quire.kernels_cpu.recurrence import (
     selective_scan,
     ssd_scan,
 )
-from quire.kernels_cpu.vocabulary import logprobs, mask_tokens, most_likely, sample
+from quire.kernels_cpu.vocabulary import (
+    logprobs,
+    mask_tokens,
+    most_likely,
+    most_likely_of_any,
+    sample,
+)
 
 __all__ = [
     "GROUP_SIZES",
@@ -61,6 +67,7 @@ __all__ = [
     "logprobs",
     "mask_tokens",
     "most_likely",
+    "most_likely_of_any",
     "pack_codes",
     "pack_dense",
     "pack_experts",

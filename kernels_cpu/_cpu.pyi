@@ -216,6 +216,9 @@ def gated_delta_rule(
     /,
 ) -> None: ...
 def mask_tokens(logits: int, rows: int, mask: int, sizes: Sequence[int], /) -> None: ...
+def most_likely(
+    dtype: int, logits: int, out: int, is_broken: int, sizes: Sequence[int], /
+) -> None: ...
 def sample(
     logits: int,
     temperature: int,

@@ -38,6 +38,24 @@ def most_likely(logits: Tensor, out: Tensor) -> None:
     _cpu.sample(logits.data_ptr(), 0, 0, 0, 0, 0, out.data_ptr(), sizes, True, False)
 
 
+def most_likely_of_any(logits: Tensor, out: Tensor, is_broken: Tensor) -> None:
+    """out int64 [R] = the id of the largest logit, the lowest on a tie; 0 where there is none.
+
+    logits [R, V] in float32, bfloat16 or float16 with dense rows; is_broken bool [R] becomes true
+    where a logit is not a number or the largest is not finite. Raises: ValueError, TypeError.
+    """
+    native.require_native()
+    num_rows, vocab_size = logits.shape
+    stride = checks.check_dense("logits", logits, logits.dtype, 2)[0]
+    checks.check_list("out", out, "int64", num_rows)
+    checks.check_list("is_broken", is_broken, "bool", num_rows)
+    if vocab_size == 0:
+        raise ValueError("logits over no tokens")
+    sizes = (num_rows, vocab_size, stride)
+    dtype = checks.dtype_code(logits.dtype)
+    _cpu.most_likely(dtype, logits.data_ptr(), out.data_ptr(), is_broken.data_ptr(), sizes)
+
+
 def sample(
     logits: Tensor,
     temperature: Tensor,

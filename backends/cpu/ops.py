@@ -254,6 +254,12 @@ class CpuOps(ReferenceOps):
         else:
             super().apply_token_mask(logits, rows, mask)
 
+    def most_likely(self, logits: Tensor, out: Tensor, is_broken: Tensor) -> bool:
+        if not self._has_native or logits.stride(-1) != 1 or not logits.numel():
+            return False
+        kernels_cpu.most_likely_of_any(logits, out, is_broken)
+        return True
+
     def sample(self, logits: Tensor, settings: SamplingTensors) -> Tensor:
         if not self._takes_logits(logits):
             return self._sample_in_torch(logits, settings)

@@ -105,6 +105,51 @@ def greedy_ties(trial: Trial, *, vocabulary: int) -> None:
 
 
 @check(level=1, op="sample", over=_V)
+def greedy_from_the_head(trial: Trial, *, vocabulary: int) -> None:
+    """`most_likely`, where it is offered, takes the largest logit and marks rows without one.
+
+    Where it is not, it says so and writes nothing.
+    """
+    logits = _logits(trial, 8, vocabulary)
+    for row in range(4):
+        logits[row, trial.rng.permutation(vocabulary)[: 2 + row]] = 20.0
+    logits[4, vocabulary // 2] = np.nan
+    logits[5], logits[6, 1] = -np.inf, np.inf
+    logits[7, : vocabulary - 1] = -np.inf
+    expected = [int(np.argmax(row)) for row in logits[:4]] + [0, 0, 0, vocabulary - 1]
+    is_broken = [False] * 4 + [True] * 3 + [False]
+    where = str(trial.device.torch_device)
+    for name in trial.capabilities.dtypes:
+        dtype = getattr(torch, name)
+        host = torch.from_numpy(logits).to(dtype)
+        out = torch.full((8,), -1, dtype=torch.int64, device=where)
+        marks = torch.zeros(8, dtype=torch.bool, device=where)
+        is_offered = trial.device.ops().most_likely(host.to(where), out, marks)
+        trial.device.synchronize()
+        found, marked = out.cpu().tolist(), marks.cpu().tolist()
+        if not is_offered:
+            trial.require(
+                found == [-1] * 8 and not any(marked),
+                f"most_likely in {name} says that it is not offered, and wrote {found}, {marked}",
+            )
+            continue
+        trial.require(
+            (found, marked) == (_greedy_of(host, expected), is_broken),
+            f"most_likely in {name} gave {found} and marked {marked}; right is "
+            f"{_greedy_of(host, expected)} and {is_broken}. Ties go to the lowest id.",
+        )
+
+
+def _greedy_of(logits: torch.Tensor, expected: list[int]) -> list[int]:
+    """What is right after rounding, which makes ties: rows without a number keep `expected`."""
+    rounded = logits.double().numpy()
+    return [
+        int(np.argmax(row)) if np.isfinite(row.max()) else wanted
+        for row, wanted in zip(rounded, expected, strict=True)
+    ]
+
+
+@check(level=1, op="sample", over=_V)
 def draws(trial: Trial, *, vocabulary: int) -> None:
     """The token is the inverse of the cumulative distribution at the row's random number."""
     logits = _logits(trial, 40, vocabulary)

@@ -386,6 +386,17 @@ class Ops(ABC):
         """
         raise NotImplementedError
 
+    def most_likely(self, logits: Tensor, out: Tensor, is_broken: Tensor) -> bool:
+        """The greedy choice straight from the head's logits; False: not offered, nothing written.
+
+        For steps in which every row is greedy and nobody changes or reports a logit. logits [R, V]
+        in the model's dtype, not mutated; out int64 [R] becomes the id of the largest, the lowest
+        on a tie; is_broken bool [R] becomes whether a logit is NaN or the largest is not finite,
+        whose id is 0. Where this is not offered, the core widens logits, looks at the largest and
+        calls `sample`: three passes instead of one.
+        """
+        return False
+
     @abstractmethod
     def sample(self, logits: Tensor, settings: SamplingTensors) -> Tensor:
         """One token a row: int64 [R]. logits float32 [R, V] may be overwritten.

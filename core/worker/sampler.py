@@ -68,6 +68,10 @@ class Sampler:
         `out["is_broken"]` marks rows in which the model's logits have no finite largest one,
         `is_empty` those in which nothing was left to choose; their token is 0.
         """
+        if _is_plain(sampling, tensors, out) and self._ops.most_likely(
+            logits, out["tokens"], out["is_broken"]
+        ):
+            return
         logits = logits.float()
         torch.logical_not(torch.isfinite(logits.amax(dim=-1)), out=out["is_broken"])
         unusable = out["is_broken"]
@@ -139,6 +143,18 @@ class Sampler:
             is_all_greedy=sampling.is_all_greedy,
             needs_filter=sampling.needs_filter,
         )
+
+
+_CHANGES = ("keep_rows", "mask_rows", "bias", "penalty_rows", "logprob_rows")
+"""Inputs of rows that want more than the largest logit."""
+
+
+def _is_plain(
+    sampling: SamplingArrays, tensors: Mapping[str, Tensor], out: Mapping[str, Tensor]
+) -> bool:
+    """Whether the largest logit of each row is all that is asked."""
+    is_changed = bool(sampling.custom_rows) or any(name in tensors for name in _CHANGES)
+    return sampling.is_all_greedy and not is_changed and "is_empty" not in out
 
 
 def logprob_fields(prefix: str, num_rows: int, num_top: int) -> list[Field]:

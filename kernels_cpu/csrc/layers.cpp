@@ -30,6 +30,7 @@ namespace {
 #include "experts_run.h"
 #include "recurrence_run.h"
 #include "vocabulary_run.h"
+#include "greedy_run.h"
 }  // namespace
 }  // namespace QUIRE_ISA
 
@@ -37,5 +38,6 @@ extern const LayerTable QUIRE_CAT(layers_, QUIRE_ISA);
 const LayerTable QUIRE_CAT(layers_, QUIRE_ISA) = {
     QUIRE_ISA::experts,    QUIRE_ISA::route,       QUIRE_ISA::head_linear, QUIRE_ISA::conv,   QUIRE_ISA::selective_scan,
     QUIRE_ISA::ssd_scan,   QUIRE_ISA::delta_rule,  QUIRE_ISA::mask_tokens, QUIRE_ISA::sample, QUIRE_ISA::logprobs,
+    QUIRE_ISA::most_likely,
 };
 }  // namespace quire

@@ -118,6 +118,14 @@ struct MaskArgs {
   int64_t num_rows, vocab_size, stride, mask_stride;
 };
 
+struct GreedyArgs {
+  DType dtype;
+  const void* logits;  // [R, V]
+  int64_t* out;        // [R]
+  bool* is_broken;     // [R]
+  int64_t num_rows, vocab_size, stride;
+};
+
 struct SampleArgs {
   const float* logits;       // [R, V]
   const float* temperature;  // [R]; 0: the most likely
@@ -151,6 +159,7 @@ struct LayerTable {  // false: out of memory
   void (*mask)(const MaskArgs&);
   bool (*sample)(const SampleArgs&);
   bool (*logprobs)(const LogprobArgs&);
+  void (*most_likely)(const GreedyArgs&);
 };
 
 }  // namespace quire

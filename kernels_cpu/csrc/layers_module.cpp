@@ -184,6 +184,14 @@ void mask_tokens(uintptr_t logits, uintptr_t rows, uintptr_t mask, const Sizes& 
 }
 
 // sizes: rows, vocabulary, stride of the logits.
+void most_likely(int dtype, uintptr_t logits, uintptr_t out, uintptr_t is_broken, const Sizes& sizes) {
+  check_count(sizes, 3);
+  const GreedyArgs a{DType(dtype), at<const void>(logits), at<int64_t>(out), at<bool>(is_broken),
+                     sizes[0],     sizes[1],               sizes[2]};
+  call(kernels().most_likely, a);
+}
+
+// sizes: rows, vocabulary, stride of the logits.
 void sample(uintptr_t logits, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p,
             uintptr_t uniform, uintptr_t out, const Sizes& sizes, bool is_all_greedy, bool needs_filter) {
   check_count(sizes, 3);
@@ -216,6 +224,7 @@ void bind_layers(nb::module_& m) {
   m.def("ssd_scan", &ssd_scan);
   m.def("gated_delta_rule", &delta_rule);
   m.def("mask_tokens", &mask_tokens);
+  m.def("most_likely", &most_likely);
   m.def("sample", &sample);
   m.def("logprobs", &logprobs);
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from text_fakes import byte_fallback_tokenizer, byte_level_tokenizer, word_piece_tokenizer
 
@@ -79,7 +79,10 @@ def test_append_text_never_shows_half_a_character(codecs, text, cut):
     """Of valid text no delta holds the mark for broken bytes, and the text arrives whole."""
     codec = codecs["byte_level"]
     text = text.replace("\ufffd", "")
-    deltas = stream(codec, codec.encode(text, add_special_tokens=False))
+    ids = codec.encode(text, add_special_tokens=False)
+    # What spells a special token is one, and has no text.
+    assume(codec.decode(ids, skip_special_tokens=True) == codec.decode(ids))
+    deltas = stream(codec, ids)
     assert "".join(deltas) == text
     assert not any("\ufffd" in delta for delta in deltas)
 

@@ -149,6 +149,8 @@ def test_chat_is_generate_on_the_rendered_template(shared):
 
 def test_generate_interrupted_by_ctrl_c_leaves_engine_usable(model):
     """Ctrl-C in the middle of a step: the step ends, the requests are dropped, the next call works."""
+    # A process that a shell started in the background ignores the signal from its birth.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pressed = []
 
     def press(batch) -> None:

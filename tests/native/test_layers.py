@@ -426,6 +426,25 @@ def test_logprobs_equal_float64(ops, rows, vocab_size, num_top, step, forbidden,
     torch.testing.assert_close(got.top_logprobs.double(), wanted.top_logprobs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("vocab_size", [1, 7, 1023, 1024, 1025, 5000])
+def test_most_likely_of_the_heads_own_logits_is_that_of_wide_ones(
+    ops, dtype, vocab_size, torch_rng
+):
+    """Every tail and block of the one pass: lowest of ties, and rows without a number are told."""
+    logits = (torch.randn(9, vocab_size, generator=torch_rng) * 3).to(dtype)
+    logits[0, vocab_size // 2 :] = logits[0].max() + 1
+    logits[1, -1], logits[2, 0] = torch.nan, torch.inf
+    logits[3] = -torch.inf
+    logits[4, : vocab_size - 1] = -torch.inf
+    out, is_broken = torch.full((9,), -1), torch.zeros(9, dtype=torch.bool)
+    assert ops.most_likely(logits, out, is_broken)
+    wide = logits.double()
+    assert is_broken.tolist() == (~torch.isfinite(wide.amax(-1))).tolist()
+    largest = (wide == wide.amax(-1, keepdim=True)).int().argmax(-1)
+    assert out.tolist() == largest.masked_fill(is_broken, 0).tolist()
+
+
 def test_most_likely_of_ties_is_the_lowest_and_nan_is_first(ops):
     """As torch's argmax has it, at the borders of blocks too."""
     logits = torch.zeros(3, 1000)

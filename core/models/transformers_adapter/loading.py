@@ -104,8 +104,6 @@ def _refuse_changed_inputs(text_model: TextModel, directory: Path) -> None:
     # It may want what `generate` alone hands to it; then it changes nothing for us.
     except Exception:
         return
-    if prepared.get("position_ids") is None:
-        _refuse_other_positions(text_model, ids[0], directory)
     given = prepared.get("input_ids")
     if given is not None and given.shape != ids.shape:
         reason = Reason(
@@ -115,6 +113,8 @@ def _refuse_changed_inputs(text_model: TextModel, directory: Path) -> None:
             remedy="use a model that predicts the next token of a text",
         )
         raise UnsupportedError([reason], what=f"generation with the checkpoint in {directory}")
+    if prepared.get("position_ids") is None:
+        _refuse_other_positions(text_model, ids[0], directory)
 
 
 def _refuse_other_positions(text_model: TextModel, ids: torch.Tensor, directory: Path) -> None:
