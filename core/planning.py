@@ -165,9 +165,6 @@ def make_worker_config(config: EngineConfig, directory: Path) -> WorkerConfig:
     """What the worker is built with. `config` is resolved."""
     if config.max_model_len is None or config.block_size is None:
         raise ConfigError("the configuration must be resolved before a worker is built from it")
-    options = dict(config.options)
-    if config.num_threads is not None:
-        options["num_threads"] = str(config.num_threads)
     return WorkerConfig(
         model=str(directory),
         dtype=config.dtype,
@@ -186,7 +183,8 @@ def make_worker_config(config: EngineConfig, directory: Path) -> WorkerConfig:
         deterministic=config.deterministic,
         seed=config.seed,
         logits_processors=dict(config.logits_processors),
-        options=options,
+        options=dict(config.options),
+        num_threads=config.num_threads,
     )
 
 

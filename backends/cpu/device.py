@@ -25,8 +25,6 @@ from quire.core.interface import (
 )
 
 _NUM_THREADS = "cpu.num_threads"
-_NUM_THREADS_OF_ANY = "num_threads"
-"""As the engine's own setting comes, which every device of threads may read."""
 _ISA = "cpu.isa"
 _PIN = "cpu.pin_threads"
 _SWITCH = ("0", "1")
@@ -75,8 +73,8 @@ class CpuDevice(TorchDevice):
 
 def _asked_threads(worker_config: WorkerConfig) -> str | None:
     """The number that was asked for, if one was: the device's own option before the engine's."""
-    options = worker_config.options
-    return options.get(_NUM_THREADS, options.get(_NUM_THREADS_OF_ANY))
+    of_engine = worker_config.num_threads
+    return worker_config.options.get(_NUM_THREADS, None if of_engine is None else str(of_engine))
 
 
 def _thread_reasons(worker_config: WorkerConfig) -> Iterator[Reason]:

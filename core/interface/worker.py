@@ -297,9 +297,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     logits_processors: dict[str, str] = {}
     """Name to `module:attribute` of custom logits processors."""
     options: dict[str, str] = {}
-    """The backend's own, `vendor.name` to value. `num_threads` has no vendor: the engine sets it
-    for a device that computes with threads of the host.
-    """
+    """The backend's own, `vendor.name` to value."""
+    num_threads: int | None = None
+    """Of the host, for a device that computes with them; None: the device chooses."""
 
 
 class PendingStep(ABC):
