@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import subprocess
 import sys
 import time
@@ -93,3 +94,10 @@ def cpu_s(process: psutil.Process) -> float:
     """What a process has computed so far."""
     times = process.cpu_times()
     return float(times.user + times.system)
+
+
+def make_body(rng: random.Random, tokens: int) -> dict[str, Any]:
+    """A request for so many tokens, by a prompt that no cached prefix has."""
+    words = rng.choices(("list", "file", "name", "index", "value", "return"), k=16)
+    prompt = f"def {'_'.join(words)}(value):\n    "
+    return {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}

@@ -27,7 +27,7 @@ import psutil
 import typer
 
 from quire.benchmarks.recording import Measurement, Record, paired_ratio
-from quire.benchmarks.served import Answer, Server, cpu_s, processes_of, serving
+from quire.benchmarks.served import Answer, Server, cpu_s, make_body, processes_of, serving
 
 OPTIONS = ("--num-threads", "1", "--cache-memory-bytes", "256M")
 WARM_UP_S = 3.0
@@ -181,7 +181,7 @@ async def _closed(server: Server, clients: int, tokens: int, seconds: float) -> 
     async def client(seed: int) -> list[Answer]:
         rng, answers = random.Random(seed), []
         while time.monotonic() < begun_s + seconds:
-            answers.append(await connections.ask(_body(rng, tokens)))
+            answers.append(await connections.ask(make_body(rng, tokens)))
         return answers
 
     found = await asyncio.gather(*map(client, range(clients)))
@@ -197,7 +197,7 @@ async def _open(server: Server, rate: float, tokens: int, seconds: float, seed: 
     next_s = begun_s
     while (next_s := next_s + rng.expovariate(rate)) < begun_s + seconds:
         await asyncio.sleep(max(next_s - time.monotonic(), 0.0))
-        asked.append(asyncio.create_task(connections.ask(_body(rng, tokens))))
+        asked.append(asyncio.create_task(connections.ask(make_body(rng, tokens))))
     answers = await asyncio.gather(*asked)
     connections.close()
     return Phase(_ended_within(answers, begun_s, seconds), seconds)
@@ -231,12 +231,6 @@ def _note(record: Record, phases: dict[str, list[Phase]], limits: Limits) -> Non
             shares = [phase.cpu_us[process] / phase.seconds / 1e6 for phase in found]
             record.facts[f"cpu_share_of_{process}_{key}"] = round(median(shares), 3)
     record.facts["load_average"] = [round(value, 1) for value in os.getloadavg()]
-
-
-def _body(rng: random.Random, tokens: int) -> dict[str, Any]:
-    words = rng.choices(("list", "file", "name", "index", "value", "return"), k=16)
-    prompt = f"def {'_'.join(words)}(value):\n    "
-    return {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
 
 
 if __name__ == "__main__":
