@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from quire.backends.reference import TorchDevice
 from quire.core.interface import AttentionBatch, DeviceInfo, WorkerConfig
 from quire.core.models.decoder import CausalLM
 from quire.core.models.loading import load_model
+from quire.core.models.registry import load_language_model
 from quire.core.models.step_context import StepContext
 
 BLOCK_SIZE = 8
@@ -138,3 +140,25 @@ def run_greedy(
         step += 1
     outputs = [r.token_ids[len(p) :] for r, p in zip(requests, prompts, strict=True)]
     return outputs, [torch.stack(rows) for rows in logits]
+
+
+def load_on_reference(directory, **changes):
+    """The model as the worker loads it, on the reference."""
+    device = TorchDevice(info=DeviceInfo(index=0, name="host"))
+    return load_language_model(make_worker_config(directory, **changes), device)
+
+
+def logits_of(model, token_ids, pieces):
+    """Logits after each piece of a text."""
+    run, request = PagedRun(model), RunningRequest(list(token_ids))
+    return [run.step([(request, n)])[0] for n in pieces]
+
+
+def hold_resuming(model) -> None:
+    """A request that begins behind another's full blocks goes on as that one did."""
+    text = np.random.default_rng(9).integers(4, 500, size=30).tolist()
+    run, first = PagedRun(model), RunningRequest(list(text))
+    run.step([(first, 11)])
+    want = run.step([(first, 19)])[0]
+    second = RunningRequest(list(text), num_computed=16, blocks=first.blocks[:2])
+    torch.testing.assert_close(run.step([(second, 14)])[0], want, rtol=1e-4, atol=1e-4)

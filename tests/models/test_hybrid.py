@@ -11,14 +11,18 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import model_matrix  # noqa: E402
-from paged_runs import PagedRun, RunningRequest, make_worker_config  # noqa: E402
+from paged_runs import (  # noqa: E402
+    PagedRun,
+    RunningRequest,
+    hold_resuming,
+    load_on_reference,
+    logits_of,
+)
 from tiny_architectures import make_tiny_architecture  # noqa: E402
 from tiny_models import make_tiny_tokenizer  # noqa: E402
 
-from quire.backends.reference import TorchDevice  # noqa: E402
 from quire.core.errors import CheckpointError, UnsupportedError  # noqa: E402
-from quire.core.interface import DeviceInfo  # noqa: E402
-from quire.core.models.registry import describe, load_language_model  # noqa: E402
+from quire.core.models.registry import describe  # noqa: E402
 
 MULTIPLIERS = {
     "lm_head_multiplier": 0.7, "embedding_multiplier": 1.3, "mlp_multipliers": [0.8, 1.2],
@@ -70,18 +74,6 @@ def bamba(tmp_path):
     return tmp_path
 
 
-def load(directory, **changes):
-    """The model as the worker loads it, on the reference."""
-    device = TorchDevice(info=DeviceInfo(index=0, name="host"))
-    return load_language_model(make_worker_config(directory, **changes), device)
-
-
-def logits_of(model, token_ids, pieces):
-    """Logits after each piece of a text."""
-    run, request = PagedRun(model), RunningRequest(list(token_ids))
-    return [run.step([(request, n)])[0] for n in pieces]
-
-
 @pytest.mark.parametrize("pieces", [(40,), (1,) * 40, (7, 1, 8, 9, 15)])
 def test_logits_are_those_of_transformers_however_a_text_is_cut(checkpoint, pieces):
     """Keys and states come from the same steps and end where the text does."""
@@ -89,27 +81,20 @@ def test_logits_are_those_of_transformers_however_a_text_is_cut(checkpoint, piec
     token_ids = np.random.default_rng(5).integers(4, 500, size=40).tolist()
     with torch.no_grad():
         want = oracle(torch.tensor([token_ids])).logits[0]
-    got = logits_of(load(directory), token_ids, pieces)
+    got = logits_of(load_on_reference(directory), token_ids, pieces)
     ends = np.cumsum(pieces) - 1
     torch.testing.assert_close(torch.stack(got), want[ends], rtol=1e-4, atol=2e-4)
 
 
 def test_request_resumes_from_the_blocks_of_another(checkpoint):
     """A shared prefix is keys of every token and the state at the end of its last block."""
-    directory, _ = checkpoint
-    model = load(directory)
-    text = np.random.default_rng(9).integers(4, 500, size=30).tolist()
-    run, first = PagedRun(model), RunningRequest(list(text))
-    run.step([(first, 11)])
-    want = run.step([(first, 19)])[0]
-    second = RunningRequest(list(text), num_computed=16, blocks=first.blocks[:2])
-    torch.testing.assert_close(run.step([(second, 14)])[0], want, rtol=1e-4, atol=1e-4)
+    hold_resuming(load_on_reference(checkpoint[0]))
 
 
 def test_step_that_fails_leaves_all_states_as_they_were(checkpoint, monkeypatch):
     """A step may be computed again after an error in its last layer."""
     directory, _ = checkpoint
-    model = load(directory)
+    model = load_on_reference(directory)
     token_ids = np.random.default_rng(8).integers(4, 500, size=20).tolist()
     want = logits_of(model, token_ids, (10, 10))[-1]
     run, request = PagedRun(model), RunningRequest(list(token_ids))
@@ -175,13 +160,13 @@ def test_checkpoint_without_a_tensor_is_refused_by_name(bamba):
     tensors[name + "s"] = tensors.pop(name)
     save_file(tensors, bamba / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        load(bamba)
+        load_on_reference(bamba)
 
 
 def test_quantization_is_refused_with_its_reason(bamba):
     """Weights of mixers are multiplied plainly, and the refusal says so."""
     with pytest.raises(UnsupportedError, match="int8"):
-        load(bamba, quantization="int8")
+        load_on_reference(bamba, quantization="int8")
 
 
 def test_limited_time_steps_are_left_to_the_adapter(bamba):

@@ -9,14 +9,19 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import model_matrix  # noqa: E402
-from paged_runs import BLOCK_SIZE, PagedRun, RunningRequest, make_worker_config  # noqa: E402
+from paged_runs import (  # noqa: E402
+    BLOCK_SIZE,
+    PagedRun,
+    RunningRequest,
+    hold_resuming,
+    load_on_reference,
+    logits_of,
+)
 from tiny_architectures import make_tiny_architecture  # noqa: E402
 from tiny_models import make_tiny_tokenizer  # noqa: E402
 
-from quire.backends.reference import TorchDevice  # noqa: E402
 from quire.core.errors import CheckpointError, UnsupportedError  # noqa: E402
-from quire.core.interface import DeviceInfo  # noqa: E402
-from quire.core.models.registry import describe, load_language_model  # noqa: E402
+from quire.core.models.registry import describe  # noqa: E402
 
 NAMES = ("mamba", "mamba2")
 ENGINE = {
@@ -35,18 +40,6 @@ def checkpoint(request, tmp_path_factory):
     return directory, model
 
 
-def load(directory, **changes):
-    """The model as the worker loads it, on the reference."""
-    device = TorchDevice(info=DeviceInfo(index=0, name="host"))
-    return load_language_model(make_worker_config(directory, **changes), device)
-
-
-def logits_of(model, token_ids, pieces):
-    """Logits after each piece of a text."""
-    run, request = PagedRun(model), RunningRequest(list(token_ids))
-    return [run.step([(request, n)])[0] for n in pieces]
-
-
 @pytest.mark.parametrize("pieces", [(40,), (1,) * 40, (7, 1, 8, 9, 15), (16, 16, 8)])
 def test_logits_are_those_of_transformers_however_a_text_is_cut(checkpoint, pieces):
     """States at every end of a block are those after its last token, whatever steps they came from."""
@@ -54,7 +47,7 @@ def test_logits_are_those_of_transformers_however_a_text_is_cut(checkpoint, piec
     token_ids = np.random.default_rng(5).integers(4, 500, size=40).tolist()
     with torch.no_grad():
         want = oracle(torch.tensor([token_ids])).logits[0]
-    got = logits_of(load(directory), token_ids, pieces)
+    got = logits_of(load_on_reference(directory), token_ids, pieces)
     ends = np.cumsum(pieces) - 1
     torch.testing.assert_close(torch.stack(got), want[ends], rtol=1e-4, atol=1e-4)
 
@@ -62,7 +55,7 @@ def test_logits_are_those_of_transformers_however_a_text_is_cut(checkpoint, piec
 def test_requests_in_one_step_do_not_touch_each_other(checkpoint):
     """Requests at different places of their blocks share rounds and keep their own states."""
     directory, _ = checkpoint
-    model = load(directory)
+    model = load_on_reference(directory)
     rng = np.random.default_rng(6)
     texts = [rng.integers(4, 500, size=30).tolist() for _ in range(3)]
     alone = [logits_of(model, text, (30,))[0] for text in texts]
@@ -77,20 +70,13 @@ def test_requests_in_one_step_do_not_touch_each_other(checkpoint):
 
 def test_request_resumes_from_the_blocks_of_another(checkpoint):
     """A prefix that is shared, or kept from before a preemption, is a state at the end of a block."""
-    directory, _ = checkpoint
-    model = load(directory)
-    text = np.random.default_rng(9).integers(4, 500, size=30).tolist()
-    run, first = PagedRun(model), RunningRequest(list(text))
-    run.step([(first, 11)])
-    want = run.step([(first, 19)])[0]
-    second = RunningRequest(list(text), num_computed=16, blocks=first.blocks[:2])
-    torch.testing.assert_close(run.step([(second, 14)])[0], want, rtol=1e-4, atol=1e-4)
+    hold_resuming(load_on_reference(checkpoint[0]))
 
 
 def test_step_that_fails_leaves_all_states_as_they_were(checkpoint, monkeypatch):
     """A step may be computed again after an error in any of its layers."""
     directory, _ = checkpoint
-    model = load(directory)
+    model = load_on_reference(directory)
     token_ids = np.random.default_rng(8).integers(4, 500, size=20).tolist()
     want = logits_of(model, token_ids, (10, 10))[-1]
     run, request = PagedRun(model), RunningRequest(list(token_ids))
@@ -165,7 +151,7 @@ def test_checkpoint_without_a_tensor_is_refused_by_name(checkpoint, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        load(tmp_path)
+        load_on_reference(tmp_path)
 
 
 def test_limited_time_steps_are_left_to_the_adapter(tmp_path):
