@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny_architectures import VOCAB_SIZE, random_weight, shrunk
+from tiny_architectures import HEAD_SIZE, HIDDEN, VOCAB_SIZE, random_weight, shrunk
 
 _VISION: dict[str, Any] = {
     "depth": 2, "image_size": 32, "patch_size": 8, "spatial_patch_size": 8, "out_hidden_size": 64,
@@ -19,7 +19,42 @@ _VISION: dict[str, Any] = {
 }  # fmt: skip
 """Sizes of towers, where a config has a field of that name and kind."""
 _MARKS = ("image", "video", "vision", "audio", "boi", "eoi", "boa", "eoa", "img")
-_CHANGES: dict[str, dict[str, Any]] = {}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_CHANGES: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": VOCAB_SIZE - 1}},
+    "emu3": {"vocabulary_map": {"<image>": VOCAB_SIZE - 1, "<|extra_200|>": VOCAB_SIZE - 2}},
+    "cosmos3_edge_text": {"rope_parameters": _MROPE},
+    "glm4v_text": {"rope_parameters": _MROPE},
+    "glm4v_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}},
+    "glm_ocr_text": {"rope_parameters": _MROPE},
+    "glmga_text": {"rope_parameters": _MROPE},
+    "paddleocr_vl_text": {"rope_parameters": _MROPE},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [3, 3, 2]}},
+    "hunyuan_vl_text": {
+        "head_dim": HEAD_SIZE,
+        "rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]},
+    },
+    "hunyuan_vl_vision": {"text_hidden_size": HIDDEN},
+    "inkling2_vision": {"text_hidden_size": HIDDEN},
+    "molmo2_adapter": {"text_hidden_size": HIDDEN, "vision_feature_layer": [-1, 0]},
+    "molmo2_vision": {"image_size": [32, 32]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "diffusion_gemma_text": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 48},
+    "dots3_note_vision_encoder": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+    "glm5_next_text": {"qk_rope_head_dim": 0, "head_dim": 0, "qk_head_dim": HEAD_SIZE},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "2/4"},
+    "muse_spark_audio": {"num_hidden_layers": 4},
+    "radio": {"video_temporal_patch_size": 2},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": VOCAB_SIZE - 11},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": VOCAB_SIZE - 11},
+    "qwen2_5_omni_text": {"rope_parameters": _MROPE},
+    "qwen4_exp_text": {
+        "indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_n_heads": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": HEAD_SIZE,
+    },
+    "step3p5": {"sliding_window": 32},
+}
 """By `model_type`: what a part's config must say for the model to be made at all."""
 
 
