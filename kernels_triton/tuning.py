@@ -36,6 +36,7 @@ _CHOICES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "experts_up": {"BLOCK_M": (16, 32, 64, 128), **_TILES},
     "experts_down": _TILES,
     "quantized_linear": {"BLOCK_M": (16, 32, 64), **_TILES},
+    "float8_linear": {"BLOCK_M": (16, 32, 64, 128), **_TILES},
 }
 """What may be tried of each kernel's constants."""
 _OPTIONS: Mapping[str, tuple[int, ...]] = {"num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4)}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.kernels_triton import elementwise, experts, norms, quantized
+from quire.kernels_triton import elementwise, experts, float8, norms, quantized
 from quire.kernels_triton.attention import (
     AttentionShape,
     PagedCache,
@@ -42,13 +42,17 @@ class Work:
     """Makes the tensors, and one call of the host function a shape."""
 
 
-def works(device: str, *, is_dry: bool) -> Iterator[Work]:
-    """All of them, in the order in which they are tuned. A dry run's are tiny and in float32."""
+def works(device: str, *, is_dry: bool, fp8_units: str = "") -> Iterator[Work]:
+    """All of them, in the order in which they are tuned. A dry run's are tiny and in float32.
+
+    `fp8_units`: the 8-bit float that the device's matrix units multiply; empty: none.
+    """
     maker = _Maker(device, torch.float32 if is_dry else torch.bfloat16)
     yield from _attention_works(maker, is_dry=is_dry)
     yield from _latent_works(maker, is_dry=is_dry)
     yield from _expert_works(maker, is_dry=is_dry)
     yield from _layer_works(maker, is_dry=is_dry)
+    yield from _float8_works(maker, fp8_units, is_dry=is_dry)
 
 
 def _attention_works(maker: _Maker, *, is_dry: bool) -> Iterator[Work]:
@@ -146,6 +150,36 @@ def _layer_works(maker: _Maker, *, is_dry: bool) -> Iterator[Work]:
             facts={"item_size": maker.item_size, "rows": n},
             make=partial(_each, maker.multiply, *((n, width, bits) for bits in (8, 4))),
         )
+
+
+def _float8_works(maker: _Maker, units: str, *, is_dry: bool) -> Iterator[Work]:
+    """Weights in 8-bit floats, by one scale a row and by one for each group of inputs.
+
+    With units inputs are rounded too; without them they stay as they are. Few rows share a row of
+    the table whatever their inputs are, so they are timed together.
+    """
+    few, many = (1, 20) if is_dry else (16, 4096)
+    width, size = (64, 32) if is_dry else (4096, 128)
+    kept = [(width, 0, ""), (width, size, "")]
+    rounded = [(width, 0, units), (width, size, units)] if units else []
+    cases = [("kept", maker.item_size, kept), ("rounded", 1, rounded)]
+    if not is_dry:
+        few_cases = partial(_each, maker.multiply_float8, *((few, *c) for c in kept + rounded))
+        facts = {"item_size": 1 if units else maker.item_size, "rows": few}
+        yield Work(
+            label=f"float8_linear, {few} rows",
+            kernel="float8_linear",
+            facts=facts,
+            make=few_cases,
+        )
+    for inputs, item_size, shapes in cases:
+        if shapes:
+            yield Work(
+                label=f"float8_linear, {many} rows, inputs {inputs}",
+                kernel="float8_linear",
+                facts={"item_size": item_size, "rows": many},
+                make=partial(_each, maker.multiply_float8, *((many, *c) for c in shapes)),
+            )
 
 
 def _each(make: Callable[..., Run], *cases: Sequence[Any]) -> list[Run]:
@@ -273,6 +307,31 @@ class _Maker:
 
         def run(launcher: DeviceLauncher) -> None:
             quantized.quantized_linear(launcher, x, layer)
+
+        return run
+
+    def multiply_float8(self, num_tokens: int, width: int, size: int, units: str) -> Run:
+        """A square layer of 8-bit floats, a scale for each `size` inputs, 0: for all of them.
+
+        With `units` inputs are rounded as weights are.
+        """
+        x = self._draw(num_tokens, width)
+        groups = width // size if size else 1
+        rounding = "group" if size else "token"
+        # Codes below 0x70 are numbers in every flavour.
+        codes = torch.randint(0, 0x70, (width, width), dtype=torch.uint8, device=self._device)
+        scales = torch.ones(width, groups, device=self._device, dtype=torch.float32)
+        layer = float8.pack_float8(
+            codes,
+            scales,
+            None,
+            group_size=size,
+            activations=rounding if units else "none",
+            units=units,
+        )
+
+        def run(launcher: DeviceLauncher) -> None:
+            float8.float8_linear(launcher, x, layer)
 
         return run
 

@@ -179,7 +179,8 @@ class AcceleratorDevice(TorchDevice):
         """What `quire tune` calls with a path, `is_dry` and `minutes`; it returns a sentence."""
         from quire.backends.torch_accelerator.tuning import tune_device
 
-        return partial(tune_device, self, self._launcher.table)
+        units = self._vendor.architecture(self.info.architecture).fp8_units
+        return partial(tune_device, self, self._launcher.table, fp8_units=units)
 
     def close(self) -> None:
         """Gives what torch's allocator keeps back to the driver."""

@@ -30,11 +30,13 @@ def tune_device(
     *,
     is_dry: bool,
     minutes: float = 8.0,
+    fp8_units: str = "",
     clock: Callable[[], float] = time.monotonic,
 ) -> str:
     """Writes a tuned table to `path` and its trials beside it; returns a sentence about them.
 
-    What has not begun after `minutes` is left as it was and named.
+    What has not begun after `minutes` is left as it was and named. `fp8_units`: the 8-bit float
+    that the device's matrix units multiply; empty: none.
 
     Raises: DeviceError where the interpreter is asked for figures.
     """
@@ -47,7 +49,7 @@ def tune_device(
     end = clock() + 60.0 * minutes
     found = tuning.tune(
         table,
-        works(str(device.torch_device), is_dry=is_dry),
+        works(str(device.torch_device), is_dry=is_dry, fp8_units=fp8_units),
         partial(_measure, device, _DRY_ROUNDS if is_dry else _ROUNDS),
         limit=_DRY_CANDIDATES if is_dry else 0,
         is_over=lambda: clock() > end,

@@ -42,6 +42,7 @@ def test_dry_run_writes_a_table_that_can_be_read_and_says_where_it_is_from(tmp_p
         "rms_norm",
         "gated_activation",
         "quantized_linear",
+        "float8_linear",
     }
     assert all(trial["seconds"] > 0 for trial in trials)
 

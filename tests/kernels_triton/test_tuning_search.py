@@ -18,7 +18,7 @@ from quire.kernels_triton.tuning_work import Work, works
 PORTABLE = read_table(TABLES / "portable.json")
 TUNED = {
     *("decode", "prefill", "splits", "latent_decode", "latent_prefill", "experts_up"),
-    *("experts_down", "rms_norm", "gated_activation", "quantized_linear"),
+    *("experts_down", "rms_norm", "gated_activation", "quantized_linear", "float8_linear"),
 }
 
 
@@ -148,10 +148,11 @@ def test_what_no_time_or_memory_is_left_for_is_named(launches):
     assert found.tuned == ["splits"]
 
 
-def test_every_tuned_kernel_has_work_that_takes_the_row_it_is_for(launches):
+@pytest.mark.parametrize("units", ["", "float8_e4m3fn", "float8_e4m3fnuz"])
+def test_every_tuned_kernel_has_work_that_takes_the_row_it_is_for(launches, units):
     """The host function, called with the work's tensors, asks for just that row."""
     seen = set()
-    for work in works("cpu", is_dry=True):
+    for work in works("cpu", is_dry=True, fp8_units=units):
         row = PORTABLE.find(work.kernel, work.facts)
         launches.clear()
         for run in work.make():
@@ -161,9 +162,16 @@ def test_every_tuned_kernel_has_work_that_takes_the_row_it_is_for(launches):
     assert seen == TUNED
 
 
-def test_real_work_finds_rows_of_half_precision():
-    """On a device the rows for two bytes are tuned, for both sizes of heads and both loads."""
-    rows = [PORTABLE.find(work.kernel, work.facts) for work in works("meta", is_dry=False)]
+@pytest.mark.parametrize(("units", "num_rows"), [("", 2), ("float8_e4m3fn", 3)])
+def test_real_work_finds_rows_of_half_precision(units, num_rows):
+    """On a device the rows for two bytes are tuned, for both sizes of heads and both loads.
+
+    Those of 8-bit weights are all that a device can take: with units for few rows, for many whose
+    inputs are rounded, and for many whose inputs are kept.
+    """
+    work = list(works("meta", is_dry=False, fp8_units=units))
+    rows = [PORTABLE.find(one.kernel, one.facts) for one in work]
+    assert len({id(row) for row in rows if row.kernel == "float8_linear"}) == num_rows
     assert {row.kernel for row in rows} == TUNED
     for kernel, count in (("decode", 2), ("prefill", 2), ("experts_up", 2), ("rms_norm", 3)):
         assert len({id(row) for row in rows if row.kernel == kernel}) == count, kernel
