@@ -233,6 +233,10 @@ def _chosen(
     native = _native_for(raw)
     if model_impl == TRANSFORMERS or (native is None and model_impl == "auto"):
         return _described(_adapter_for(directory, trust_remote_code), directory, trust_remote_code)
+    if model_impl == "auto" and isinstance(native, NativeImplementation):
+        seeing = _seeing(directory, raw, trust_remote_code)
+        if seeing is not None:
+            return seeing
     if native is None:
         raise CheckpointError(
             f"{directory} holds a model of architecture {_named(raw)}, of which there is no native "
@@ -249,6 +253,24 @@ def _chosen(
         )
         note = f"the native family does not serve this config: {error.reasons[0].need}"
         return adapted, replace(description, notes=(note, *description.notes))
+
+
+def _seeing(
+    directory: Path, raw: dict[str, Any], trust_remote_code: bool
+) -> tuple[ModelImplementation, ModelDescription] | None:
+    """Who serves the images of a checkpoint with a tower; None: it has none, or nobody does."""
+    if raw.get("vision_config") is None:
+        return None
+    try:
+        adapted, description = _described(
+            TransformersImplementation(), directory, trust_remote_code
+        )
+    except UnsupportedError:
+        return None
+    if not description.accepts:
+        return None
+    note = "images are served; with --model-impl native it answers text alone, and faster"
+    return adapted, replace(description, notes=(note, *description.notes))
 
 
 def _adapter_for(directory: Path, trust_remote_code: bool) -> ModelImplementation:

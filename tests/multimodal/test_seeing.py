@@ -15,6 +15,7 @@ from tiny_vision import MARKS, make_config, make_image, make_vision_model
 from quire import LLM, SamplingParams
 from quire.core.engine.image_reader import load_processor
 from quire.core.errors import RequestError
+from quire.core.models.registry import describe
 from quire.core.models.transformers_adapter.seeing import SIGHTS
 
 NUM_TOKENS = 10
@@ -262,3 +263,13 @@ def test_generate_ids_of_paligemma_get_the_image_alone(tmp_path):
         (output,) = llm.generate([request], GREEDY, use_tqdm=False)
         assert not output.error
         assert len(output.prompt_token_ids) == len(codec_ids) - 1 + 16
+
+
+def test_describe_gemma3_with_images_goes_to_who_serves_them(tmp_path):
+    """A checkpoint that sees is not served blind, unless the native family is asked for."""
+    directory = make_vision_model("gemma3", tmp_path)
+    seeing = describe(directory)
+    assert (seeing.implementation, seeing.accepts) == ("transformers", ("image",))
+    assert any("--model-impl native" in note for note in seeing.notes)
+    blind = describe(directory, model_impl="native")
+    assert (blind.implementation, blind.accepts) == ("native", ())

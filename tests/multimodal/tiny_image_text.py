@@ -50,8 +50,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"vision_start_token_id": VOCAB_SIZE - 11},
     "qwen2_5_omni_text": {"rope_parameters": _MROPE},
     "qwen4_exp_text": {
-        "indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_n_heads": 2,
-        "indexer_kv_heads": 1, "indexer_head_dim": HEAD_SIZE,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_SIZE,
     },
     "step3p5": {"sliding_window": 32},
 }

@@ -82,9 +82,14 @@ MARKS = {
     "qwen2_vl": _QWEN_MARK,
     "qwen2_5_vl": _QWEN_MARK,
     "qwen3_vl": _QWEN_MARK,
+    "qwen3_vl_moe": _QWEN_MARK,
+    "glm4v": _QWEN_MARK,
+    "glm4v_moe": _QWEN_MARK,
     "gemma3": "<start_of_image>",
     "idefics3": "<image>",
     "smolvlm": "<image>",
+    "idefics2": "<image>",
+    "vipllava": "<image>",
     "paligemma": "<image>",
     "llava_next": "<image>",
     "internvl": "<IMG_CONTEXT>",
@@ -134,6 +139,8 @@ _NAMED = {
         "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
         "image_token": "<image_soft_token>",
     },
+    "glm4v": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    "glm4v_moe": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
     "internvl": {
         "start_image_token": "<img>", "end_image_token": "</img>",
         "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
@@ -150,8 +157,8 @@ def make_config(family: str) -> Any:
             vision_config=hf.CLIPVisionConfig(**_VISION), text_config=hf.LlamaConfig(**_TEXT),
             image_token_index=3, image_token_id=3, vision_feature_layer=-1,
         )  # fmt: skip
-    elif family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        config = _qwen_config(family)
+    elif family in GRIDS:
+        config = _grid_config(family)
     elif family == "gemma3":
         config = hf.Gemma3Config(
             text_config={**_TEXT, "sliding_window": 12, "query_pre_attn_scalar": 16,
@@ -159,6 +166,21 @@ def make_config(family: str) -> Any:
                          "num_hidden_layers": 4},
             vision_config={**_VISION, "model_type": "siglip_vision_model"},
             mm_tokens_per_image=16, boi_token_index=8, eoi_token_index=9, image_token_index=10,
+        )  # fmt: skip
+    elif family == "vipllava":
+        config = hf.VipLlavaConfig(
+            vision_config=hf.CLIPVisionConfig(**_VISION), text_config=hf.LlamaConfig(**_TEXT),
+            image_token_index=3, vision_feature_layers=[-2, -1], image_seq_length=16,
+        )  # fmt: skip
+    elif family == "idefics2":
+        config = hf.Idefics2Config(
+            vision_config={k: v for k, v in _VISION.items() if k != "projection_dim"},
+            perceiver_config={
+                "hidden_size": 64, "resampler_n_latents": 4, "resampler_depth": 1,
+                "resampler_n_heads": 4, "resampler_head_dim": 16, "num_key_value_heads": 2,
+            },
+            text_config={**_TEXT, "model_type": "mistral", "sliding_window": None},
+            image_token_id=3,
         )  # fmt: skip
     elif family in ("idefics3", "smolvlm"):
         made = hf.Idefics3Config if family == "idefics3" else hf.SmolVLMConfig
@@ -182,6 +204,11 @@ _ARCHITECTURES = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "glm4v": "Glm4vForConditionalGeneration",
+    "glm4v_moe": "Glm4vMoeForConditionalGeneration",
+    "idefics2": "Idefics2ForConditionalGeneration",
+    "vipllava": "VipLlavaForConditionalGeneration",
     "gemma3": "Gemma3ForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
@@ -221,39 +248,64 @@ def _tiled_config(family: str) -> Any:
 _PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
-def _qwen_config(family: str) -> Any:
+GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe")
+"""Families whose tokens of images have positions in three rows."""
+
+
+def _grid_config(family: str) -> Any:
     import transformers as hf
 
     text = {**_TEXT, "rope_parameters": _MROPE}
     if family == "qwen2_vl":
         vision = {**_QWEN_VISION, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
         return hf.Qwen2VLConfig(text_config=text, vision_config=vision, **_QWEN_IDS)
+    vision = {**_QWEN_VISION, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
     if family == "qwen2_5_vl":
-        vision = {
-            **_QWEN_VISION, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
-            "window_size": 16, "fullatt_block_indexes": [1],
-        }  # fmt: skip
+        vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
         return hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_QWEN_IDS)
-    vision = {
-        **_QWEN_VISION, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
-        "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
-    }  # fmt: skip
+    if family.startswith("glm4v"):
+        return _glm_config(family, text, vision)
+    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
     text["rope_parameters"] = {**_MROPE, "mrope_interleaved": True}
-    return hf.Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN_IDS)
+    if family == "qwen3_vl":
+        return hf.Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN_IDS)
+    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    return hf.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **_QWEN_IDS)
+
+
+def _glm_config(family: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
+    import transformers as hf
+
+    vision = {name: vision[name] for name in vision if name != "in_chans"} | {"image_size": 32}
+    ids = {
+        "image_token_id": 6, "video_token_id": 7, "image_start_token_id": 4,
+        "image_end_token_id": 5, "video_start_token_id": 94, "video_end_token_id": 95,
+    }  # fmt: skip
+    if family == "glm4v":
+        return hf.Glm4vConfig(text_config=text, vision_config=vision, **ids)
+    text |= {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+        "rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0},
+    }  # fmt: skip
+    return hf.Glm4vMoeConfig(text_config=text, vision_config=vision, **ids)
 
 
 def make_image_processor(family: str) -> Any:
     """The family's image processor for images of 32 x 32, or of at most 64 x 64."""
     import transformers as hf
 
-    if family == "llava":
+    if family in ("llava", "vipllava"):
         size = {"shortest_edge": 32}
         return hf.CLIPImageProcessorPil(size=size, crop_size={"height": 32, "width": 32})
-    if family.startswith("qwen"):
-        return hf.Qwen2VLImageProcessorPil(
+    if family in GRIDS:
+        is_glm = family.startswith("glm4v")
+        made = hf.Glm4vImageProcessorPil if is_glm else hf.Qwen2VLImageProcessorPil
+        return made(
             patch_size=4, merge_size=2, temporal_patch_size=2,
             size={"shortest_edge": 8 * 8, "longest_edge": 40 * 40},
         )  # fmt: skip
+    if family == "idefics2":
+        return hf.Idefics2ImageProcessorPil(size={"shortest_edge": 24, "longest_edge": 32})
     if family == "gemma3":
         return hf.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
     if family == "paligemma":
@@ -273,7 +325,7 @@ def make_image_processor(family: str) -> Any:
 
 def processor_settings(family: str) -> dict[str, Any]:
     """What processor_config.json says."""
-    if family == "llava":
+    if family in ("llava", "vipllava"):
         return {
             "patch_size": 8, "vision_feature_select_strategy": "default", "image_token": "<image>",
             "num_additional_image_tokens": 1,
@@ -289,7 +341,7 @@ def processor_settings(family: str) -> dict[str, Any]:
         return {"patch_size": 8, "img_size": 32, "downsample_factor": 2}
     if family == "gemma3":
         return {"image_seq_length": 16}
-    if family in ("idefics3", "smolvlm"):
+    if family in ("idefics2", "idefics3", "smolvlm"):
         return {"image_seq_len": 4}
     return {}
 
