@@ -43,3 +43,38 @@ def round_to_even(x):
     The sum has no bits left below one, so the device's own rounding does it.
     """
     return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def scale_part(
+    part,
+    scales_ptr,
+    x_scales_ptr,
+    m,
+    n,
+    group,
+    is_row,
+    is_output,
+    GROUPS: tl.constexpr,
+    X_GROUPS: tl.constexpr,
+):
+    """The products of one group of inputs [M, N], times scales of weights and of X_GROUPS of x."""
+    scale = tl.load(scales_ptr + n * GROUPS + group, mask=is_output, other=0.0)
+    part = part * scale.to(tl.float32)[None, :]
+    if X_GROUPS > 0:
+        x_group = group if X_GROUPS > 1 else 0
+        x_scale = tl.load(x_scales_ptr + m * X_GROUPS + x_group, mask=is_row, other=0.0)
+        part = part * x_scale[:, None]
+    return part
+
+
+@triton.jit
+def store_tile(
+    acc, bias_ptr, out_ptr, m, n, num_outputs, is_row, is_output, HAS_BIAS: tl.constexpr
+):
+    """Writes a tile [M, N] of a linear layer, its bias added."""
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=is_output, other=0.0).to(tl.float32)[None, :]
+    place = out_ptr + (m.to(tl.int64) * num_outputs)[:, None] + n[None, :]
+    mask = is_row[:, None] & is_output[None, :]
+    tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=mask)

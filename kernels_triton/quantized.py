@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.kernels_triton.functions import round_to_even
+from quire.kernels_triton.functions import round_to_even, scale_part, store_tile
 from quire.kernels_triton.launch import Launcher, ceil_div, power_of_two
 
 _MIN_TILE = 16
@@ -106,18 +106,19 @@ def quantized_linear_kernel(
                 wide = out_ptr.dtype.element_ty
                 weight = tl.trans(weight.to(tl.float32).to(wide))
                 part += tl.dot(x.to(tl.float32).to(wide), weight, input_precision="ieee")
-        scale = tl.load(scales_ptr + n * GROUPS + group, mask=is_output, other=0.0)
-        part = part.to(tl.float32) * scale.to(tl.float32)[None, :]
-        if X_GROUPS > 0:
-            x_group = group if X_GROUPS > 1 else 0
-            x_scale = tl.load(x_scales_ptr + m * X_GROUPS + x_group, mask=is_row, other=0.0)
-            part = part * x_scale[:, None]
-        acc += part
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=is_output, other=0.0).to(tl.float32)[None, :]
-    place = out_ptr + (m.to(tl.int64) * num_outputs)[:, None] + n[None, :]
-    mask = is_row[:, None] & is_output[None, :]
-    tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        acc += scale_part(
+            part.to(tl.float32),
+            scales_ptr,
+            x_scales_ptr,
+            m,
+            n,
+            group,
+            is_row,
+            is_output,
+            GROUPS,
+            X_GROUPS,
+        )
+    store_tile(acc, bias_ptr, out_ptr, m, n, num_outputs, is_row, is_output, HAS_BIAS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
