@@ -30,12 +30,54 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
 
 
+ARCHITECTURES = {
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gemma3_text": "gemma3",
+}
+"""What GGUF calls a model type, where it is another name."""
+OWN_KEYS = {
+    "num_experts": "expert_count",
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+
+
 def write(directory, kind="F32", *, arch=None, extra=None):
     """The checkpoint as GGUF, through the package's own writer and names."""
     config = transformers.AutoConfig.from_pretrained(directory)
-    arch = arch or config.model_type
+    arch = arch or ARCHITECTURES.get(config.model_type, config.model_type)
     path = directory.parent / f"{directory.name}-{kind}.gguf"
     writer = gguf.GGUFWriter(str(path), arch)
+    add_sizes(writer, config)
+    add_own(writer, arch, config)
+    add_tokenizer(writer, directory, config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
+    quantization = gguf.GGMLQuantizationType[kind]
+    for name, tensor in stacked(load_file(directory / "model.safetensors")).items():
+        numbers = turned(name, tensor.float(), config) if arch == "llama" else tensor.float()
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            numbers = numbers + 1
+        if name.endswith("shared_expert_gate.weight"):
+            numbers = numbers[0]
+        add_tensor(writer, names.get_name(name, (".weight", ".bias")), numbers, quantization)
+    for name, numbers in (extra or {}).items():
+        writer.add_tensor(name, numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_sizes(writer, config):
+    """What every architecture has."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -46,20 +88,45 @@ def write(directory, kind="F32", *, arch=None, extra=None):
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    add_tokenizer(writer, directory, config)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
-    quantization = gguf.GGMLQuantizationType[kind]
-    for name, tensor in load_file(directory / "model.safetensors").items():
-        numbers = turned(name, tensor.float(), config) if arch == "llama" else tensor.float()
-        add_tensor(writer, names.get_name(name, (".weight", ".bias")), numbers, quantization)
-    for name, numbers in (extra or {}).items():
-        writer.add_tensor(name, numbers)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+
+
+def add_own(writer, arch, config):
+    """What the architecture has of its own."""
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if arch == "phi3":
+        head_size = config.hidden_size // config.num_attention_heads
+        writer.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1) * head_size))
+    if rope["rope_type"] == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for kind in ("long", "short"):
+            factors = np.array(rope[f"{kind}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{kind}.weight", factors)
+    for ours, theirs in OWN_KEYS.items():
+        value = getattr(config, ours, None)
+        if value:
+            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+            add(f"{arch}.{theirs}", value)
+
+
+def stacked(tensors):
+    """Experts of a layer in one tensor, as GGUF has them; all else as it is."""
+    experts, others = {}, {}
+    for name, tensor in tensors.items():
+        before, mark, after = name.partition(".experts.")
+        if mark:
+            index, _, part = after.partition(".")
+            experts.setdefault(f"{before}.experts.{part}", {})[int(index)] = tensor
+        else:
+            others[name] = tensor
+    return others | {
+        name: torch.stack([found[index] for index in range(len(found))])
+        for name, found in experts.items()
+    }
 
 
 def add_tensor(writer, name, tensor, quantization):
@@ -100,15 +167,42 @@ def add_tokenizer(writer, directory, config):
     writer.add_eos_token_id(config.eos_token_id)
 
 
+def mean_quantized(directory, quantization):
+    """Has the checkpoint's matrices hold what the codes mean."""
+    meant = load_file(directory / "model.safetensors")
+    for name, tensor in meant.items():
+        if tensor.dim() == 2:
+            coded = gguf.quants.quantize(tensor.numpy(), quantization)
+            meant[name] = torch.from_numpy(np.array(gguf.dequantize(coded, quantization)))
+    save_file(meant, directory / "model.safetensors", metadata={"format": "pt"})
+
+
 def tokens_of(model):
     return run_greedy(model, [PROMPT], 6, chunk=64)[0][0]
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama-tied", "llama-headdim32", "qwen2", "qwen3"])
+VARIANTS = {
+    "llama": {}, "llama-tied": {}, "llama-headdim32": {}, "qwen2": {}, "qwen3": {},
+    "mixtral": {}, "qwen2-moe": {"mlp_only_layers": []}, "qwen3-moe": {},
+    "gemma2": {"query_pre_attn_scalar": 24}, "gemma3-5to1": {"query_pre_attn_scalar": 24},
+    "phi3": {}, "phi3-swa": {}, "phi3-partial": {}, "phi3-longrope": {},
+}  # fmt: skip
+"""What a GGUF file does not say is as its readers take it."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_gguf_in_float32_gives_the_tokens_of_its_checkpoint(variant, tmp_path):
-    """Names, shapes, the order of heads and the config all come out of one file."""
-    directory = make_tiny_model(variant, tmp_path)
+    """Names, shapes, the order of heads, experts and the config all come out of one file."""
+    directory = make_tiny_model(variant, tmp_path, **VARIANTS[variant])
     made = resolve_model_directory(str(write(directory)))
+    assert tokens_of(load_tiny(made)) == tokens_of(load_tiny(directory))
+
+
+def test_gguf_of_quantized_experts_gives_the_tokens_of_what_it_means(tmp_path):
+    """Each expert is widened from its part of the stacked tensor."""
+    directory = make_tiny_model("qwen3-moe", tmp_path, moe_intermediate_size=64)
+    made = resolve_model_directory(str(write(directory, "Q8_0")))
+    mean_quantized(directory, gguf.GGMLQuantizationType.Q8_0)
     assert tokens_of(load_tiny(made)) == tokens_of(load_tiny(directory))
 
 
@@ -119,12 +213,7 @@ def test_gguf_of_narrow_types_gives_the_tokens_of_what_it_means(kind, tmp_path):
     directory = make_tiny_model("llama", tmp_path, intermediate_size=128)
     made = resolve_model_directory(str(write(directory, kind)))
     quantization = gguf.GGMLQuantizationType[kind]
-    meant = load_file(directory / "model.safetensors")
-    for name, tensor in meant.items():
-        if tensor.dim() == 2:
-            coded = gguf.quants.quantize(tensor.numpy(), quantization)
-            meant[name] = torch.from_numpy(np.array(gguf.dequantize(coded, quantization)))
-    save_file(meant, directory / "model.safetensors", metadata={"format": "pt"})
+    mean_quantized(directory, quantization)
     expected = tokens_of(load_tiny(directory))
     assert tokens_of(load_tiny(made)) == expected
     device = CpuBackend().open(0)

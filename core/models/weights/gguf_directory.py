@@ -8,14 +8,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quire.core.errors import CheckpointError, Reason, UnsupportedError
+from quire.core.errors import CheckpointError
+from quire.core.models.weights.gguf_architectures import (
+    GgufArchitecture,
+    Metadata,
+    architecture_of,
+    refusal,
+)
 from quire.core.models.weights.gguf_files import GGUF_NAME, open_reader
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 _LLAMA3_FACTORS = (8.0, 16.0, 32.0)
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -57,55 +58,62 @@ def gguf_config(reader: Any, path: Path) -> dict[str, Any]:
 
     Raises: CheckpointError, UnsupportedError.
     """
-    arch = str(_field(reader, "general.architecture"))
-    tensors = {str(tensor.name): tensor for tensor in reader.tensors}
-    if arch not in _ARCHITECTURES or "blk.0.ffn_gate_inp.weight" in tensors:
-        have = ", ".join(_ARCHITECTURES)
-        raise _refusal(path, f"architecture {arch} as GGUF", f"dense {have}")
+    metadata = Metadata(reader, path)
+    known = architecture_of(metadata)
     try:
-        heads = int(_field(reader, f"{arch}.attention.head_count"))
-        hidden = int(_field(reader, f"{arch}.embedding_length"))
-        config: dict[str, Any] = {
-            "architectures": [_ARCHITECTURES[arch]],
-            "model_type": arch,
-            "hidden_size": hidden,
-            "num_hidden_layers": int(_field(reader, f"{arch}.block_count")),
-            "intermediate_size": int(_field(reader, f"{arch}.feed_forward_length")),
-            "num_attention_heads": heads,
-            "num_key_value_heads": int(_field(reader, f"{arch}.attention.head_count_kv", heads)),
-            "head_dim": int(_field(reader, f"{arch}.attention.key_length", hidden // heads)),
-            "rms_norm_eps": float(_field(reader, f"{arch}.attention.layer_norm_rms_epsilon")),
-            "max_position_embeddings": int(_field(reader, f"{arch}.context_length")),
-            "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        }
+        config = _sizes(metadata, known)
+        config["rope_parameters"] = _rope(metadata, known, config["head_dim"])
+        config |= known.settings(metadata, config)
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error} of its metadata; convert it again") from error
-    config["rope_parameters"] = _rope(reader, arch, config["head_dim"], tensors, path)
+    tensors = metadata.tensors
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    config["attention_bias"] = arch != "qwen2" and "blk.0.attn_q.bias" in tensors
+    has_bias = "blk.0.attn_q.bias" in tensors
+    config["attention_bias"] = has_bias and not known.model_type.startswith("qwen2")
     for kind in ("bos", "eos"):
-        config[f"{kind}_token_id"] = _field(reader, f"tokenizer.ggml.{kind}_token_id", None)
+        config[f"{kind}_token_id"] = metadata.any(f"tokenizer.ggml.{kind}_token_id", None)
     config["dtype"] = _dtype({tensor.tensor_type.name for tensor in tensors.values()})
     return config
 
 
-def _rope(
-    reader: Any, arch: str, head_size: int, tensors: dict[str, Any], path: Path
-) -> dict[str, Any]:
-    theta = float(_field(reader, f"{arch}.rope.freq_base", 10000.0))
-    rotated = int(_field(reader, f"{arch}.rope.dimension_count", head_size))
-    kind = str(_field(reader, f"{arch}.rope.scaling.type", "none"))
+def _sizes(metadata: Metadata, known: GgufArchitecture) -> dict[str, Any]:
+    """What every architecture has."""
+    heads = int(metadata.own("attention.head_count"))
+    hidden = int(metadata.own("embedding_length"))
+    return {
+        "architectures": [known.architecture],
+        "model_type": known.model_type,
+        "hidden_size": hidden,
+        "num_hidden_layers": int(metadata.own("block_count")),
+        "intermediate_size": int(metadata.own("feed_forward_length")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(metadata.own("attention.head_count_kv", heads)),
+        "head_dim": int(metadata.own("attention.key_length", hidden // heads)),
+        "rms_norm_eps": float(metadata.own("attention.layer_norm_rms_epsilon")),
+        "max_position_embeddings": int(metadata.own("context_length")),
+        "vocab_size": int(metadata.tensors["token_embd.weight"].shape[1]),
+    }
+
+
+def _rope(metadata: Metadata, known: GgufArchitecture, head_size: int) -> dict[str, Any]:
+    path, tensors = metadata.path, metadata.tensors
+    theta = float(metadata.own("rope.freq_base", 10000.0))
+    rotated = int(metadata.own("rope.dimension_count", head_size))
+    kind = str(metadata.own("rope.scaling.type", "none"))
     plain = {"rope_type": "default", "rope_theta": theta}
-    if rotated != head_size:
-        raise _refusal(path, f"{rotated} rotated of {head_size} numbers", "all of them")
+    if rotated != head_size and not known.rotates_part:
+        raise refusal(path, f"{rotated} rotated of {head_size} numbers", "all of them")
     if "rope_freqs.weight" in tensors:
         return {**plain, **_llama3_of(tensors["rope_freqs.weight"].data, theta, head_size, path)}
-    if kind == "none":
+    if kind == "none" or "rope_factors_long.weight" in tensors:
         return plain
     if kind == "linear":
-        factor = float(_field(reader, f"{arch}.rope.scaling.factor"))
-        return {**plain, "rope_type": "linear", "factor": factor}
-    raise _refusal(path, f"rotary scaling {kind} as GGUF", "none, linear, Llama 3's")
+        return {
+            **plain,
+            "rope_type": "linear",
+            "factor": float(metadata.own("rope.scaling.factor")),
+        }
+    raise refusal(path, f"rotary scaling {kind} as GGUF", "none, linear, Llama 3's")
 
 
 def _llama3_of(stored: Any, theta: float, head_size: int, path: Path) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def _llama3_of(stored: Any, theta: float, head_size: int, path: Path) -> dict[st
         wanted = np.where(wavelengths > original, factor, wanted)
         if wanted.shape == stored.shape and np.allclose(wanted, stored, rtol=1e-3):
             return {**_LLAMA3, "factor": factor}
-    raise _refusal(path, "rotary frequencies of its own", "those of Llama 3.1 to 3.3")
+    raise refusal(path, "rotary frequencies of its own", "those of Llama 3.1 to 3.3")
 
 
 def _dtype(types: set[str]) -> str:
@@ -130,15 +138,6 @@ def _dtype(types: set[str]) -> str:
     if not matrices:
         return "float32"
     return "float16" if matrices == {"F16"} else "bfloat16"
-
-
-def _field(reader: Any, name: str, *default: Any) -> Any:
-    field = reader.fields.get(name)
-    if field is not None:
-        return field.contents()
-    if default:
-        return default[0]
-    raise KeyError(name)
 
 
 def _save_tokenizer(path: Path, target: Path) -> None:
@@ -153,8 +152,3 @@ def _save_tokenizer(path: Path, target: Path) -> None:
             f"the tokenizer of {path} cannot be read ({error!r}); give the directory of the "
             "model that it was made from"
         ) from error
-
-
-def _refusal(path: Path, need: str, have: str) -> UnsupportedError:
-    reason = Reason(code="model.gguf", need=need, have=have, remedy="use the model's *.safetensors")
-    return UnsupportedError([reason], what=f"the checkpoint in {path}")

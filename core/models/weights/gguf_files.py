@@ -7,7 +7,7 @@ package, and Q8_0 and Q4_0, whose blocks the contract's record can say, stay cod
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from quire.core.errors import CheckpointError
 from quire.core.interface.quantization import QuantizedWeight
 from quire.core.models.weights.checkpoint_files import CheckpointFiles, StoredTensor
+from quire.core.models.weights.gguf_architectures import Metadata, architecture_of
 from quire.core.models.weights.weight_layout import TensorShape
 
 GGUF_NAME = "weights.gguf"
@@ -41,7 +42,7 @@ _IN_LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_IGNORED = ("rope_freqs.weight",)
+_IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """What the config says as well."""
 _BLOCK = 32
 """Inputs that share a scale in Q8_0 and Q4_0."""
@@ -76,18 +77,34 @@ class GgufFiles(CheckpointFiles):
 
     def __init__(self, path: Path, rename: Callable[[str], str | None]) -> None:
         self._directory = path.parent
-        reader = open_reader(path)
-        self._arch = str(reader.fields["general.architecture"].contents())
-        heads = int(reader.fields[f"{self._arch}.attention.head_count"].contents())
-        kv = reader.fields.get(f"{self._arch}.attention.head_count_kv")
-        self._heads = {"attn_q": heads, "attn_k": int(kv.contents()) if kv else heads}
-        self._tensors = {str(tensor.name): tensor for tensor in reader.tensors}
+        metadata = Metadata(open_reader(path), path)
+        self._known = architecture_of(metadata)
+        heads = int(metadata.own("attention.head_count"))
+        kv = int(metadata.own("attention.head_count_kv", heads))
+        self._heads = {"attn_q": heads, "attn_k": kv}
+        self._tensors = metadata.tensors
+        self._expert_of: dict[str, int] = {}
         self._stored = {}
-        for name, tensor in self._tensors.items():
-            ours = None if name in _IGNORED else rename(standard_gguf_name(name))
+        for name in self._tensors:
+            if name not in _IGNORED:
+                self._store(path, name, rename)
+
+    def _store(self, path: Path, name: str, rename: Callable[[str], str | None]) -> None:
+        """Notes a tensor, or those of the experts that lie in it."""
+        standard = standard_gguf_name(name, self._known.names)
+        shape = tuple(int(size) for size in reversed(self._tensors[name].shape))
+        if "{expert}" not in standard:
+            # A matrix of one row is stored as a vector.
+            shape = (1, *shape) if standard.endswith("shared_expert_gate.weight") else shape
+            ours = rename(standard)
             if ours is not None:
-                shape = tuple(int(size) for size in reversed(tensor.shape))
                 self._stored[ours] = StoredTensor(path, name, shape)
+            return
+        for expert in range(shape[0]):
+            ours = rename(standard.format(expert=expert))
+            if ours is not None:
+                self._stored[ours] = StoredTensor(path, name, shape[1:])
+                self._expert_of[ours] = expert
 
     def read(self, tensor: TensorShape) -> Tensor:
         """One tensor; float32 where it is stored in anything but float16."""
@@ -95,11 +112,15 @@ class GgufFiles(CheckpointFiles):
 
         name = self._stored[tensor.name].name
         stored = self._tensors[name]
+        expert = self._expert_of.get(tensor.name)
+        data = stored.data if expert is None else stored.data[expert]
         try:
-            numbers = gguf.dequantize(stored.data, stored.tensor_type)
+            numbers = gguf.dequantize(data, stored.tensor_type)
         except NotImplementedError as error:
             raise CheckpointError(f"{name} cannot be widened: {error}") from error
         content = torch.from_numpy(np.array(numbers, copy=True)).view(tensor.shape)
+        if self._known.norm_offset and name.endswith("norm.weight"):
+            content = content - self._known.norm_offset
         return self._in_order(name, content)
 
     def read_quantized(
@@ -110,7 +131,7 @@ class GgufFiles(CheckpointFiles):
         stored = self._tensors[name]
         known = {"Q8_0": ("int8", _q8_0), "Q4_0": ("int4", _q4_0)}
         format_name, decode = known.get(stored.tensor_type.name, ("", None))
-        if decode is None or format_name not in formats:
+        if decode is None or format_name not in formats or tensor.name in self._expert_of:
             return None
         blocks = torch.from_numpy(np.array(stored.data, copy=True))
         blocks = blocks.view(tensor.shape[0], tensor.shape[1] // _BLOCK, -1)
@@ -128,18 +149,22 @@ class GgufFiles(CheckpointFiles):
     def _in_order(self, name: str, rows: Tensor) -> Tensor:
         """Rows as rotary embeddings by halves want them: GGUF has a Llama's in turn."""
         matched = _LAYER.fullmatch(name)
-        heads = self._heads.get(matched[2]) if matched and self._arch == "llama" else None
+        heads = self._heads.get(matched[2]) if matched and self._known.is_in_turn else None
         if heads is None:
             return rows
         in_turn = rows.reshape(heads, -1, 2, *rows.shape[1:])
         return in_turn.transpose(1, 2).flatten(0, 2)
 
 
-def standard_gguf_name(name: str) -> str:
-    """A tensor's name as Hugging Face's checkpoints have it; what is not known keeps its own."""
+def standard_gguf_name(name: str, own_names: Mapping[str, str]) -> str:
+    """A tensor's name as Hugging Face's checkpoints have it; what is not known keeps its own.
+
+    `own_names`: of an architecture, in a layer.
+    """
     if matched := _LAYER.fullmatch(name):
         layer, part, kind = matched.groups()
-        return f"model.layers.{layer}.{_IN_LAYER.get(part, part)}.{kind}"
+        ours = own_names.get(part, _IN_LAYER.get(part, part))
+        return f"model.layers.{layer}.{ours}.{kind}"
     part, _, kind = name.rpartition(".")
     return f"{_TOP.get(part, part)}.{kind}"
 
