@@ -85,6 +85,10 @@ MARKS = {
     "qwen3_vl_moe": _QWEN_MARK,
     "glm4v": _QWEN_MARK,
     "glm4v_moe": _QWEN_MARK,
+    "glm46v": _QWEN_MARK,
+    "exaone4_5": _QWEN_MARK,
+    "video_llama_3": _QWEN_MARK,
+    "deepseek_vl": "<image>",
     "gemma3": "<start_of_image>",
     "idefics3": "<image>",
     "smolvlm": "<image>",
@@ -141,6 +145,8 @@ _NAMED = {
     },
     "glm4v": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
     "glm4v_moe": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    "glm46v": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    "deepseek_vl": {"image_token": "<image>"},
     "internvl": {
         "start_image_token": "<img>", "end_image_token": "</img>",
         "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
@@ -171,6 +177,19 @@ def make_config(family: str) -> Any:
         config = hf.VipLlavaConfig(
             vision_config=hf.CLIPVisionConfig(**_VISION), text_config=hf.LlamaConfig(**_TEXT),
             image_token_index=3, vision_feature_layers=[-2, -1], image_seq_length=16,
+        )  # fmt: skip
+    elif family == "deepseek_vl":
+        config = hf.DeepseekVLConfig(
+            vision_config={**_VISION, "model_type": "siglip_vision_model"},
+            text_config={**_TEXT, "model_type": "llama"}, image_token_id=3,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+    elif family == "video_llama_3":
+        vision = {k: _VISION[k] for k in _VISION if k not in ("image_size", "projection_dim")}
+        config = hf.VideoLlama3Config(
+            vision_config={**vision, "patch_size": 4},
+            text_config={**_TEXT, "model_type": "qwen2"},
+            image_token_id=6, video_token_id=7, tie_word_embeddings=False,
         )  # fmt: skip
     elif family == "idefics2":
         config = hf.Idefics2Config(
@@ -207,6 +226,10 @@ _ARCHITECTURES = {
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
     "glm4v": "Glm4vForConditionalGeneration",
     "glm4v_moe": "Glm4vMoeForConditionalGeneration",
+    "glm46v": "Glm46VForConditionalGeneration",
+    "exaone4_5": "Exaone4_5_ForConditionalGeneration",
+    "video_llama_3": "VideoLlama3ForConditionalGeneration",
+    "deepseek_vl": "DeepseekVLForConditionalGeneration",
     "idefics2": "Idefics2ForConditionalGeneration",
     "vipllava": "VipLlavaForConditionalGeneration",
     "gemma3": "Gemma3ForConditionalGeneration",
@@ -248,8 +271,11 @@ def _tiled_config(family: str) -> Any:
 _PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
-GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe")
-"""Families whose tokens of images have positions in three rows."""
+GRIDS = (
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v",
+    "exaone4_5",
+)  # fmt: skip
+"""Families whose images come as patches of a grid of any shape."""
 
 
 def _grid_config(family: str) -> Any:
@@ -263,7 +289,14 @@ def _grid_config(family: str) -> Any:
     if family == "qwen2_5_vl":
         vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
         return hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_QWEN_IDS)
-    if family.startswith("glm4v"):
+    if family == "exaone4_5":
+        vision |= {"window_size": 16, "fullatt_block_indexes": [1], "num_key_value_heads": 2}
+        vision.pop("in_chans")
+        text = {**_TEXT, "model_type": "exaone4", "sliding_window": 12}
+        text["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+        ids = {name: _QWEN_IDS[name] for name in ("image_token_id", "video_token_id")}
+        return hf.Exaone4_5_Config(text_config=text, vision_config=vision, **ids)
+    if family.startswith("glm4"):
         return _glm_config(family, text, vision)
     vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
     text["rope_parameters"] = {**_MROPE, "mrope_interleaved": True}
@@ -281,8 +314,9 @@ def _glm_config(family: str, text: dict[str, Any], vision: dict[str, Any]) -> An
         "image_token_id": 6, "video_token_id": 7, "image_start_token_id": 4,
         "image_end_token_id": 5, "video_start_token_id": 94, "video_end_token_id": 95,
     }  # fmt: skip
-    if family == "glm4v":
-        return hf.Glm4vConfig(text_config=text, vision_config=vision, **ids)
+    if family in ("glm4v", "glm46v"):
+        made = hf.Glm4vConfig if family == "glm4v" else hf.Glm46VConfig
+        return made(text_config=text, vision_config=vision, **ids)
     text |= {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
         "rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0},
@@ -298,12 +332,20 @@ def make_image_processor(family: str) -> Any:
         size = {"shortest_edge": 32}
         return hf.CLIPImageProcessorPil(size=size, crop_size={"height": 32, "width": 32})
     if family in GRIDS:
-        is_glm = family.startswith("glm4v")
-        made = hf.Glm4vImageProcessorPil if is_glm else hf.Qwen2VLImageProcessorPil
+        made = hf.Qwen2VLImageProcessorPil
+        if family.startswith("glm4"):
+            is_first = family.startswith("glm4v")
+            made = hf.Glm4vImageProcessorPil if is_first else hf.Glm46VImageProcessorPil
         return made(
             patch_size=4, merge_size=2, temporal_patch_size=2,
             size={"shortest_edge": 8 * 8, "longest_edge": 40 * 40},
         )  # fmt: skip
+    if family == "video_llama_3":
+        return hf.VideoLlama3ImageProcessorPil(
+            patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 40 * 40}
+        )  # fmt: skip
+    if family == "deepseek_vl":
+        return hf.DeepseekVLImageProcessorPil(size={"height": 32, "width": 32})
     if family == "idefics2":
         return hf.Idefics2ImageProcessorPil(size={"shortest_edge": 24, "longest_edge": 32})
     if family == "gemma3":
@@ -341,6 +383,8 @@ def processor_settings(family: str) -> dict[str, Any]:
         return {"patch_size": 8, "img_size": 32, "downsample_factor": 2}
     if family == "gemma3":
         return {"image_seq_length": 16}
+    if family == "deepseek_vl":
+        return {"num_image_tokens": 16}
     if family in ("idefics2", "idefics3", "smolvlm"):
         return {"image_seq_len": 4}
     return {}
