@@ -34,8 +34,9 @@ conformance-interpreted: $(VENV)/.installed-test ## the suite on BACKEND's kerne
 	$(BIN)/quire conformance verify build/conformance/$(BACKEND)/report.json
 
 TABLES ?= $(wildcard kernels_cuda/tables/*.json kernels_rocm/tables/*.json)
-kernels: $(VENV)/.installed-test ## compile every Triton kernel for every architecture of TABLES
+kernels: $(VENV)/.installed-test ## compile every kernel for every architecture of TABLES
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m quire.kernels_triton $(TABLES) --jobs $(WORKERS) --json docs/reports/kernels.json --page docs/kernels.md
+	if command -v nvcc; then $(BIN)/python -m quire.kernels_cuda; else echo "no nvcc: CUDA C++ is left out"; fi
 
 check: $(VENV)/.installed-test ## format, lint, types, architecture
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check

@@ -1,4 +1,7 @@
-"""What kernels need to know of CUDA's architectures: launch tables, as data with provenance."""
+"""What is NVIDIA's alone: launch tables by architecture, as data with provenance, and CUDA C++.
+
+Importing this imports neither torch nor a library of CUDA's.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,27 @@ from __future__ import annotations
 from quire import kernels_cuda
 from quire.backends.cuda.nvml import find_devices
 from quire.backends.torch_accelerator import AcceleratorBackend, Found, Vendor
-from quire.backends.torch_accelerator.vendor import Architecture
+from quire.backends.torch_accelerator.vendor import Architecture, Copies
+
+
+def _open_copies(architecture: str, torch_device: str) -> Copies:
+    """A kernel of CUDA C++, built by the compiler that torch's build brings."""
+    import torch
+
+    from quire.kernels_cuda.copies import open_copies
+    from quire.kernels_cuda.driver import open_compiler, open_driver
+
+    device = torch.device(torch_device)
+    major = int((torch.version.cuda or "0").partition(".")[0])
+    copies = open_copies(
+        architecture,
+        device,
+        lambda: torch.cuda.current_stream(device).cuda_stream,
+        compiler=open_compiler(major),
+        driver=open_driver(),
+    )
+    return copies.copy
+
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 CUDA = Vendor(
@@ -27,6 +47,7 @@ CUDA = Vendor(
     },
     read_tables=kernels_cuda.table_path,
     interpreted_architecture="sm_90",
+    open_copies=_open_copies,
 )
 
 

@@ -141,7 +141,11 @@ class AcceleratorDevice(TorchDevice):
             self._chosen_attention is not TritonAttention
         ):
             return None
-        return ReplayedCalls() if self._is_interpreted else TorchGraphs(self.torch_device)
+        if self._is_interpreted:
+            return ReplayedCalls()
+        opens = self._vendor.open_copies
+        where = (self.info.architecture, str(self.torch_device))
+        return TorchGraphs(where[1], None if opens is None else partial(opens, *where))
 
     def make_staging(self, shape: Sequence[int], dtype: str) -> Tensor:
         pins = not self._is_interpreted

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quire.backends.torch_accelerator.errors import device_errors
+from quire.backends.torch_accelerator.vendor import Copies
 from quire.core.interface import (
     CapturedStep,
     DeviceError,
@@ -19,18 +22,23 @@ from quire.core.interface import (
 _WARM_UPS = 2
 """The first call compiles kernels and makes handles, the second finds them made."""
 _GRAPH_CLASSES = ("CUDAGraph", "XPUGraph")
+_LOGGER = logging.getLogger(__name__)
 
 
 class TorchGraphs(GraphCapture):
     """Graphs of one device; they share one pool of memory, since they never run at once."""
 
-    def __init__(self, torch_device: str) -> None:
+    def __init__(self, torch_device: str, open_copies: Callable[[], Copies] | None = None) -> None:
+        """`open_copies` gives what copies a step's arrays by one launch, or raises RuntimeError."""
         self._device = torch_device
+        self._open_copies = open_copies
+        self._copies: Copies = super().fill
         self._module: Any = torch.get_device_module(torch_device)
         self._pool: Any = None
         self._captured: list[Any] = []
 
     def capture(self, key: str, step: Callable[[], None]) -> CapturedStep:
+        self._find_copies()
         graph = self._new_graph(key)
         stream = self._module.Stream(self._device)
         try:
@@ -54,11 +62,28 @@ class TorchGraphs(GraphCapture):
         self._captured.append(graph)
         return _TorchGraph(graph)
 
+    def fill(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        with device_errors("replay"):
+            self._copies(pairs)
+
     def release(self) -> None:
         for graph in self._captured:
             graph.reset()
         self._captured.clear()
         self._pool = None
+
+    def _find_copies(self) -> None:
+        """Before the first recording: modules are not loaded while one is made."""
+        open_copies, self._open_copies = self._open_copies, None
+        if open_copies is None:
+            return
+        try:
+            with device_errors("graphs"):
+                self._copies = open_copies()
+        except DeviceError:
+            raise
+        except RuntimeError as error:
+            _LOGGER.warning("the arrays of replayed steps are copied one by one: %s", error)
 
     def _new_graph(self, key: str) -> Any:
         for name in _GRAPH_CLASSES:

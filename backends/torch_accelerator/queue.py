@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.backends.torch_accelerator.errors import device_errors
+from quire.backends.torch_accelerator.errors import device_errors, losses
 from quire.core.interface import Event, Queue
 
 
@@ -24,7 +24,7 @@ class StreamQueue(Queue):
             target.copy_(staging, non_blocking=True)
 
     def run(self, work: Callable[[], None]) -> None:
-        with self._module.device(self._device):
+        with losses("step"), self._module.device(self._device):
             work()
 
     def download(self, source: Tensor, staging: Tensor) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quire.core.interface import DeviceInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +25,10 @@ class Architecture:
     fp8_units: str = ""
     """The 8-bit float that matrix units multiply; empty: none, and weights are widened."""
     has_graphs: bool = True
+
+
+Copies = Callable[[Sequence[tuple["Tensor", "Tensor"]]], None]
+"""Copies (source, target) pairs of a device's tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +55,10 @@ class Vendor:
     """The launch table of an architecture; None: the portable one."""
     interpreted_architecture: str
     """Whose claims the interpreter makes."""
+    open_copies: Callable[[str, str], Copies] | None = None
+    """Of (architecture, torch's device, whose context is there): copies by one launch. None: torch
+    copies, one after the other. Raises: RuntimeError with the cause where it cannot be had.
+    """
 
     def architecture(self, name: str) -> Architecture:
         """What devices of architecture `name` can do; conservative for unknown ones."""

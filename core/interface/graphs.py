@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from quire.core.interface.contract import check_contract
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CapturedStep(ABC):
@@ -36,6 +40,15 @@ class GraphCapture(ABC):
         Raises: DeviceOutOfMemory if the recording does not fit; UnsupportedError if `step` cannot
         be recorded.
         """
+
+    def fill(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Copies each (source, target), tensors of the device, before a replay reads the targets.
+
+        Shapes are the same; targets may be parts of larger buffers. Override it where the device
+        can copy many small tensors at once.
+        """
+        for source, target in pairs:
+            target.copy_(source)
 
     def release(self) -> None:  # noqa: B027 - optional
         """Drops every recording and its memory."""

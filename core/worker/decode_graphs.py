@@ -77,10 +77,13 @@ class DecodeGraphs:
         if captured is None:
             return None
         static = self._of_size(num_requests)
-        for name, target in static.items():
-            if name in tensors:
-                source = tensors[name]
-                (target[:, : source.shape[1]] if source.dim() == 2 else target).copy_(source)
+        self._graphs.fill(
+            [
+                (tensors[name], _as_wide(target, tensors[name]))
+                for name, target in static.items()
+                if name in tensors
+            ]
+        )
         captured.replay()
         return static["hidden"]
 
@@ -227,6 +230,11 @@ def _static_buffers(
             slots = torch.full((size,), NULL_BLOCK * block_size, dtype=torch.int64)
             buffers |= {f"block_table.{group}": table, f"slot_mapping.{group}": slots}
     return buffers
+
+
+def _as_wide(target: Tensor, source: Tensor) -> Tensor:
+    """The part of a block table's buffer that a step's table fills."""
+    return target[:, : source.shape[1]] if source.dim() == 2 else target
 
 
 def _num_groups(static: Mapping[str, Tensor]) -> int:

@@ -205,6 +205,88 @@ def test_lost_device_at_replay_is_told(module):
         step.replay()
 
 
+def test_arrays_of_a_replay_are_copied_by_what_the_vendor_offers(module):
+    """It is opened once and before the first recording: modules are not loaded while one is made."""
+    opened, copied = [], []
+
+    def open_copies():
+        opened.append(len(module.log))
+        return copied.extend
+
+    graphs = TorchGraphs("cpu", open_copies)
+    graphs.capture("decode of 1", lambda: None)
+    graphs.capture("decode of 2", lambda: None)
+    pair = (torch.arange(3), torch.zeros(3))
+    graphs.fill([pair])
+    assert opened == [0]
+    assert copied == [pair]
+
+
+@pytest.mark.parametrize("cause", ["NVRTC was not found", "copied wrong bytes"])
+def test_arrays_are_copied_one_by_one_where_nothing_better_can_be_had(module, caplog, cause):
+    """The step is served the way that always works, and the log says why."""
+
+    def open_copies():
+        raise RuntimeError(cause)
+
+    graphs = TorchGraphs("cpu", open_copies)
+    graphs.capture("decode of 1", lambda: None)
+    graphs.capture("decode of 2", lambda: None)
+    target = torch.zeros(2, 4, dtype=torch.int64)
+    graphs.fill([(torch.ones(2, 3, dtype=torch.int32), target[:, :3])])
+    assert target.tolist() == [[1, 1, 1, 0]] * 2
+    said = [record.message for record in caplog.records]
+    assert said == [f"the arrays of replayed steps are copied one by one: {cause}"]
+
+
+def test_device_lost_while_the_copies_are_opened_is_no_reason_to_go_without(module):
+    """What the driver says of work before is not the copies' fault."""
+
+    def open_copies():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered (cuLaunch: 700)")
+
+    with pytest.raises(DeviceLost, match="restart the worker"):
+        TorchGraphs("cpu", open_copies).capture("decode of 1", lambda: None)
+
+
+def test_device_lost_before_the_copies_of_a_replay_is_told(module):
+    """The copies are the first of a step to ask the device."""
+
+    def copies(pairs):
+        raise RuntimeError("CUDA error: unspecified launch failure (cuLaunchKernel: 719)")
+
+    graphs = TorchGraphs("cpu", lambda: copies)
+    graphs.capture("decode of 1", lambda: None)
+    with pytest.raises(DeviceLost, match=r"replay.*unspecified launch failure"):
+        graphs.fill([])
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), DeviceLost),
+        (RuntimeError("Triton Error [HIP]:  Code: 719, unspecified launch failure"), DeviceLost),
+        (
+            RuntimeError("level_zero backend failed with 20 (UR_RESULT_ERROR_DEVICE_LOST)"),
+            DeviceLost,
+        ),
+        (lost(), DeviceLost),
+        (RuntimeError("Triton Error [CUDA]: invalid argument"), RuntimeError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (DeviceOutOfMemory("no memory", tag="cache"), DeviceOutOfMemory),
+    ],
+)
+def test_work_that_finds_its_device_lost_says_so_whoever_launched_it(module, error, kind):
+    """Triton launches by the driver itself and raises an ordinary error; memory stays the core's."""
+
+    def work():
+        raise error
+
+    with pytest.raises(kind) as caught:
+        StreamQueue("cpu").run(work)
+    assert type(caught.value) is kind
+
+
 def test_replayed_call_calls_again():
     """The interpreter's stand-in for a graph runs the same step."""
     calls = []

@@ -167,6 +167,7 @@ def test_wheel_without_a_compiler_is_pure_and_complete(tmp_path):
         for path in (ROOT / "quire" / "demo").rglob("*.safetensors")
     }
     assert demo <= names
+    assert "quire/kernels_cuda/sources/copy_arrays.cu" in names, "built on the machine that runs it"
     assert not [name for name in names if "csrc" in name or name.startswith(("tests", "core"))]
 
 

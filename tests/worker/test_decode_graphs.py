@@ -125,6 +125,35 @@ def test_replayed_decodes_give_the_tokens_of_transformers(claims, tiny, prompts,
     assert graphs.is_released
 
 
+class FillingGraphs(CallingGraphs):
+    """Copies bytes, as one launch for all arrays of a step would."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_pairs = []
+
+    def fill(self, pairs):
+        self.num_pairs.append(len(pairs))
+        for source, target in pairs:
+            assert source.dtype == target.dtype
+            assert source.shape == target.shape
+            assert source.stride(-1) == target.stride(-1) == 1
+            target.numpy()[...] = source.numpy()
+
+
+def test_device_that_copies_a_steps_arrays_at_once_is_asked_once_a_replay(tiny, prompts, oracle):
+    """All that changes from step to step goes through it: tokens, lengths, tables and slots."""
+    graphs = FillingGraphs()
+    driver = start(tiny, prompts, graphs)
+    driver.worker.warm_up()
+    record_all(driver.worker)
+    before = graphs.num_replays
+    outputs = driver.run(64)
+    expected = {name: tokens[: len(outputs[name])] for name, tokens in oracle("gemma3").items()}
+    assert outputs == expected
+    assert graphs.num_pairs == [8] * (graphs.num_replays - before)
+
+
 def test_decode_that_cannot_be_recorded_runs_eagerly_and_says_so(tiny, prompts, oracle, caplog):
     """A slower path is chosen aloud."""
     graphs = CallingGraphs(refused=("decode of 8 requests",))
