@@ -13,12 +13,16 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from unittest.mock import patch
 
 import numpy as np
 import typer
 
+from quire.backends.torch_accelerator.queue import StreamEvent
 from quire.benchmarks import workloads
 from quire.benchmarks.accelerator_attention import measure_attention
 from quire.benchmarks.accelerator_kernels import (
@@ -97,6 +101,9 @@ def _measure_engine(
         _decode_step(llm, shape, batch, ceiling, is_dry=is_dry)
         for batch in ((1, 2) if is_dry else (1, 8, 64))
     ]
+    record.measurements += [
+        _host_step(llm, shape, batch, is_dry=is_dry) for batch in ((1, 2) if is_dry else (1, 64))
+    ]
     llm.close()
     del llm
     gc.collect()
@@ -141,6 +148,46 @@ def _decode_step(
         unit="times weights and cache over copy bandwidth",
         values=tuple(values),
     )
+
+
+def _host_step(llm: LLM, shape: str, batch: int, *, is_dry: bool) -> Measurement:
+    """What the host itself does for a decode step: all of its time but the waiting for the device.
+
+    The difference of a long and a short output, as for a step's own time.
+    """
+    prompt, short, long = (4, 1, 3) if is_dry else (32, 8, 136)
+    prompts = [[10 + number, *range(20, 19 + prompt)] for number in range(batch)]
+    values = []
+    for _ in range(1 if is_dry else 3):
+        taken = []
+        for num_tokens in (short, long):
+            with _timed_waiting() as waited:
+                seconds = _run_quire(llm, [Work(p, num_tokens) for p in prompts])
+            taken.append(seconds - sum(waited))
+        values.append(1e3 * (taken[1] - taken[0]) / (long - short))
+    return Measurement(
+        work=f"host's part of a decode step, {shape}, {batch} requests",
+        subject="quire",
+        unit="ms",
+        values=tuple(values),
+    )
+
+
+@contextmanager
+def _timed_waiting() -> Iterator[list[float]]:
+    """Seconds of each wait for an event of a stream, while it lasts."""
+    waited: list[float] = []
+    wait = StreamEvent.wait
+
+    def timed(event: StreamEvent) -> None:
+        begin = time.perf_counter()
+        try:
+            wait(event)
+        finally:
+            waited.append(time.perf_counter() - begin)
+
+    with patch.object(StreamEvent, "wait", timed):
+        yield waited
 
 
 def _load(shape: str, *, is_dry: bool) -> list[Work]:
