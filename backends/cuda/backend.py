@@ -16,6 +16,7 @@ def _open_copies(architecture: str, torch_device: str) -> Copies:
     from quire.kernels_cuda.driver import open_compiler, open_driver
 
     device = torch.device(torch_device)
+    torch.cuda.synchronize(device)  # the driver loads into the context of this thread
     major = int((torch.version.cuda or "0").partition(".")[0])
     copies = open_copies(
         architecture,

@@ -45,6 +45,7 @@ class DecodeGraphs:
         self._num_missed: Counter[int] = Counter()
         self._has_told = False
         self._recorded_bytes = 0
+        self._parts: dict[int, dict[str, Tensor]] = {}
         block_sizes = [group.spec.block_size for group in model.attention_groups]
         self._block_sizes = block_sizes
         index_dtype = getattr(torch, device.capabilities.index_dtype)
@@ -165,11 +166,15 @@ class DecodeGraphs:
             return None
 
     def _of_size(self, num_requests: int) -> dict[str, Tensor]:
-        """The first rows of every buffer."""
-        return {
-            name: buffer[: num_requests + (name == "query_start_loc")]
-            for name, buffer in self._static.items()
-        }
+        """The first rows of every buffer; the same tensors each time."""
+        parts = self._parts.get(num_requests)
+        if parts is None:
+            parts = {
+                name: buffer[: num_requests + (name == "query_start_loc")]
+                for name, buffer in self._static.items()
+            }
+            self._parts[num_requests] = parts
+        return parts
 
     def _worst_batch(
         self, static: Mapping[str, Tensor], group: int, num_requests: int

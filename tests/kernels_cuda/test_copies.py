@@ -10,13 +10,16 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire.backends.cuda.backend import CUDA
 from quire.kernels_cuda import copies as copies_module
+from quire.kernels_cuda import driver as driver_module
 from quire.kernels_cuda.copies import MAX_ARRAYS, SOURCE, open_copies
 from quire.kernels_cuda.driver import CudaError, open_compiler
 
@@ -159,6 +162,24 @@ def test_kernel_that_copies_wrong_bytes_is_refused_when_it_is_opened(cuda, monke
     monkeypatch.setattr(copies_module.ArrayCopies, "copy", lambda self, pairs: None)
     with pytest.raises(CudaError, match="copied wrong bytes"):
         opened(cuda)
+
+
+def test_backend_opens_the_kernel_for_its_device_with_what_torch_has_loaded(cuda, monkeypatch):
+    """The compiler of torch's CUDA, the context of this thread, the stream of each step."""
+    stream, asked = SimpleNamespace(cuda_stream=3), []
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(driver_module, "open_compiler", lambda major: asked.append(major) or cuda)
+    monkeypatch.setattr(driver_module, "open_driver", lambda: cuda)
+    copy = CUDA.open_copies("sm_89", "cpu")
+    assert asked == [CPU, 12]
+    assert b"--gpu-architecture=sm_89 " in cuda.options()
+    stream.cuda_stream = 5
+    source, target = torch.arange(9), torch.zeros(9, dtype=torch.int64)
+    copy([(source, target)])
+    assert torch.equal(source, target)
+    assert cuda.stream() == 5
 
 
 def test_compiler_that_is_not_there_is_named():
