@@ -32,7 +32,7 @@ class AttentionGroup:
     """Layers of one `AttentionSpec`."""
 
     name: str
-    """`full`, `sliding_4096`."""
+    """`full`, `sliding_4096`, `chunked_8192`."""
     spec: AttentionSpec
     layers: tuple[int, ...]
     """Their indices, ascending."""
@@ -74,7 +74,7 @@ def attention_groups_of(
         layers_of.setdefault(window, []).append(layer)
     return tuple(
         AttentionGroup(
-            name="full" if window is None else f"sliding_{window}",
+            name=_name_of(decoder, window),
             spec=_spec_of(decoder, window, dtype, cache_dtype, block_size),
             layers=tuple(layers),
         )
@@ -82,11 +82,18 @@ def attention_groups_of(
     )
 
 
+def _name_of(decoder: DecoderSpec, window: int | None) -> str:
+    if window is None:
+        return "full"
+    return f"chunked_{window}" if decoder.are_windows_chunks else f"sliding_{window}"
+
+
 def _spec_of(
     decoder: DecoderSpec, window: int | None, dtype: str, cache_dtype: str, block_size: int
 ) -> AttentionSpec:
     latent = decoder.latent
-    kind = "causal" if window is None else "sliding_window"
+    windowed = "chunked" if decoder.are_windows_chunks else "sliding_window"
+    kind = "causal" if window is None else windowed
     return AttentionSpec(
         num_heads=decoder.num_heads,
         num_kv_heads=1 if latent else decoder.num_kv_heads,

@@ -14,7 +14,7 @@ from quire.core.interface.op_specs import OP_SPECS
 from quire.core.interface.ops import PackedLinear
 from quire.core.models.description import ModelDescription
 from quire.core.models.layers import DecoderLayer, LayerWeights
-from quire.core.models.rotary import RotaryTable
+from quire.core.models.rotary import make_position_tables
 from quire.core.models.step_context import StepContext
 
 
@@ -63,10 +63,9 @@ class CausalLM:
         self._embedding_scale = float(weights.embedding.new_tensor(decoder.embedding_scale))
         self._first_norm = weights.layers[0].input_norm
         self._lm_head = weights.lm_head
-        self._ropes = [
-            RotaryTable(rope, max_model_len=max_model_len, device=str(device.torch_device))
-            for rope in decoder.ropes
-        ]
+        self._ropes = make_position_tables(
+            decoder, max_model_len=max_model_len, device=str(device.torch_device)
+        )
         self.weight_bytes = weights.size_bytes + sum(rope.size_bytes for rope in self._ropes)
         self._layers = self._make_layers(weights)
         latent = decoder.latent
@@ -125,7 +124,7 @@ class CausalLM:
                 ops=self._ops,
                 attention=self.attention_backends[group_of[index]],
                 group=group_of[index],
-                rope=self._decoder.layer_ropes[index],
+                index=index,
             )
             for index, layer_weights in enumerate(weights.layers)
         ]

@@ -51,6 +51,21 @@ class MixtureSpec:
     has_router_bias: bool = False
     has_correction_bias: bool = False
     has_expert_bias: bool = False
+    weighs_input: bool = False
+    """What an expert is given is multiplied by its weight, not what it answers; chosen are those of
+    the largest logits, and their sigmoids weigh."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemperatureSpec:
+    """How queries grow with their position: by log(1 + floor((p + 1) / floor)) * scale + 1.
+
+    Source: Nakanishi 2025 (scalable softmax), in the form of Llama 4.
+    """
+
+    floor: float
+    """So many tokens are not changed, and the factor is the same for as many more."""
+    scale: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +103,10 @@ class DecoderSpec:
     max_model_len: int
     """The most tokens that the model was made for, scaling of RoPE included."""
     layer_windows: tuple[int | None, ...]
-    """For each layer, its sliding window; None: it sees everything."""
+    """For each layer, its window; None: it sees everything."""
     ropes: tuple[RopeSpec, ...]
-    layer_ropes: tuple[int, ...]
-    """For each layer, the index into `ropes`."""
+    layer_ropes: tuple[int | None, ...]
+    """For each layer, the index into `ropes`; None: it does not rotate."""
     attention_scale: float
     """Multiplies q . k."""
     norm_eps: float
@@ -111,6 +126,12 @@ class DecoderSpec:
     """As in `AttentionSpec`."""
     is_rope_interleaved: bool = False
     """As in `Ops.rotary`."""
+    are_windows_chunks: bool = False
+    """Windows do not slide: they are laid side by side, and a token sees its own alone."""
+    has_rotated_norm: bool = False
+    """Queries and keys are normalised after they are rotated, without weights."""
+    temperature: TemperatureSpec | None = None
+    """Of the layers that do not rotate."""
     mixture: MixtureSpec | None = None
     latent: LatentSpec | None = None
     has_sandwich_norms: bool = False
@@ -137,6 +158,16 @@ class DecoderSpec:
         """Lengths of the weights of the norms of queries and keys."""
         q_size, k_size, _ = self.qkv_sizes
         return (q_size, k_size) if self.is_qk_norm_joint else (self.head_size, self.head_size)
+
+    def position_table(self, layer: int) -> int:
+        """Which table a layer looks its positions up in: one for each rope, then temperatures.
+
+        A layer that looks up nothing is given the first.
+        """
+        rope = self.layer_ropes[layer]
+        if rope is not None:
+            return rope
+        return 0 if self.temperature is None else len(self.ropes)
 
     def is_sparse(self, layer: int) -> bool:
         """Whether the MLP of a layer is a mixture of experts."""

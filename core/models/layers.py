@@ -10,6 +10,7 @@ from quire.core.interface.attention import AttentionBackend, AttentionPlan, Laye
 from quire.core.interface.fusion import DecoderLayerParts, FusedLayer
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import DecoderSpec
+from quire.core.models.mixed_rope_attention import MixedRopeAttention
 from quire.core.models.mlp import DenseMlp, DenseWeights, MixtureMlp, MixtureWeights, Mlp
 from quire.core.models.self_attention import (
     HeadAttention,
@@ -57,12 +58,13 @@ class DecoderLayer:
         ops: Ops,
         attention: AttentionBackend,
         group: int,
-        rope: int,
+        index: int,
     ) -> None:
         self.group = group
-        self.rope = rope
+        self.rope = decoder.position_table(index)
+        rope = decoder.layer_ropes[index]
         self._eps = decoder.norm_eps
-        self._attention = _make_attention(decoder, weights.attention, ops, attention)
+        self._attention = _make_attention(decoder, weights, rope, ops, attention)
         self._mlp = _make_mlp(decoder, weights.mlp, ops)
         self._output = weights.output
         self._attention_output_norm = weights.attention_output_norm
@@ -107,13 +109,21 @@ class DecoderLayer:
 
 def _make_attention(
     decoder: DecoderSpec,
-    weights: HeadWeights | LatentWeights,
+    weights: LayerWeights,
+    rope: int | None,
     ops: Ops,
     attention: AttentionBackend,
 ) -> SelfAttention:
-    if isinstance(weights, LatentWeights):
-        return LatentAttention(decoder, weights, ops, attention)
-    return HeadAttention(decoder, weights, ops, attention)
+    heads = weights.attention
+    if isinstance(heads, LatentWeights):
+        return LatentAttention(decoder, heads, ops, attention)
+    if rope is None or decoder.has_rotated_norm:
+        # Without weights: as ones, in the dtype of all others.
+        norm = weights.input_norm.new_ones(decoder.head_size) if decoder.has_rotated_norm else None
+        return MixedRopeAttention(
+            decoder, heads, ops, attention, is_rotated=rope is not None, rotated_norm=norm
+        )
+    return HeadAttention(decoder, heads, ops, attention)
 
 
 def _make_mlp(decoder: DecoderSpec, weights: DenseWeights | MixtureWeights, ops: Ops) -> Mlp:
@@ -127,13 +137,15 @@ def _fuse(
     decoder: DecoderSpec,
     weights: LayerWeights,
     following_norm: Tensor,
-    rope: int,
+    rope: int | None,
     ops: Ops,
     attention: AttentionBackend,
 ) -> FusedLayer | None:
     """The device's one call for a layer of plain heads and one MLP, if it has one."""
     heads, mlp = weights.attention, weights.mlp
     if not (isinstance(heads, HeadWeights) and isinstance(mlp, DenseWeights)):
+        return None
+    if rope is None or decoder.has_rotated_norm:
         return None
     parts = DecoderLayerParts(
         qkv=heads.qkv,

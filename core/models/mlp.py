@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quire.core.interface.experts import PackedExperts
+from quire.core.interface.experts import PackedExperts, RoutingSpec
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import MixtureSpec
 
@@ -68,6 +68,7 @@ class MixtureMlp:
         self, mixture: MixtureSpec, activation: str, weights: MixtureWeights, ops: Ops
     ) -> None:
         self._routing = mixture.routing
+        self._weighs_input = mixture.weighs_input
         self._weights = weights
         self._ops = ops
         self._shared = DenseMlp(activation, weights.shared, ops) if weights.shared else None
@@ -76,11 +77,24 @@ class MixtureMlp:
         """[T, H]."""
         ops, weights = self._ops, self._weights
         logits = ops.linear(x.float(), weights.router)
-        shares, expert_ids = ops.route_experts(logits, self._routing, weights.correction_bias)
-        out = ops.experts(x, weights.experts, shares, expert_ids)
+        if self._weighs_input:
+            shares, expert_ids = _largest(logits, self._routing)
+            out = ops.experts(x, weights.experts, shares, expert_ids, weighs_input=True)
+        else:
+            shares, expert_ids = ops.route_experts(logits, self._routing, weights.correction_bias)
+            out = ops.experts(x, weights.experts, shares, expert_ids)
         if self._shared is None:
             return out
         shared = self._shared(x)
         if weights.shared_gate is not None:
             shared = shared * torch.sigmoid(ops.linear(x, weights.shared_gate))
         return out.add_(shared)
+
+
+def _largest(logits: Tensor, routing: RoutingSpec) -> tuple[Tensor, Tensor]:
+    """As `Ops.route_experts`: those of the largest logits, by their sigmoids.
+
+    Large logits have equal sigmoids: to choose by these would break ties where there are none.
+    """
+    chosen, expert_ids = logits.topk(routing.num_chosen, dim=-1)
+    return chosen.sigmoid(), expert_ids

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.core.models.decoder_spec import RopeSpec
+from quire.core.models.decoder_spec import DecoderSpec, RopeSpec, TemperatureSpec
 
 
 class RotaryTable:
@@ -38,6 +38,38 @@ class RotaryTable:
     def size_bytes(self) -> int:
         """Memory that the table holds."""
         return self._cos.nbytes + self._sin.nbytes
+
+
+class TemperatureTable:
+    """The factors of queries by their positions: float32 [max_model_len, 1]."""
+
+    def __init__(self, spec: TemperatureSpec, *, max_model_len: int, device: str) -> None:
+        positions = torch.arange(max_model_len, dtype=torch.float32)
+        grown = torch.log1p(torch.floor((positions + 1.0) / spec.floor))
+        self._factors = (grown * spec.scale + 1.0).to(device)[:, None]
+
+    def gather(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of positions int64 [T], float32 [T, 1]; twice, in the shape of angles."""
+        factors = self._factors.index_select(0, positions)
+        return factors, factors
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the table holds."""
+        return self._factors.nbytes
+
+
+def make_position_tables(
+    decoder: DecoderSpec, *, max_model_len: int, device: str
+) -> list[RotaryTable | TemperatureTable]:
+    """What layers look up by position, as `DecoderSpec.position_table` numbers it."""
+    tables: list[RotaryTable | TemperatureTable] = [
+        RotaryTable(rope, max_model_len=max_model_len, device=device) for rope in decoder.ropes
+    ]
+    if decoder.temperature is not None:
+        temperature = decoder.temperature
+        tables.append(TemperatureTable(temperature, max_model_len=max_model_len, device=device))
+    return tables
 
 
 def compute_frequencies(rope: RopeSpec, max_model_len: int) -> tuple[Tensor, float]:

@@ -92,6 +92,19 @@ _LATENT: dict[str, Any] = {
     "routed_scaling_factor": 1.5,
 }
 
+_LLAMA4: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "head_dim": 24,
+    "intermediate_size_mlp": 80,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "attention_chunk_size": 24,  # no multiple of a block
+    "no_rope_layer_interval": 3,
+    # So that every prompt has queries of several temperatures.
+    "floor_scale": 8,
+    "attn_scale": 0.5,
+}
+
 TINY_VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
@@ -207,12 +220,35 @@ TINY_VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "glm4_moe",
         {**_GROUPED, "head_dim": 16, "use_qk_norm": True, "attention_bias": True},
     ),
+    "llama4": ("llama4_text", {**_LLAMA4}),
+    "llama4-interleaved": (
+        "llama4_text",
+        {
+            **_LLAMA4,
+            "interleave_moe_layer_step": 2,
+            "num_experts_per_tok": 2,
+            "use_qk_norm": False,
+            "attention_bias": True,
+            "attn_temperature_tuning": False,
+            "rope_parameters": _LLAMA3,
+        },
+    ),
+    # Types and rotation that do not go together: chunks without rotation, rotation over everything.
+    "llama4-crossed": (
+        "llama4_text",
+        {
+            **_LLAMA4,
+            "no_rope_layers": [1, 0, 1],
+            "layer_types": ["full_attention", "chunked_attention", "full_attention"],
+            "moe_layers": [],
+        },
+    ),
 }
 """Name of a variant to its `model_type` and what differs from the base configuration."""
 
 FAMILIES = (
     "llama", "mistral-swa", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "qwen3-moe", "gpt-oss",
-    "deepseek-v3",
+    "deepseek-v3", "llama4",
 )  # fmt: skip
 """One variant a family, where all of them would be too many."""
 

@@ -10,6 +10,7 @@ from quire.core.models.families import (
     gemma2,
     gemma3,
     llama,
+    llama4,
     mistral,
     mixtures,
     phi3,
@@ -25,5 +26,16 @@ from quire.core.models.families.registry import (
 
 __all__ = ["Family", "family_of", "known_architectures", "register_family"]
 
-for _module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, mixtures, deepseek):
+for _module in (
+    llama,
+    llama4,
+    mistral,
+    qwen2,
+    qwen3,
+    gemma2,
+    gemma3,
+    phi3,
+    mixtures,
+    deepseek,
+):
     _module.register()
