@@ -1,0 +1,280 @@
+"""How fast each native family is for the weights that a token moves, beside the Llama path.
+
+A family's figure is (steps/s * bytes of weights that a step reads), over that of the Llama row
+measured in the same round. With `running` requests decoded at once, one token each, the bytes are
+
+    itemsize * (parameters outside of experts + parameters of experts * share)
+    share = 1 - (1 - chosen / experts) ** running
+
+which is what tokens touch that choose their experts evenly; for one request the share is chosen /
+experts, the active weights of a token. Tables that are only looked up do not count; an embedding
+table that is the head too counts once.
+
+python benchmarks/families.py --families qwen2,mixtral,mamba
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from quire.benchmarks.recording import Measurement, Ratio, Record
+
+_BASE: dict[str, Any] = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 8192,
+    "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1408,
+}  # fmt: skip
+_GROUPED: dict[str, Any] = {
+    **_EXPERTS, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 4, "topk_group": 2,
+    "first_k_dense_replace": 1, "moe_intermediate_size": 960,
+}  # fmt: skip
+_LATENT: dict[str, Any] = {
+    **_GROUPED, "num_key_value_heads": 16, "kv_lora_rank": 256, "q_lora_rank": 512,
+    "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
+}  # fmt: skip
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 64}),
+    "mistral": ("mistral", {"sliding_window": 1024}),
+    "phi3": ("phi3", {}),
+    "gemma2": ("gemma2", {"head_dim": 64}),
+    "gemma3": ("gemma3_text", {"head_dim": 64}),
+    "mixtral": (
+        "mixtral", {"intermediate_size": 1408, "num_local_experts": 8, "num_experts_per_tok": 2}
+    ),
+    "qwen2-moe": (
+        "qwen2_moe",
+        {**_EXPERTS, "moe_intermediate_size": 960, "shared_expert_intermediate_size": 960},
+    ),
+    "qwen3-moe": ("qwen3_moe", {**_EXPERTS, "head_dim": 64}),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 1408}),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64,
+            "intermediate_size": 1408,
+        },
+    ),
+    "glm4-moe": ("glm4_moe", {**_GROUPED, "head_dim": 64}),
+    "deepseek-v2": (
+        "deepseek_v2", {**_LATENT, "topk_method": "group_limited_greedy", "q_lora_rank": None}
+    ),
+    "deepseek-v3": ("deepseek_v3", {**_LATENT}),
+    "llama4": (
+        "llama4_text",
+        {
+            "head_dim": 64, "intermediate_size_mlp": 2816, "intermediate_size": 1408,
+            "num_local_experts": 8, "num_experts_per_tok": 1,
+        },
+    ),
+    "mamba": ("mamba", {"num_hidden_layers": 10, "state_size": 16}),
+    "mamba2": (
+        "mamba2",
+        {
+            "num_hidden_layers": 10, "state_size": 128, "num_heads": 32, "head_dim": 64,
+            "n_groups": 1,
+        },
+    ),
+    "jamba": (
+        "jamba",
+        {
+            "num_experts": 4, "num_experts_per_tok": 1, "attn_layer_period": 3,
+            "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        },
+    ),
+    "falcon-h1": (
+        "falcon_h1",
+        {
+            "mamba_d_ssm": 1024, "mamba_n_heads": 16, "mamba_d_head": 64, "mamba_d_state": 64,
+            "head_dim": 64,
+        },
+    ),
+    "bamba": (
+        "bamba",
+        {
+            "mamba_n_heads": 32, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1,
+            "attn_layer_indices": [1, 4],
+        },
+    ),
+}  # fmt: skip
+"""A row: `model_type`, and what differs from the base. A family more is a line more."""
+
+_LLAMA = "llama"
+_EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
+
+
+def main(
+    families: Annotated[str, typer.Option(help="comma-separated; none: all")] = "",
+    device: Annotated[str, typer.Option()] = "cpu",
+    dtype: Annotated[str, typer.Option()] = "bfloat16",
+    prompt: Annotated[int, typer.Option(help="tokens of each prompt")] = 16,
+    tokens: Annotated[int, typer.Option(help="output tokens of each")] = 32,
+    rounds: Annotated[int, typer.Option()] = 5,
+    threads: Annotated[int | None, typer.Option(help="of the host; none: the backend's")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
+) -> None:
+    """Decodes with each family and with Llama in turn; prints bytes of active weights a second."""
+    names = [name for name in families.split(",") if name] or list(FAMILIES)
+    record = Record(
+        name=f"families_{device}_{dtype}",
+        settings={
+            "families": names, "device": device, "dtype": dtype, "prompt": prompt,
+            "tokens": tokens, "rounds": rounds, "threads": threads,
+        },
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        start = {"device": device, "dtype": dtype, "threads": threads}
+        llama = _Subject(_LLAMA, Path(folder), **start)
+        for name in names:
+            if name != _LLAMA:
+                subject = _Subject(name, Path(folder), **start)
+                for running in (1, 8):
+                    _compare(record, subject, llama, running, prompt, tokens, rounds)
+                subject.close()
+        llama.close()
+    record.show()
+    print(f"written to {record.write(out)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weights:
+    """Sizes of a model's weights, in bytes."""
+
+    expert_bytes: int
+    other_bytes: int
+    chosen_share: float
+    """Of the experts, by one token."""
+
+    def active_bytes(self, running: int) -> float:
+        """What a step of so many tokens reads; the module says how it is reckoned."""
+        return self.other_bytes + self.expert_bytes * (1 - (1 - self.chosen_share) ** running)
+
+
+class _Subject:
+    """A family's model with made-up weights, and what its figure needs."""
+
+    def __init__(
+        self, name: str, folder: Path, *, device: str, dtype: str, threads: int | None
+    ) -> None:
+        from quire import LLM
+
+        self.name = name
+        place = folder / name
+        place.mkdir()
+        self._weights = _write_config(name, place, dtype)
+        self._llm: Any = LLM(
+            model=str(place), device=device, dtype=dtype, load_format="dummy",
+            model_impl="native", max_num_seqs=8, max_model_len=1024, num_threads=threads,
+            enable_prefix_caching=False, cache_memory_bytes=256 << 20,
+        )  # fmt: skip
+
+    def active_bytes(self, running: int) -> float:
+        """Of the weights that a step of so many requests reads."""
+        return self._weights.active_bytes(running)
+
+    def rate(self, running: int, prompt: int, tokens: int, round_number: int) -> float:
+        """Decoding steps/s * active bytes, in GB/s.
+
+        The time of prompts alone, with one token each, is taken off.
+        """
+        short = self._wave(running, prompt, 1, round_number)
+        whole = self._wave(running, prompt, tokens + 1, round_number)
+        return tokens * self.active_bytes(running) / (whole - short) / 1e9
+
+    def _wave(self, running: int, prompt: int, tokens: int, round_number: int) -> float:
+        from quire import SamplingParams
+
+        rng = np.random.default_rng(round_number)
+        prompts = [
+            {"prompt_token_ids": rng.integers(10, 1000, size=prompt).tolist()}
+            for _ in range(running)
+        ]
+        params = SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        begin = time.perf_counter()
+        self._llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Ends its engine."""
+        self._llm.close()
+
+
+def _compare(
+    record: Record,
+    subject: _Subject,
+    llama: _Subject,
+    running: int,
+    prompt: int,
+    tokens: int,
+    rounds: int,
+) -> None:
+    """Rounds in turn, so that whatever else the machine does meets both."""
+    rates: dict[str, list[float]] = {subject.name: [], llama.name: []}
+    for round_number in range(rounds + 1):
+        for one in (subject, llama):
+            rates[one.name].append(one.rate(running, prompt, tokens, round_number))
+    work = f"{running} at once, {subject.active_bytes(running) / 1e6:.0f} MB active"
+    mine, theirs = (tuple(rates[name][1:]) for name in (subject.name, llama.name))
+    record.measurements.append(
+        Measurement(work=work, subject=subject.name, unit="GB/s of active weights", values=mine)
+    )
+    record.ratios.append(
+        Ratio(
+            work=work,
+            better=subject.name,
+            worse=llama.name,
+            values=tuple(a / b for a, b in zip(mine, theirs, strict=True)),
+        )
+    )
+
+
+def _write_config(name: str, place: Path, dtype: str) -> _Weights:
+    """Writes config.json of a family; the sizes of its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, differences = FAMILIES[name]
+    config = AutoConfig.for_model(model_type, **{**_BASE, **differences})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    settings = {**config.to_dict(), "architectures": [type(model).__name__]}
+    (place / "config.json").write_text(json.dumps(settings))
+    return _weights_of(model, config, getattr(torch, dtype).itemsize)
+
+
+def _weights_of(model: Any, config: Any, item_size: int) -> _Weights:
+    counts = (getattr(config, key, None) for key in _EXPERT_COUNTS)
+    num_experts = next((count for count in counts if count), 1)
+    table = model.get_input_embeddings().weight
+    is_head = model.get_output_embeddings().weight is table
+    expert_size = other_size = 0
+    for key, parameter in model.named_parameters():
+        if ".experts." in key:
+            expert_size += parameter.numel()
+        elif is_head or parameter is not table:
+            other_size += parameter.numel()
+    return _Weights(
+        expert_bytes=expert_size * item_size,
+        other_bytes=other_size * item_size,
+        chosen_share=getattr(config, "num_experts_per_tok", num_experts) / num_experts,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
