@@ -7,7 +7,7 @@ words, and every function raises that as a RuntimeError.
 from __future__ import annotations
 
 from quire.kernels_cpu.attention import paged_attention, write_cache
-from quire.kernels_cpu.decoder import FusedDecoderLayer, Step
+from quire.kernels_cpu.decoder import DecoderChain, FusedDecoderLayer, Step
 from quire.kernels_cpu.elementwise import (
     add_rms_norm,
     gated_activation,
@@ -51,6 +51,7 @@ __all__ = [
     "GROUP_SIZES",
     "HAVE_NATIVE",
     "WHY_NOT_NATIVE",
+    "DecoderChain",
     "FusedDecoderLayer",
     "PackedExpertWeights",
     "PackedWeights",

@@ -282,13 +282,15 @@ class DecoderLayer:
         sizes: Sequence[int],
         strides: Sequence[int],
     ) -> None: ...
+
+class DecoderChain:
+    def __init__(
+        self, layers: Sequence[DecoderLayer], groups: Sequence[int], ropes: Sequence[int]
+    ) -> None: ...
     def run(
         self,
-        step: Step,
+        steps: Sequence[Step],
         x: int,
         residual: int,
-        cos: int,
-        sin: int,
-        cos_stride: int,
-        sin_stride: int,
+        angles: Sequence[tuple[int, int, int, int]],
     ) -> None: ...

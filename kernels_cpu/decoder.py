@@ -1,4 +1,4 @@
-"""A whole decoder layer in one call: attention and MLP around a residual."""
+"""Decoder layers in one call: attention and MLP around a residual, one layer after the other."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Step:
 
 
 class FusedDecoderLayer:
-    """The kernels of a layer's operators in their order, in one call; bit for bit their result.
+    """The kernels of a layer's operators in their order, for a `DecoderChain` to call.
 
     `norms` [H] (the last two [D], or over all heads): after attention, before the MLP, after the
     MLP, of what follows, of queries, of keys; the second and the fourth are there, others may be
@@ -77,8 +77,8 @@ class FusedDecoderLayer:
     """
 
     __slots__ = (
-        "_cache", "_dtype", "_handle", "_head_size", "_hidden_size", "_kept", "_num_kv_heads",
-        "_num_pairs",
+        "_cache", "_dtype", "_head_size", "_hidden_size", "_kept", "_num_kv_heads", "_num_pairs",
+        "handle",
     )  # fmt: skip
 
     def __init__(
@@ -120,7 +120,7 @@ class FusedDecoderLayer:
         self._num_kv_heads, self._head_size, self._num_pairs = num_kv_heads, head_size, num_pairs
         self._cache: tuple[Tensor | None, ...] = ()
         self._kept = (linears, tuple(norms), sinks)
-        self._handle = _cpu.DecoderLayer(
+        self.handle = _cpu.DecoderLayer(
             checks.dtype_code(dtype),
             dtype.itemsize,
             qkv.handle,
@@ -138,40 +138,35 @@ class FusedDecoderLayer:
             is_norm_joint,
         )
 
-    def run(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        step: Step,
-        cache: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    ) -> None:
-        """x [T, H], normalised, becomes the normalised input of what follows; adds to `residual`.
+    @property
+    def row_kind(self) -> tuple[int, torch.dtype]:
+        """Hidden size and dtype of the rows that it takes."""
+        return self._hidden_size, self._dtype
 
-        x, residual contiguous; cos, sin float32 [T, F]; cache: k, v [N, B, Hk, D], and for int8
-        their scales float32 [N, B, Hk]; the step's keys and values are written to it. A cache is
-        checked when it first comes. Raises: ValueError, TypeError, IndexError.
+    def bind(self, cache: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> None:
+        """Where keys and values go: k, v [N, B, Hk, D], for int8 their scales float32 [N, B, Hk].
+
+        A cache is checked when it first comes. Raises: ValueError, TypeError.
         """
         if len(self._cache) != 4 or any(
             ours is not theirs for ours, theirs in zip(self._cache, cache, strict=True)
         ):
             self._bind(*cache)
-        shape = (step.num_tokens, self._hidden_size)
-        for name, tensor in (("x", x), ("residual", residual)):
+
+    def check_rows(self, num_tokens: int, **rows: Tensor) -> None:
+        """Raises: ValueError, TypeError if one is not [num_tokens, H], contiguous, of the dtype."""
+        shape = (num_tokens, self._hidden_size)
+        for name, tensor in rows.items():
             if tensor.dtype is not self._dtype or not tensor.is_cpu:
                 raise TypeError(f"{name} is {tensor.dtype}, expected {self._dtype} on the CPU")
             if tensor.shape != shape or not tensor.is_contiguous():
                 raise ValueError(f"{name} {tuple(tensor.shape)}: expected contiguous {shape}")
-        rotation = step.rotation(cos, sin, self._head_size)
+
+    def rotation(self, step: Step, cos: Tensor, sin: Tensor) -> tuple[int, int, int, int]:
+        """What the layer asks of the angles of a step. Raises: ValueError, TypeError."""
         if cos.shape[1] != self._num_pairs:
             raise ValueError(f"cos has {cos.shape[1]} pairs, expected {self._num_pairs}")
-        self._handle.run(
-            step.handle,
-            x.data_ptr(),
-            residual.data_ptr(),
-            *rotation,
-        )
+        return step.rotation(cos, sin, self._head_size)
 
     def _bind(self, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> None:
         stored = stored_as(self._dtype, k.dtype)
@@ -182,7 +177,7 @@ class FusedDecoderLayer:
         for name, cached, scales in (("k", k, k_scales), ("v", v, v_scales)):
             checks.check_shape(f"{name}_cache", cached, shape)
             check_scales(f"{name}_scales", scales, cached, stored)
-        self._handle.bind_cache(
+        self.handle.bind_cache(
             stored,
             k.data_ptr(),
             v.data_ptr(),
@@ -192,6 +187,55 @@ class FusedDecoderLayer:
             (*k_strides[:3], *v_strides[:3]),
         )
         self._cache = (k, v, k_scales, v_scales)
+
+
+class DecoderChain:
+    """Layers one after the other, in one call; bit for bit the result of their operators.
+
+    groups, ropes: of each layer, which of the steps and of the angles of a call are its own.
+    Raises: ValueError if the numbers of them differ, or the layers' hidden sizes do.
+    """
+
+    __slots__ = ("_handle", "_layers", "_of_rope")
+
+    def __init__(
+        self, layers: Sequence[FusedDecoderLayer], groups: Sequence[int], ropes: Sequence[int]
+    ) -> None:
+        native.require_native()
+        if not layers or len({layer.row_kind for layer in layers}) != 1:
+            raise ValueError("layers that follow each other have one hidden size and one dtype")
+        self._layers = tuple(layers)
+        self._of_rope = {rope: layer for layer, rope in zip(layers, ropes, strict=True)}
+        handles = [layer.handle for layer in layers]
+        self._handle = _cpu.DecoderChain(handles, list(groups), list(ropes))
+
+    def bind(self, caches: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]) -> None:
+        """The cache of each layer: see `FusedDecoderLayer.bind`."""
+        for layer, cache in zip(self._layers, caches, strict=True):
+            layer.bind(cache)
+
+    def run(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        angles: Sequence[tuple[Tensor, Tensor]],
+        steps: Sequence[Step],
+    ) -> None:
+        """x [T, H], normalised, becomes the normalised input of what follows; adds to `residual`.
+
+        x, residual contiguous; angles: (cos, sin) float32 [T, F] for each rope; steps: one for each
+        group. The step's keys and values are written to the caches that were bound.
+        Raises: ValueError, TypeError, IndexError.
+        """
+        first = self._layers[0]
+        for step in steps:
+            first.check_rows(step.num_tokens, x=x, residual=residual)
+        rotations = [
+            self._of_rope[rope].rotation(steps[0], *pair) if rope in self._of_rope else (0, 0, 0, 0)
+            for rope, pair in enumerate(angles)
+        ]
+        handles = [step.handle for step in steps]
+        self._handle.run(handles, x.data_ptr(), residual.data_ptr(), rotations)
 
 
 def _check_linears(linears: tuple[PackedWeights, ...], heads: tuple[int, int, int]) -> None:

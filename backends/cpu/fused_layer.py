@@ -6,6 +6,9 @@ of them; and the threads of the kernels fall asleep meanwhile, and must be woken
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import is_not
+
 from torch import Tensor
 
 from quire import kernels_cpu
@@ -15,6 +18,7 @@ from quire.core.interface import (
     AttentionPlan,
     DecoderLayerParts,
     FusedLayer,
+    FusedLayers,
     LayerCache,
     PackedLinear,
 )
@@ -56,24 +60,74 @@ def fuse(parts: DecoderLayerParts, attention: AttentionBackend) -> FusedLayer | 
         sinks=parts.sinks,
         is_norm_joint=parts.is_qk_norm_joint,
     )
-    return _bound(layer)
+    return FusedCpuLayer(layer)
 
 
-def _bound(layer: kernels_cpu.FusedDecoderLayer) -> FusedLayer:
-    def run(
+class FusedCpuLayer:
+    """A `FusedLayer` by the compiled kernels."""
+
+    __slots__ = ("_alone", "layer")
+
+    def __init__(self, layer: kernels_cpu.FusedDecoderLayer) -> None:
+        self.layer = layer
+        self._alone = FusedCpuLayers([layer], [0], [0])
+
+    def __call__(
+        self,
         x: Tensor,
         residual: Tensor,
         angles: tuple[Tensor, Tensor],
         cache: LayerCache,
         plan: AttentionPlan,
     ) -> Tensor:
-        assert isinstance(plan, NativePlan)
-        tensors = cache.tensors
-        narrow = (tensors.get("k_scale"), tensors.get("v_scale"))
-        layer.run(x, residual, *angles, plan.step, (tensors["k"], tensors["v"], *narrow))
+        return self._alone(x, residual, [angles], [cache], [plan])
+
+
+class FusedCpuLayers:
+    """`FusedLayers` by the compiled kernels."""
+
+    __slots__ = ("_caches", "_chain")
+
+    def __init__(
+        self,
+        layers: Sequence[kernels_cpu.FusedDecoderLayer],
+        groups: Sequence[int],
+        ropes: Sequence[int],
+    ) -> None:
+        self._chain = kernels_cpu.DecoderChain(layers, groups, ropes)
+        self._caches: Sequence[LayerCache] = ()
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        angles: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[LayerCache],
+        plans: Sequence[AttentionPlan],
+    ) -> Tensor:
+        if len(caches) != len(self._caches) or any(map(is_not, caches, self._caches)):
+            self._chain.bind([_tensors_of(cache) for cache in caches])
+            self._caches = tuple(caches)
+        self._chain.run(x, residual, angles, [_step_of(plan) for plan in plans])
         return x
 
-    return run
+
+def chain(
+    layers: Sequence[FusedLayer], groups: Sequence[int], ropes: Sequence[int]
+) -> FusedLayers | None:
+    """One call for layers that all are of this module."""
+    ours = [layer.layer for layer in layers if isinstance(layer, FusedCpuLayer)]
+    return FusedCpuLayers(ours, groups, ropes) if ours and len(ours) == len(layers) else None
+
+
+def _tensors_of(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    tensors = cache.tensors
+    return tensors["k"], tensors["v"], tensors.get("k_scale"), tensors.get("v_scale")
+
+
+def _step_of(plan: AttentionPlan) -> kernels_cpu.Step:
+    assert isinstance(plan, NativePlan)
+    return plan.step
 
 
 def _packed(

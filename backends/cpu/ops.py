@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from quire.core.interface import (
     DeviceError,
     ExpertWeights,
     FusedLayer,
+    FusedLayers,
     PackedExperts,
     PackedLinear,
     QuantizedWeight,
@@ -146,6 +149,11 @@ class CpuOps(ReferenceOps):
         if type(self) is not CpuOps:  # a subclass may compute an operator in its own way
             return None
         return fused_layer.fuse(parts, attention)
+
+    def chain_decoder_layers(
+        self, layers: Sequence[FusedLayer], groups: Sequence[int], ropes: Sequence[int]
+    ) -> FusedLayers | None:
+        return fused_layer.chain(layers, groups, ropes)
 
     def _is_served(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the compiled norms take these dtypes."""

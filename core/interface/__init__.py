@@ -31,7 +31,7 @@ from quire.core.interface.errors import (
     UnsupportedError,
 )
 from quire.core.interface.experts import ExpertWeights, PackedExperts, RoutingSpec
-from quire.core.interface.fusion import DecoderLayerParts, FusedLayer
+from quire.core.interface.fusion import DecoderLayerParts, FusedLayer, FusedLayers
 from quire.core.interface.graphs import CapturedStep, GraphCapture
 from quire.core.interface.op_specs import OP_SPECS, OpSpec
 from quire.core.interface.ops import (
@@ -95,6 +95,7 @@ __all__ = [
     "Feature",
     "FeatureArray",
     "FusedLayer",
+    "FusedLayers",
     "GraphCapture",
     "ImmediateQueue",
     "LayerCache",

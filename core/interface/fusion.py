@@ -1,8 +1,8 @@
-"""What a device needs to compute a whole decoder layer in one call."""
+"""What a device needs to compute whole decoder layers in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,4 +61,20 @@ FusedLayer = Callable[
 x [T, H] is normalised; it may be overwritten, and be what is returned. `residual` [T, H] is added
 to in place; cos, sin float32 [T, F]; the step's keys and values are written to `cache`; `plan` is
 what the layer's attention planned.
+"""
+
+FusedLayers = Callable[
+    [
+        "Tensor",
+        "Tensor",
+        Sequence[tuple["Tensor", "Tensor"]],
+        Sequence["LayerCache"],
+        Sequence["AttentionPlan"],
+    ],
+    "Tensor",
+]
+"""(x, residual, angles, caches, plans) -> the normalised input [T, H] of what follows the last.
+
+As `FusedLayer` for layers that follow each other: `angles` of each rope, `caches` of each layer,
+`plans` of each group of layers.
 """

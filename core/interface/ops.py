@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 from quire.core.interface.contract import check_contract
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from quire.core.interface.attention import AttentionBackend
     from quire.core.interface.experts import ExpertWeights, PackedExperts, RoutingSpec
-    from quire.core.interface.fusion import DecoderLayerParts, FusedLayer
+    from quire.core.interface.fusion import DecoderLayerParts, FusedLayer, FusedLayers
     from quire.core.interface.quantization import QuantizedWeight
     from quire.core.interface.recurrence import Sequences
 
@@ -198,6 +200,16 @@ class Ops(ABC):
 
         Its result is, bit for bit, what this device's operators give one by one. `attention` is
         what this device gave for the layer.
+        """
+        return None
+
+    def chain_decoder_layers(
+        self, layers: Sequence[FusedLayer], groups: Sequence[int], ropes: Sequence[int]
+    ) -> FusedLayers | None:
+        """One call for layers that follow each other, all from `fuse_decoder_layer`.
+
+        groups, ropes: of each layer, which of a call's plans and angles are its own. Bit for bit
+        the layers' result one by one. None: they are called one by one. Asked at load.
         """
         return None
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from quire.core.errors import Reason, UnsupportedError
 from quire.core.interface.attention import AttentionBackend
 from quire.core.interface.backend import Device
+from quire.core.interface.fusion import FusedLayers
 from quire.core.interface.op_specs import OP_SPECS
 from quire.core.interface.ops import PackedLinear
 from quire.core.models.description import ModelDescription
@@ -68,6 +69,7 @@ class CausalLM:
         )
         self.weight_bytes = weights.size_bytes + sum(rope.size_bytes for rope in self._ropes)
         self._layers = self._make_layers(weights)
+        self._chain = self._make_chain()
         latent = decoder.latent
         value_size = latent.kv_rank if latent else decoder.head_size
         self._attended_shape = (decoder.num_heads, value_size)
@@ -86,6 +88,8 @@ class CausalLM:
         out = residual.new_empty((residual.shape[0], *self._attended_shape))
         x = self._ops.rms_norm(residual, self._first_norm, decoder.norm_eps)
         plans = step.plans
+        if self._chain is not None:
+            return self._chain(x, residual, angles, step.caches, plans)
         for layer, cache in zip(self._layers, step.caches, strict=True):
             x = layer.forward(x, residual, angles[layer.rope], cache, plans[layer.group], out)
         return x
@@ -108,6 +112,16 @@ class CausalLM:
         if len(set(by_group.values())) == 1:
             return {**serving, "paged_attention": next(iter(by_group.values()))}
         return {**serving, **{f"paged_attention[{name}]": who for name, who in by_group.items()}}
+
+    def _make_chain(self) -> FusedLayers | None:
+        """The device's one call for all layers, if it has one."""
+        fused = [layer.fused for layer in self._layers]
+        known = [one for one in fused if one is not None]
+        if len(known) != len(fused):
+            return None
+        groups = [layer.group for layer in self._layers]
+        ropes = [layer.rope for layer in self._layers]
+        return self._ops.chain_decoder_layers(known, groups, ropes)
 
     def _make_layers(self, weights: DecoderWeights) -> list[DecoderLayer]:
         group_of = {

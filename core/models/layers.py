@@ -78,9 +78,9 @@ class DecoderLayer:
         self._fused = _fuse(decoder, weights, following_norm, rope, ops, attention)
 
     @property
-    def is_fused(self) -> bool:
-        """Whether the device computes the layer in one call."""
-        return self._fused is not None
+    def fused(self) -> FusedLayer | None:
+        """The device's one call for the layer, if it has one."""
+        return self._fused
 
     def forward(
         self,

@@ -344,13 +344,11 @@ static int64_t list_items(const AttentionArgs& a, Item* items) {
 template <class T, class C>
 static bool attend_by_items(const AttentionArgs& a, const Item* items, int64_t num_items, int num_threads) {
   bool has_memory = true;
-#pragma omp parallel num_threads(num_threads) reduction(&& : has_memory)
-  {
+  int64_t next = num_items;  // the last tiles of a prompt see the most keys: they come first
+  auto attend_items = [&](int) {
     float* memory = static_cast<float*>(__builtin_malloc(size_t(scratch_floats(a)) * sizeof(float)));
-    has_memory = memory != nullptr;
-#pragma omp for schedule(dynamic)
-    for (int64_t i = num_items - 1; i >= 0; --i) {  // the last tiles of a prompt see the most keys
-      if (!memory) continue;
+    if (!memory) __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
+    for (int64_t i; memory && (i = __atomic_sub_fetch(&next, 1, __ATOMIC_RELAXED)) >= 0;) {
       const Item& item = items[i];
       const Scratch s = scratch_at(a, memory);
       const int64_t rows = int64_t(item.num_tokens) * item.num_heads;
@@ -364,7 +362,8 @@ static bool attend_by_items(const AttentionArgs& a, const Item* items, int64_t n
       write_rows<T>(a, item, s.total);
     }
     __builtin_free(memory);
-  }
+  };
+  spread(a.team, num_threads, attend_items);
   return has_memory;
 }
 
@@ -376,14 +375,12 @@ static bool attend_by_spans(const AttentionArgs& a, const Item* items, int64_t n
   float* partials = static_cast<float*>(__builtin_malloc(size * size_t(num_spans) * sizeof(float)));
   if (!partials) return false;
   bool has_memory = true;
-#pragma omp parallel num_threads(num_threads) reduction(&& : has_memory)
-  {
+  int64_t next = 0;
+  auto attend_spans = [&](int) {
     float* memory = static_cast<float*>(__builtin_malloc(size_t(scratch_floats(a)) * sizeof(float)));
-    has_memory = memory != nullptr;
+    if (!memory) __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
     int64_t packed = -1;
-#pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < num_spans; ++unit) {
-      if (!memory) continue;
+    for (int64_t unit; memory && (unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < num_spans;) {
       int64_t low = 0, high = num_items - 1;  // the item that the span belongs to
       while (low < high) {
         const int64_t middle = (low + high + 1) / 2;
@@ -397,9 +394,12 @@ static bool attend_by_spans(const AttentionArgs& a, const Item* items, int64_t n
       const int64_t span = item.first_key / SPAN + unit - item.first_span;
       attend_span<C>(a, item, span, s, partial_at(partials + size * size_t(unit)));
     }
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < num_items; ++i) {
-      if (!memory) continue;
+    __builtin_free(memory);
+  };
+  spread(a.team, num_threads, attend_spans);
+  int64_t next_item = 0;
+  auto merge_items = [&](int) {
+    for (int64_t i; (i = __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED)) < num_items;) {
       const Item& item = items[i];
       const int64_t rows = int64_t(item.num_tokens) * item.num_heads;
       const Partial total = partial_at(partials + size * size_t(item.first_span));
@@ -407,8 +407,8 @@ static bool attend_by_spans(const AttentionArgs& a, const Item* items, int64_t n
         merge(a, rows, partial_at(partials + size * size_t(item.first_span + span)), total);
       write_rows<T>(a, item, total);
     }
-    __builtin_free(memory);
-  }
+  };
+  if (has_memory) spread(a.team, num_threads, merge_items);
   __builtin_free(partials);
   return has_memory;
 }

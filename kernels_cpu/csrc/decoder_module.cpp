@@ -1,5 +1,5 @@
-// A whole decoder layer in one call: the kernels of its operators in their order, so its bits are theirs. What it saves
-// is what lies between two operators: the interpreter, and threads that fall asleep meanwhile.
+// Decoder layers in one call: the kernels of their operators in their order, so their bits are theirs. What it saves is
+// what lies between two operators: the interpreter, and threads that fall asleep meanwhile.
 // Shapes and dtypes are checked in Python (kernels_cpu/decoder.py); what only the contents can tell, here.
 #include "decoder_module.h"
 
@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "batch_checks.h"
@@ -40,6 +41,22 @@ struct Step {
         max_blocks(sizes.at(2)), table_stride(sizes.at(3)), num_tokens(sizes.at(1)) {}
 };
 
+int pool_size() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+int team_size() {
+#if defined(_OPENMP)
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 // The memory of what lies between two operators.
 class Buffers {
  public:
@@ -55,6 +72,34 @@ class Buffers {
   std::unique_ptr<char[]> bytes_;
   char* next_;
 };
+
+constexpr int64_t ROWS_OF_TEAM = 8;  // with more, products share their preparation through OpenMP
+
+// `program(team)` by the leader while the other threads serve; without a team if there are no others or none is wanted.
+template <class Program>
+void with_team(bool is_wanted, const Program& program) {
+  const int threads = is_wanted ? pool_size() : 1;
+  if (threads < 2) return program(nullptr);
+  Team team{};
+  bool has_memory = true;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp single
+    team.threads = team_size();
+    const int own = current_thread();
+    if (own) {
+      serve(team, own);
+    } else {
+      try {
+        program(team.threads > 1 ? &team : nullptr);
+      } catch (const std::bad_alloc&) {
+        has_memory = false;
+      }
+      dismiss(team);
+    }
+  }
+  if (!has_memory) throw std::bad_alloc();
+}
 
 class DecoderLayer {
  public:
@@ -91,25 +136,35 @@ class DecoderLayer {
     a.v_block_stride = strides[3], a.v_slot_stride = strides[4], a.v_head_stride = strides[5];
   }
 
-  // x [T, H] in, and out: normalised for what follows; residual [T, H] in place. Strides are those of rows of the angles.
-  void run(const Step& step, uintptr_t x, uintptr_t residual, uintptr_t cos, uintptr_t sin, int64_t cos_stride,
-           int64_t sin_stride) const {
-    AttentionArgs a = attention_;
-    a.query_start_loc = step.query_start_loc, a.seq_lens = step.seq_lens, a.block_table = step.block_table;
-    a.num_requests = step.num_requests, a.table_stride = step.table_stride;
-    check_batch(a, step.num_tokens, num_blocks_, step.max_blocks);
-    check_slots(step.slots, step.num_tokens, num_blocks_ * a.block_size);
-    nb::gil_scoped_release released;
-    Call call{*this, chosen_level(), step.num_tokens, at<char>(x), at<char>(residual)};
-    call.attend(a, step, {at<const float>(cos), at<const float>(sin), cos_stride, sin_stride});
-    call.follow();
-  }
-
- private:
+  // What `Angles` says of a step: cosines and sines, and the strides of their rows.
   struct Angles {
     const float *cos, *sin;
     int64_t cos_stride, sin_stride;
   };
+
+  // Raises what the contents of a step would break.
+  void check(const Step& step) const {
+    check_batch(batch_of(step, nullptr), step.num_tokens, num_blocks_, step.max_blocks);
+    check_slots(step.slots, step.num_tokens, num_blocks_ * attention_.block_size);
+  }
+
+  // x [T, H] in, and out: normalised for what follows; residual [T, H] in place. `next`: who follows, or null.
+  void run(const Step& step, char* x, char* residual, const Angles& angles, Team* team, const DecoderLayer* next) const {
+    const AttentionArgs a = batch_of(step, team);
+    const Call call{*this, chosen_level(), step.num_tokens, x, residual, team};
+    call.attend(a, step, angles);
+    call.follow();
+    if (next) announce(team, ahead_of(next->qkv_.weights()));
+  }
+
+ private:
+  AttentionArgs batch_of(const Step& step, Team* team) const {
+    AttentionArgs a = attention_;
+    a.query_start_loc = step.query_start_loc, a.seq_lens = step.seq_lens, a.block_table = step.block_table;
+    a.num_requests = step.num_requests, a.table_stride = step.table_stride;
+    a.team = team;
+    return a;
+  }
 
   // One call: the level is chosen once, and rows are counted once.
   struct Call {
@@ -117,10 +172,11 @@ class DecoderLayer {
     const Level level;
     int64_t rows;
     char *x, *residual;
+    Team* team;
 
     void multiply(const Linear& by, const char* in, char* out, int64_t count) const {
       const LinearWeights& w = by.weights();
-      if (!level.linear->multiply({&w, layer.dtype_, in, out, count, w.num_inputs, w.num_outputs}))
+      if (!level.linear->multiply({&w, layer.dtype_, in, out, count, w.num_inputs, w.num_outputs, team}))
         throw std::bad_alloc();
     }
 
@@ -171,6 +227,7 @@ class DecoderLayer {
       char *heads = buffers.take(of_heads), *attended = buffers.take(of_out), *sum = buffers.take(of_sum);
       char *keys = heads + a.num_heads * head, *values = keys + a.num_kv_heads * head;
       multiply(layer.qkv_, x, heads, rows);
+      announce(team, ahead_of(layer.output_.weights()));
       norm_heads(heads, 4, a.num_heads);
       norm_heads(keys, 5, a.num_kv_heads);
       rotate(heads, a.num_heads, angles);
@@ -180,6 +237,7 @@ class DecoderLayer {
       a.q = heads, a.out = attended;
       if (!level.kernels->paged_attention(a)) throw std::bad_alloc();
       multiply(layer.output_, attended, sum, rows);
+      announce(team, ahead_of(layer.gate_up_.weights()));
       norm(sum, nullptr, 0, sum, rows, layer.hidden_, layer.hidden_);
       norm(sum, residual, 1, x, rows, layer.hidden_, layer.hidden_);
     }
@@ -195,6 +253,7 @@ class DecoderLayer {
       for (int64_t row = 0; row < rows; row += most) {
         const int64_t count = rows - row < most ? rows - row : most, offset = row * hidden * size;
         multiply(layer.gate_up_, x + offset, both, count);
+        announce(team, ahead_of(layer.down_.weights()));
         level.kernels->gated_activation({layer.dtype_, layer.gate_, both, gated, count, inner, 2 * inner, inner});
         multiply(layer.down_, gated, sum, count);
         norm(sum, nullptr, 2, sum, count, hidden, hidden);
@@ -214,6 +273,40 @@ class DecoderLayer {
   AttentionArgs attention_{};
 };
 
+// Layers one after the other, in one call: the threads stay awake from the first to the last.
+class DecoderChain {
+ public:
+  // groups, ropes: of each layer, which of the steps and of the angles are its own.
+  DecoderChain(std::vector<const DecoderLayer*> layers, std::vector<size_t> groups, std::vector<size_t> ropes)
+      : layers_(std::move(layers)), groups_(std::move(groups)), ropes_(std::move(ropes)) {
+    if (groups_.size() != layers_.size() || ropes_.size() != layers_.size())
+      throw std::invalid_argument("each layer has a group and a rope");
+  }
+
+  // angles: for each rope the addresses of cosines and sines, and the strides of their rows.
+  void run(const std::vector<const Step*>& steps, uintptr_t x, uintptr_t residual,
+           const std::vector<std::vector<int64_t>>& angles) const {
+    std::vector<DecoderLayer::Angles> rotations;
+    for (const auto& one : angles)
+      rotations.push_back({at<const float>(uintptr_t(one.at(0))), at<const float>(uintptr_t(one.at(1))), one.at(2), one.at(3)});
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      if (ropes_[i] >= rotations.size()) throw std::invalid_argument("angles are missing");
+      layers_[i]->check(*steps.at(groups_[i]));
+    }
+    if (layers_.empty()) return;
+    nb::gil_scoped_release released;
+    with_team(steps.at(groups_[0])->num_tokens <= ROWS_OF_TEAM, [&](Team* team) {
+      for (size_t i = 0; i < layers_.size(); ++i)
+        layers_[i]->run(*steps[groups_[i]], at<char>(x), at<char>(residual), rotations[ropes_[i]], team,
+                        i + 1 < layers_.size() ? layers_[i + 1] : nullptr);
+    });
+  }
+
+ private:
+  std::vector<const DecoderLayer*> layers_;  // Python keeps them alive
+  std::vector<size_t> groups_, ropes_;
+};
+
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
@@ -222,8 +315,10 @@ void bind_decoder(nb::module_& m) {
       .def(nb::init<int, int64_t, const Linear&, const Linear&, const Linear&, const Linear&,
                     const std::vector<uintptr_t>&, uintptr_t, const Sizes&, int, float, float, float, bool, bool>(),
            nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
-      .def("bind_cache", &DecoderLayer::bind_cache)
-      .def("run", &DecoderLayer::run);
+      .def("bind_cache", &DecoderLayer::bind_cache);
+  nb::class_<DecoderChain>(m, "DecoderChain")
+      .def(nb::init<std::vector<const DecoderLayer*>, std::vector<size_t>, std::vector<size_t>>())
+      .def("run", &DecoderChain::run);
 }
 
 }  // namespace quire

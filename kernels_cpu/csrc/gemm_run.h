@@ -11,6 +11,7 @@ static int threads_of_product(const LinearArgs& a, int64_t num_units) {
   int64_t threads = omp_get_max_threads();
   if (threads > num_units) threads = num_units;
   if (threads > useful) threads = useful;
+  if (a.team) return threads > 1 ? a.team->threads : 1;
   return int(threads < 1 ? 1 : threads);
 #else
   (void)a, (void)num_units;
@@ -41,14 +42,6 @@ static bool take_memory(Memory& m, int64_t rows, int64_t words, int64_t groups, 
   return true;
 }
 
-static inline int current_thread() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
 // The units of one thread. They lie side by side in memory, and with few rows are the same in every call: the thread
 // reads them front to back, from memory that it was the first to touch (linear_pack.h). Who is done helps the others.
 struct alignas(64) Share {
@@ -56,11 +49,7 @@ struct alignas(64) Share {
 };
 
 static inline void share_units(Share* shares, int threads, int64_t units) {
-  const int64_t each = units / threads, rest = units % threads;
-  for (int t = 0; t < threads; ++t) {
-    shares[t].next = t * each + (t < rest ? t : rest);
-    shares[t].end = shares[t].next + each + (t < rest);
-  }
+  for (int t = 0; t < threads; ++t) shares[t] = {share_of(units, threads, t), share_of(units, threads, t + 1)};
 }
 
 // The next unit of thread `own`, or one of another thread's; -1: none is left.
@@ -86,20 +75,21 @@ static void run(const LinearArgs& a, const Prepared& p, int threads, float* wide
   share_units(shares, threads, units);
   if (!is_shared)
     for (int64_t row = 0; row < a.rows; ++row) prepare(row, wide);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    if (is_shared) {
-      float* own_wide = wide + current_thread() * padded;
-      (void)own_wide;
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < a.rows; ++row) prepare(row, own_wide);
-    }
-    const int own = current_thread();
+  auto multiply_units = [&](int own) {
     for (int64_t unit; (unit = take_unit(shares, threads, own)) >= 0;) {
       const int64_t row = unit / panels * CHUNK;
       const int64_t end = row + CHUNK < a.rows ? row + CHUNK : a.rows;
       Chunks<Kind, T>::run(a, p, row, end, unit % panels);
     }
+  };
+  if (!is_shared) return spread(a.team, threads, multiply_units);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* own_wide = wide + current_thread() * padded;
+    (void)own_wide;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < a.rows; ++row) prepare(row, own_wide);
+    multiply_units(current_thread());
   }
 }
 

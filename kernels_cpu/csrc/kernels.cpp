@@ -1,6 +1,7 @@
 // Compiled once for each ISA level. Everything lives in namespace QUIRE_ISA or is static, and no inline function of the
 // standard library is called: one that was compiled for AVX-512 and merged by the linker would crash older machines.
 #include "kernels.h"
+#include "team.h"
 
 #include <cstddef>
 #include <type_traits>

@@ -5,6 +5,8 @@
 
 namespace quire {
 
+struct Team;
+
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 // How a cache keeps numbers: in the dtype of q; or as whole numbers with one scale for each token and head; or in eight
@@ -34,6 +36,7 @@ struct AttentionArgs {
   int64_t chunk;   // 0: none; position p sees j of its own chunk of this length
   float scale;
   float soft_cap;  // 0: none
+  Team* team = nullptr;  // whose leader calls
 };
 
 struct CacheWriteArgs {

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "team.h"
 
 namespace quire {
 
@@ -44,7 +45,13 @@ struct LinearArgs {
   const void* x;    // [rows, K]
   void* out;        // [rows, N]
   int64_t rows, x_stride, out_stride;
+  Team* team = nullptr;  // whose leader calls
 };
+
+// What a product reads of its weights, in the shares that threads take.
+static inline Ahead ahead_of(const LinearWeights& w) {
+  return {reinterpret_cast<const char*>(w.lanes), (w.num_outputs + PANEL - 1) / PANEL, w.num_slots * PANEL * 4};
+}
 
 struct LinearTable {
   bool (*multiply)(const LinearArgs&);  // false: out of memory

@@ -117,20 +117,36 @@ def make_layer(ops_class, p):
         is_qk_norm_joint=p["norms"] == "joint",
         activation=p["activation"],
         ropes=(SimpleNamespace(rotary_size=2 * p["pairs"]),),
+        layer_ropes=(0,),
+        has_rotated_norm=False,
+        position_table=lambda _layer: 0,
     )
     weights, following = make_weights(ops, p, generator)
     attention = CpuAttention(spec)
-    layer = DecoderLayer(decoder, weights, following, ops=ops, attention=attention, group=0, rope=0)
+    layer = DecoderLayer(
+        decoder, weights, following, ops=ops, attention=attention, group=0, index=0
+    )
     return layer, attention
 
 
 def run_steps(layer, attention, p):
     """Every step's result and residual, and what the cache holds in the end."""
+
+    def run(x, residual, angles, caches, plans):
+        out = x.new_empty((len(x), p["heads"], p["head_size"]))
+        return layer.forward(x, residual, angles[0], caches[0], plans[0], out)
+
+    return run_layers(run, [attention], p)
+
+
+def run_layers(run, attentions, p):
+    """The same for layers that follow each other: run(x, residual, angles, caches, plans)."""
     lengths = [sum(step[r] for step in p["steps"]) for r in range(len(p["steps"][0]))]
     each = -(-max(*lengths, 1) // BLOCK_SIZE)
-    cache = attention.allocate(each * len(lengths) + 1)
-    for tensor in cache.tensors.values():
-        tensor.view(torch.uint8).zero_()
+    caches = [attention.allocate(each * len(lengths) + 1) for attention in attentions]
+    for cache in caches:
+        for tensor in cache.tensors.values():
+            tensor.view(torch.uint8).zero_()
     table = torch.arange(each * len(lengths)).flip(0).view(len(lengths), -1)
     generator = torch.Generator().manual_seed(p["seed"] + 1)
     done, results = [0] * len(lengths), []
@@ -157,18 +173,17 @@ def run_steps(layer, attention, p):
         turns = torch.cat(positions)[:, None] * (torch.arange(p["pairs"]) + 1.0)
         x = draw(generator, starts[-1], p["hidden"]).to(p["dtype"])
         residual = draw(generator, starts[-1], p["hidden"]).to(p["dtype"])
-        out = x.new_empty((starts[-1], p["heads"], p["head_size"]))
-        angles = (turns.cos(), turns.sin())
-        plan = attention.plan(batch)
-        results += [layer.forward(x, residual, angles, cache, plan, out).clone(), residual]
-    return results + [cache.tensors[name] for name in sorted(cache.tensors)]
+        angles = [((turns * f).cos(), (turns * f).sin()) for f in (1.0, 0.5)]
+        plans = [attention.plan(batch) for attention in attentions]
+        results += [run(x, residual, angles, caches, plans).clone(), residual]
+    return results + [cache.tensors[name] for cache in caches for name in sorted(cache.tensors)]
 
 
 def assert_same_bits(p):
     fused, attention = make_layer(CpuOps, p)
     plain, other = make_layer(OneByOne, p)
-    assert fused.is_fused
-    assert not plain.is_fused
+    assert fused.fused is not None
+    assert plain.fused is None
     ours, theirs = run_steps(fused, attention, p), run_steps(plain, other, p)
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
@@ -248,7 +263,7 @@ def test_fused_layer_groups_of_int4_has_the_bits_of_its_operators():
 def test_float32_layer_is_not_fused():
     """oneDNN multiplies float32: the layer goes operator by operator."""
     layer, _ = make_layer(CpuOps, BASE | {"dtype": torch.float32})
-    assert not layer.is_fused
+    assert layer.fused is None
 
 
 def test_fused_layer_slot_outside_the_cache_is_refused():
@@ -307,3 +322,52 @@ def run_one(layer, attention, cache, *, slot=0, rows=1, dtype=torch.bfloat16):
     out = x.new_empty((1, BASE["heads"], BASE["head_size"]))
     angles = (torch.ones(1, BASE["pairs"]), torch.zeros(1, BASE["pairs"]))
     return layer.forward(x, x.clone(), angles, cache, attention.plan(batch), out)
+
+
+@pytest.fixture
+def three_threads():
+    """More threads than some machines have cores: they must get by."""
+    known = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(known)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("precision", ["plain", (8, 0), (4, 16)])
+@pytest.mark.parametrize(
+    "steps", [[[1, 0], [1, 1]], [[4, 4], [1, 1]], [[9, 3], [2, 1]], [[1500, 1], [1, 1]]]
+)
+def test_chained_layers_have_the_bits_of_layers_one_by_one(precision, steps):
+    """One call for all layers, by threads that stay together, changes no bit of any layer.
+
+    Products of this size and contexts of this length are shared among threads.
+    """
+    sizes = {"hidden": 512, "inner": 1024, "heads": 8, "head_size": 64, "pairs": 32}
+    p = BASE | sizes | {"precision": precision, "steps": steps}
+    layers = [make_layer(CpuOps, p | {"seed": seed}) for seed in range(3)]
+    plain = [make_layer(OneByOne, p | {"seed": seed}) for seed in range(3)]
+    chain = CpuOps().chain_decoder_layers(
+        [layer.fused for layer, _ in layers], [0, 0, 0], [0, 1, 0]
+    )
+
+    def chained(x, residual, angles, caches, plans):
+        return chain(x, residual, angles, caches, plans[:1])
+
+    def one_by_one(x, residual, angles, caches, plans):
+        for (layer, _), rope, cache, plan in zip(plain, [0, 1, 0], caches, plans, strict=True):
+            out = x.new_empty((len(x), p["heads"], p["head_size"]))
+            x = layer.forward(x, residual, angles[rope], cache, plan, out)
+        return x
+
+    ours = run_layers(chained, [attention for _, attention in layers], p)
+    theirs = run_layers(one_by_one, [attention for _, attention in plain], p)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def test_layers_of_another_device_are_not_chained():
+    """A layer that the kernels did not fuse is called on its own."""
+    (layer, _) = make_layer(CpuOps, BASE)
+    strange = lambda x, residual, angles, cache, plan: x  # noqa: E731
+    assert CpuOps().chain_decoder_layers([layer.fused, strange], [0, 0], [0, 0]) is None
