@@ -19,7 +19,7 @@ from quire.core.interface import NULL_BLOCK, NewRequest, StepBatch
 from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.request_state import RequestState, make_request_state
 from quire.core.worker.sampling_settings import READS_HISTORY, SamplingSettings
-from quire.core.worker.step_arrays import Int64s, StepRows
+from quire.core.worker.step_arrays import Int64s, RowIndex, StepRows
 
 
 @dataclass(slots=True)
@@ -132,7 +132,7 @@ class InputBatch:
         self.settle(change)
 
     def append_sampled(
-        self, rows: Int64s, states: Sequence[RequestState], change: BatchChange
+        self, rows: RowIndex, states: Sequence[RequestState], change: BatchChange
     ) -> None:
         """Gives the requests in `rows` one more token, whose value is on its way."""
         self._num_tokens[rows] += 1
@@ -148,7 +148,6 @@ class InputBatch:
 
         Several for a request whose guesses were right; it has no other token on its way.
         """
-        settled_rows, settled_tokens = [], []
         for state, values in zip(change.sampled, tokens, strict=True):
             token = values[-1]
             state.tokens[len(state.tokens) - state.num_on_their_way] = values[0]
@@ -159,10 +158,8 @@ class InputBatch:
             if state.seen is not None:
                 state.seen.append(token)
             if not state.num_on_their_way and self._state_of_row[state.row] is state:
-                settled_rows.append(state.row)
-                settled_tokens.append(token)
-        self._last_token[settled_rows] = settled_tokens
-        self._is_on_its_way[settled_rows] = False
+                self._last_token[state.row] = token
+                self._is_on_its_way[state.row] = False
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -211,6 +208,13 @@ class InputBatch:
             known = end - len(guesses)
             flat[start : start + known - begin] = state.tokens[begin:known]
             flat[start + known - begin : start + end - begin] = guesses
+        return flat
+
+    def last_token_ids(self, rows: RowIndex, num_tokens: int) -> Int64s:
+        """`token_ids` of a step that computes the last token of each of `rows`."""
+        known = self._last_token[rows]
+        flat = np.zeros(num_tokens, np.int64)
+        flat[: len(known)] = known
         return flat
 
     def on_their_way(self, step: StepRows) -> Int64s:

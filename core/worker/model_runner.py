@@ -34,15 +34,14 @@ from quire.core.worker.decode_graphs import make_decode_graphs
 from quire.core.worker.device_errors import device_errors
 from quire.core.worker.host_features import HostFeature, new_features
 from quire.core.worker.input_batch import BatchChange, InputBatch
-from quire.core.worker.logit_rows import LogitRows, make_logit_rows
 from quire.core.worker.logits_processors import LogitsProcessors
-from quire.core.worker.prompt_logprobs import make_prompt_rows, run_prompt_logprobs
+from quire.core.worker.prepared_step import PreparedStep, continued_step, prepare_step
+from quire.core.worker.prompt_logprobs import run_prompt_logprobs
 from quire.core.worker.request_state import RequestState
 from quire.core.worker.running_step import RunningStep
 from quire.core.worker.sampler import Sampler
-from quire.core.worker.sampling_arrays import add_token_masks, make_sampling_arrays
 from quire.core.worker.staging import Field, StagingBuffer
-from quire.core.worker.step_arrays import Array, Int64s, StepArrays, StepRows, make_step_arrays
+from quire.core.worker.step_arrays import Array, Int64s, StepArrays, StepRows
 from quire.core.worker.step_results import StepOutline
 
 
@@ -105,6 +104,8 @@ class ModelRunner:
             StepBuffers(StagingBuffer(device), StagingBuffer(device)) for _ in range(depth)
         )
         self._in_flight: deque[RunningStep] = deque()
+        self._last: PreparedStep | None = None
+        """The step that was submitted last, unless it was taken back."""
         # A row is free again when the step that forgot its request is done.
         capacity = config.max_num_seqs * (1 + depth)
         self.requests = InputBatch(
@@ -140,9 +141,10 @@ class ModelRunner:
         self.finish_steps(len(self._ring) - 1)
         change = self.requests.apply(batch)
         try:
-            with torch.inference_mode(), device_errors("workspace"):
+            with device_errors("workspace"):
                 step = self._start(batch, change)
         except BaseException as error:
+            self._last = None
             self._lost = error if isinstance(error, DeviceLost) else self._lost
             self.requests.undo(change)
             raise
@@ -170,6 +172,7 @@ class ModelRunner:
     def forget_all(self) -> None:
         """Forgets every request; waits for the steps in flight."""
         self.finish_steps(0)
+        self._last = None
         self.requests.forget_all()
 
     def check_alive(self) -> None:
@@ -222,6 +225,7 @@ class ModelRunner:
     def _cancel(self, failed: RunningStep, error: Exception) -> None:
         """Takes back a step that failed, and those that were built on it."""
         self._lost = error if isinstance(error, DeviceLost) else self._lost
+        self._last = None
         later = list(self._in_flight)
         self._in_flight.clear()
         for step in reversed(later):
@@ -231,46 +235,18 @@ class ModelRunner:
             step.drain()
 
     def _start(self, batch: StepBatch, change: BatchChange) -> RunningStep:
-        requests = self.requests
-        step = requests.scheduled(batch)
-        graphs = self._graphs
-        may_replay = graphs is not None and graphs.takes(step)
-        buckets = graphs.buckets if graphs is not None and may_replay else self._buckets
-        arrays = make_step_arrays(
-            step,
-            requests.block_tables,
-            requests.block_sizes,
-            buckets,
-            requests.source_groups,
-            requests.num_source_tokens(step.rows) if requests.source_groups else None,
-        )
-        sampled = np.flatnonzero(batch.samples)
-        logits = make_logit_rows(batch, sampled, arrays.last_tokens)
-        sampled_rows = step.rows[logits.requests]
-        num_logits = len(sampled_rows)
-        if num_logits and self._buckets.pads_requests:
-            num_logits = max(num_logits, arrays.num_requests)
-        sampling = make_sampling_arrays(requests, sampled_rows, num_logits, logits.places)
-        if batch.token_masks:
-            names = [batch.request_ids[index] for index in logits.requests]
-            add_token_masks(sampling, names, batch.token_masks)
-        outline = StepOutline(
-            batch=batch,
-            states=requests.states(step.rows),
-            sampled=logits.requests.tolist(),
-            sampling=sampling,
-            prompt=make_prompt_rows(requests, step, arrays.last_tokens),
-        )
-        inputs = self._inputs(step, arrays, logits, outline)
+        prepared = self._prepare(batch)
+        outline = prepared.outline
+        inputs = self._inputs(prepared)
         buffers = self._ring[0]
         fields = self._outputs(outline)
         work = StepWork(
             runner=self,
-            arrays=arrays,
+            arrays=prepared.arrays,
             outline=outline,
-            may_replay=may_replay,
+            may_replay=prepared.may_replay,
             features=new_features(batch),
-            images=self._images(step, arrays, outline.states),
+            images=self._images(prepared.step, prepared.arrays, outline.states),
             tensors=buffers.inputs.upload(inputs),
             out=buffers.outputs.outputs(fields),
         )
@@ -279,9 +255,27 @@ class ModelRunner:
         result = buffers.outputs.download(fields)
         event = queue.record()
         self._ring.rotate(-1)
-        sampled_states = [outline.states[index] for index in sampled.tolist()]
-        requests.append_sampled(step.rows[sampled], sampled_states, change)
+        self.requests.append_sampled(prepared.sampled_rows, prepared.sampled_states, change)
+        self._last = prepared
         return RunningStep(self, outline, change, result, event)
+
+    def _prepare(self, batch: StepBatch) -> PreparedStep:
+        """From the step before if this one only goes on, anew otherwise. Raises: QuireError."""
+        if self._last is not None:
+            prepared = continued_step(self._last, batch, self.requests)
+            if prepared is not None:
+                return prepared
+        step, graphs = self.requests.scheduled(batch), self._graphs
+        may_replay = graphs is not None and graphs.takes(step)
+        buckets = graphs.buckets if graphs is not None and may_replay else self._buckets
+        return prepare_step(
+            batch,
+            self.requests,
+            buckets,
+            step,
+            may_replay=may_replay,
+            pads_logits=self._buckets.pads_requests,
+        )
 
     def _images(
         self, step: StepRows, arrays: StepArrays, states: Sequence[RequestState]
@@ -312,14 +306,12 @@ class ModelRunner:
             fields += outline.prompt.fields(self._model.description.vocab_size)
         return fields
 
-    def _inputs(
-        self, step: StepRows, arrays: StepArrays, logits: LogitRows, outline: StepOutline
-    ) -> dict[str, Array]:
+    def _inputs(self, prepared: PreparedStep) -> dict[str, Array]:
         """All that goes to the device, by name."""
+        step, arrays, logits = prepared.step, prepared.arrays, prepared.logits
+        outline = prepared.outline
         inputs: dict[str, Array] = {
-            "token_ids": self.requests.token_ids(
-                step, arrays.last_tokens, arrays.num_tokens, outline.batch.draft_token_ids
-            ),
+            "token_ids": self._token_ids(prepared),
             "positions": arrays.positions,
             "query_start_loc": arrays.query_start_loc,
             "seq_lens": arrays.seq_lens,
@@ -344,6 +336,15 @@ class ModelRunner:
         if outline.prompt is not None:
             inputs |= outline.prompt.arrays
         return inputs
+
+    def _token_ids(self, prepared: PreparedStep) -> Int64s:
+        num_tokens = prepared.arrays.num_tokens
+        if prepared.is_pure_decode:
+            return self.requests.last_token_ids(prepared.sampled_rows, num_tokens)
+        drafts = prepared.outline.batch.draft_token_ids
+        return self.requests.token_ids(
+            prepared.step, prepared.arrays.last_tokens, num_tokens, drafts
+        )
 
     # --- on the device --------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ class SamplingArrays:
     """Rows that want log-probabilities."""
     num_top: int = 0
     """The most that any of them wants."""
+    is_always_same: bool = False
+    """No row asks for anything: the sampling of these rows is the same in each step."""
 
     @property
     def may_forbid_all(self) -> bool:
@@ -58,9 +60,9 @@ def make_sampling_arrays(
 
     `places`: how many guessed tokens stand before each; None: none.
     """
-    sampling = SamplingArrays(num_rows=num_rows)
     features = requests.settings.features[rows]
     union = int(np.bitwise_or.reduce(features)) if len(rows) else 0
+    sampling = SamplingArrays(num_rows=num_rows, is_always_same=not union)
     if union & settings_of.SAMPLES:
         indices = requests.output_indices(rows)
         indices = indices if places is None else indices + places

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,13 @@ import numpy.typing as npt
 from quire.core.interface import NULL_BLOCK
 from quire.core.worker.buckets import Buckets
 
+_Integer = TypeVar("_Integer", np.int32, np.int64)
+
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 Array = npt.NDArray[np.generic]
+RowIndex = slice | Int64s
+"""Rows of the batch's columns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +125,58 @@ def make_step_arrays(
         max_seq_len=max_seq_len,
         source_lens=source_lens,
     )
+
+
+def next_decode_arrays(
+    last: StepArrays,
+    step: StepRows,
+    tables: Sequence[Array],
+    block_sizes: Sequence[int],
+    source_groups: frozenset[int],
+    *,
+    computed: Sequence[int],
+    has_new_blocks: bool,
+) -> StepArrays:
+    """The arrays of a step that computes one more token of each request of `last`.
+
+    No request of `last`, padding included, had more than one token; `computed` is
+    `step.num_computed` as numbers. What stays the same is shared with `last`, which stays whole:
+    an asynchronous device may still read it.
+    """
+    num_real = len(step.rows)
+    positions = _one_more(last.positions, num_real)
+    max_seq_len = last.max_seq_len + 1
+    block_tables, slot_mappings = [], []
+    for group, (table, block_size) in enumerate(zip(tables, block_sizes, strict=True)):
+        gathered, slots = last.block_tables[group], last.slot_mappings[group]
+        if group not in source_groups:
+            width = -(-max_seq_len // block_size)
+            if has_new_blocks or gathered.shape[1] != width:
+                gathered = _gathered(table, step.rows, last.num_requests, width)
+            if 0 in [number % block_size for number in computed]:
+                slots = _slots(gathered, np.arange(len(positions)), positions, block_size)
+            else:
+                slots = _one_more(slots, num_real)
+        block_tables.append(gathered)
+        slot_mappings.append(slots)
+    return StepArrays(
+        positions=positions,
+        query_start_loc=last.query_start_loc,
+        seq_lens=_one_more(last.seq_lens, num_real),
+        last_tokens=last.last_tokens,
+        block_tables=block_tables,
+        slot_mappings=slot_mappings,
+        max_query_len=1,
+        max_seq_len=max_seq_len,
+        source_lens=last.source_lens,
+    )
+
+
+def _one_more(column: npt.NDArray[_Integer], num_real: int) -> npt.NDArray[_Integer]:
+    """A new column: one more for each real request, and padding as it was."""
+    more = column.copy()
+    more[:num_real] += 1
+    return more
 
 
 def _extended(column: Int64s, size: int) -> Int64s:
