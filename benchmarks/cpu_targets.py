@@ -157,8 +157,9 @@ def _decode(bench: Bench, number: int) -> tuple[float, float]:
     ].prompt
     before = read_bandwidth()
     both = bench.run([Work(prompt, 1 + _DECODED)])
-    again = [*prompt[:-1], prompt[-1] + 1]
-    first = bench.run([Work(again, 1)])  # not the same prompt: that would be in the cache
+    # Another first token: whole blocks of a prompt that only ends otherwise would be in the cache,
+    # and what is subtracted would be less than what the prompt took.
+    first = bench.run([Work([prompt[0] ^ 1, *prompt[1:]], 1)])
     after = read_bandwidth()
     return _DECODED / (both - first), (before + after) / 2 / bench.read_bytes
 
