@@ -32,6 +32,12 @@ class ErrorRecord(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     traceback: str
     reasons: list[Reason] = []
+    requested_bytes: int | None = None
+    """What a device refused, where it said so."""
+    tag: str = "unknown"
+    """What refused memory was for."""
+    param: str | None = None
+    """The field of a request that is wrong."""
 
 
 _KINDS: dict[str, type[QuireError]] = {
@@ -41,12 +47,10 @@ _KINDS: dict[str, type[QuireError]] = {
         ConfigError,
         DeviceError,
         DeviceLost,
-        DeviceOutOfMemory,
         EngineDeadError,
-        PluginError,
-        RequestError,
     )
 }
+"""Those that are their message alone."""
 
 
 def record_error(error: BaseException) -> ErrorRecord:
@@ -58,6 +62,9 @@ def record_error(error: BaseException) -> ErrorRecord:
         message=str(error),
         traceback="".join(traceback.format_exception(error)),
         reasons=list(error.reasons) if isinstance(error, UnsupportedError) else [],
+        requested_bytes=error.requested_bytes if isinstance(error, DeviceOutOfMemory) else None,
+        tag=error.tag if isinstance(error, DeviceOutOfMemory) else "unknown",
+        param=error.param if isinstance(error, RequestError) else None,
     )
 
 
@@ -71,6 +78,11 @@ def restore_error(record: ErrorRecord, *, where: str = ENGINE_CORE) -> QuireErro
         error: QuireError = UnsupportedError(record.reasons, what=what)
     elif record.kind == PluginError.__name__:
         error = PluginError(record.message, details=record.traceback)
+    elif record.kind == DeviceOutOfMemory.__name__:
+        size, tag = record.requested_bytes, record.tag
+        error = DeviceOutOfMemory(record.message, requested_bytes=size, tag=tag)
+    elif record.kind == RequestError.__name__:
+        error = RequestError(record.message, param=record.param)
     elif record.kind in _KINDS:
         error = _KINDS[record.kind](record.message)
     else:
