@@ -91,7 +91,7 @@ def _errors(outline: StepOutline, arrays: Arrays) -> dict[str, str]:
     errors = {state.request_id: state.problem for state in outline.states if state.problem}
     errors.update(outline.failures.messages)
     for name, message in (("is_broken", _BROKEN), ("is_empty", _EMPTY)):
-        if name in arrays and arrays[name].any():
+        if name in arrays and True in arrays[name].tolist():
             for row in np.flatnonzero(arrays[name][: len(outline.sampled)]).tolist():
                 errors.setdefault(outline.states[outline.sampled[row]].request_id, message)
     return errors
