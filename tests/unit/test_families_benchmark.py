@@ -1,0 +1,34 @@
+"""The benchmark of the native families: a row for each, and active bytes as its page says."""
+
+from __future__ import annotations
+
+import pytest
+
+from quire.benchmarks.families import FAMILIES, _write_config
+from quire.core.models.families import known_architectures
+from quire.core.models.families.registry import find_family
+
+
+def test_families_benchmark_every_native_architecture_has_a_row():
+    """A family without a row would be slow unseen; one that sees decodes as its text model does."""
+    families = (find_family({"model_type": model_type}) for model_type, _ in FAMILIES.values())
+    measured = {family.architecture for family in families if family is not None}
+    text = {name for name in known_architectures() if name.endswith("ForCausalLM")}
+    assert text <= measured
+
+
+def test_active_bytes_of_mixtral_equal_those_counted_by_hand(tmp_path):
+    """One token reads two experts of eight, the head, but no table of embeddings."""
+    weights = _write_config("mixtral", tmp_path, "bfloat16")
+    hidden, layers, vocabulary, intermediate = 1024, 6, 8192, 1408
+    attention = hidden * (hidden + 2 * 256) + hidden * hidden
+    other = layers * (attention + 8 * hidden + 2 * hidden) + hidden + vocabulary * hidden
+    expert = 3 * hidden * intermediate * layers
+    assert weights.active_bytes(1) == pytest.approx(2 * (other + 2 * expert))
+    assert weights.active_bytes(2) == pytest.approx(2 * (other + 8 * expert * (1 - 0.75**2)))
+
+
+def test_active_bytes_of_a_dense_model_do_not_grow_with_the_batch(tmp_path):
+    """What every token shares is read once a step."""
+    weights = _write_config("llama", tmp_path, "float32")
+    assert weights.active_bytes(1) == weights.active_bytes(8)
