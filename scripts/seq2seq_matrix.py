@@ -21,7 +21,9 @@ from matrix_pages import refusal, refused
 from model_matrix import compare
 
 LABELS = {**model_matrix.LABELS, "elsewhere": "no encoder-decoder; not tried here"}
-NUM_TOKENS = 8
+NUM_TOKENS = 20
+CACHES = (3, 4, 5, 6, 7, 8, 10, 12, 16)
+"""Sizes of a scarce cache in blocks, the smallest first."""
 START, PAD = 0, 2
 LENGTHS = (15, 31, 47, 4)
 DEFAULT_JSON = "docs/reports/seq2seq.json"
@@ -70,10 +72,12 @@ def run_seq2seq(name: str) -> dict[str, Any]:
                 "detail": f"{type(error).__name__}: {error}"[:400],
             }
         try:
-            runs = run_engine(Path(directory), asked)
+            answer = run_tightly(Path(directory), asked)
         except UnsupportedError as error:
             return {**refused(error), "class": type(model).__name__}
-    return {"status": compare(runs, expected, margins), "class": type(model).__name__}
+    answer.pop("block_bytes")
+    status = compare(answer.pop("runs"), expected, margins)
+    return {"status": status, "class": type(model).__name__, **answer}
 
 
 def _asked(model: Any, directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -129,20 +133,45 @@ def reference(model: Any, given: list[dict[str, Any]]) -> tuple[list[list[int]],
     return rows, margins
 
 
-def run_engine(directory: Path, asked: list[dict[str, Any]]) -> list[list[list[int]]]:
+def run_tightly(directory: Path, asked: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens of a cache that holds all requests, and of one so small that one is preempted."""
+    from quire.core.errors import ConfigError
+
+    answer = run_engine(directory, asked, 8 << 20)
+    for num_blocks in CACHES:
+        try:
+            tight = run_engine(directory, asked, num_blocks * answer["block_bytes"])
+        except ConfigError:
+            continue  # one request does not fit
+        for key in ("runs", "num_preemptions", "num_cached_tokens"):
+            answer[key] += tight[key]
+        if tight["num_preemptions"]:
+            break
+    return answer
+
+
+def run_engine(directory: Path, asked: list[dict[str, Any]], cache_bytes: int) -> dict[str, Any]:
     """Tokens of the real engine, twice: the second time every source is there."""
     from quire import LLM, SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     settings: dict[str, Any] = {
         "device": "cpu", "dtype": "float32", "max_num_seqs": 3, "max_num_batched_tokens": 8,
-        "max_model_len": 64, "block_size": 16, "num_threads": 1, "cache_memory_bytes": 8 << 20,
+        "max_model_len": 64, "block_size": 16, "num_threads": 1, "cache_memory_bytes": cache_bytes,
     }  # fmt: skip
     with LLM(model=str(directory), **settings) as llm:
-        return [
-            [list(o.outputs[0].token_ids) for o in llm.generate(asked, params, use_tqdm=False)]
-            for _ in range(2)
-        ]
+        runs, num_cached = [], 0
+        for _ in range(2):
+            outputs = llm.generate(asked, params, use_tqdm=False)
+            runs.append([list(output.outputs[0].token_ids) for output in outputs])
+            num_cached += sum(output.num_cached_tokens or 0 for output in outputs)
+        statistics = llm.statistics()
+        return {
+            "runs": runs,
+            "num_preemptions": statistics.num_preemptions,
+            "num_cached_tokens": num_cached,
+            "block_bytes": statistics.memory_bytes["cache"] // llm.facts.num_blocks[0],
+        }
 
 
 if __name__ == "__main__":

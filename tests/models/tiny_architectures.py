@@ -81,8 +81,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 128,
     },
     "zamba": {
-        "n_mamba_heads": 2, "num_hidden_layers": 3, "attention_head_dim": 32,
-        "attention_hidden_size": 128, "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "n_mamba_heads": 2, "num_hidden_layers": 4, "attention_head_dim": 32,
+        # Two hybrids: transformers cannot tie the shared one of a single layer.
+        "attention_hidden_size": 128, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
         "num_key_value_heads": 4,
     },
     "jamba": {
@@ -114,7 +115,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "hash_seed": 0,
     },
     "phi3": {"original_max_position_embeddings": 512},
-    "xlnet": {"n_layer": 2, "d_inner": 112},
+    "xlnet": {"n_layer": 2, "d_inner": 112}, "xmod": {"default_language": "en_XX"},
     "ctrl": {"n_layer": 2, "dff": 112},
     "xlm": {"n_layers": 2, "causal": True, "emb_dim": 64, "n_heads": 4},
 }  # fmt: skip
