@@ -10,11 +10,16 @@
 #include <omp.h>
 #include <sched.h>
 #endif
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace quire {
 
 constexpr int64_t BYTES_AHEAD = 256 << 10;  // of the next job's memory, for each thread: a part of the second cache
-constexpr int SPINS = 4000;                 // some ten microseconds; then the CPU is offered to others in between
+constexpr int SPINS = 1500;                 // some ten microseconds; who waits longer sleeps, and others get the CPU
 
 // What the next job reads front to back, in equal shares of whole units.
 struct Ahead {
@@ -29,20 +34,37 @@ struct alignas(64) Team {
   void* context;
   Ahead ahead;
   alignas(64) uint32_t posted;     // jobs
+  uint32_t sleepers;               // threads that sleep until the next is posted
   alignas(64) uint32_t announced;  // times that `ahead` was set
-  alignas(64) int32_t busy;        // threads that have not finished the job
+  alignas(64) uint32_t busy;       // threads that have not finished the job
+  uint32_t is_leader_asleep;
 };
 
-static inline void relax(int& spins) {
+// Waits a little for `word` to change from `value`; after many times, asleep, having raised `sleepers` for `wake`.
+static inline void wait(uint32_t& word, uint32_t value, uint32_t& sleepers, int& spins) {
 #if defined(__x86_64__)
   _mm_pause();
 #elif defined(__aarch64__)
   __asm__ volatile("yield");
 #endif
-#if defined(_OPENMP)
-  if (++spins > SPINS) sched_yield();
+  if (++spins < SPINS) return;
+#if defined(__linux__)
+  __atomic_fetch_add(&sleepers, 1, __ATOMIC_SEQ_CST);
+  // The system compares once more: what changes in between is not slept through.
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+  __atomic_fetch_sub(&sleepers, 1, __ATOMIC_SEQ_CST);
+#elif defined(_OPENMP)
+  (void)word, (void)value, (void)sleepers;
+  sched_yield();
+#endif
+}
+
+// After `word` has changed.
+static inline void wake(uint32_t& word, uint32_t& sleepers) {
+#if defined(__linux__)
+  if (__atomic_load_n(&sleepers, __ATOMIC_SEQ_CST)) syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
 #else
-  ++spins;
+  (void)word, (void)sleepers;
 #endif
 }
 
@@ -59,18 +81,25 @@ static inline void announce(Team* team, const Ahead& ahead) {
   __atomic_fetch_add(&team->announced, 1, __ATOMIC_RELEASE);
 }
 
+static inline void post(Team& team) {
+  __atomic_fetch_add(&team.posted, 1, __ATOMIC_SEQ_CST);
+  wake(team.posted, team.sleepers);
+}
+
 // The leader and all others run the job; returns when all are done.
 static inline void run_job(Team& team, void (*job)(void*, int), void* context) {
   team.job = job, team.context = context;
-  __atomic_store_n(&team.busy, team.threads - 1, __ATOMIC_RELAXED);
-  __atomic_fetch_add(&team.posted, 1, __ATOMIC_RELEASE);
+  __atomic_store_n(&team.busy, uint32_t(team.threads - 1), __ATOMIC_RELAXED);
+  post(team);
   job(context, 0);
-  for (int spins = 0; __atomic_load_n(&team.busy, __ATOMIC_ACQUIRE);) relax(spins);
+  int spins = 0;
+  for (uint32_t busy; (busy = __atomic_load_n(&team.busy, __ATOMIC_ACQUIRE));)
+    wait(team.busy, busy, team.is_leader_asleep, spins);
 }
 
 static inline void dismiss(Team& team) {
   team.is_over = true;
-  __atomic_fetch_add(&team.posted, 1, __ATOMIC_RELEASE);
+  post(team);
 }
 
 // What every thread but the leader does until it is dismissed.
@@ -91,14 +120,14 @@ static inline void serve(Team& team, int thread) {
       if (next < end) {
         for (int line = 0; line < 4; ++line, next += 64) __builtin_prefetch(next, 0, 2);
       } else {
-        relax(spins);
+        wait(team.posted, num_posted, team.sleepers, spins);
       }
     }
     ++num_posted;
     next = end;
     if (team.is_over) return;
     team.job(team.context, thread);
-    __atomic_fetch_sub(&team.busy, 1, __ATOMIC_RELEASE);
+    if (__atomic_sub_fetch(&team.busy, 1, __ATOMIC_SEQ_CST) == 0) wake(team.busy, team.is_leader_asleep);
   }
 }
 
