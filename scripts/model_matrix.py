@@ -30,20 +30,24 @@ sys.path.insert(0, str(ROOT / "tests" / "models"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 LENGTHS = (15, 31, 47, 63)
-NUM_TOKENS = 6
+NUM_TOKENS = 20
 MARGIN = 1e-3
 """A reference whose best two logits are nearer than this decides nothing."""
 MEMORY_BYTES = 10 << 30
-_CACHES = (72, 88, 112, 160, 320)
-"""Sizes of a cache in tokens, the smallest first: the first that holds the longest request."""
+_CACHES = (6, 7, 8, 10, 12, 16, 24, 40)
+"""Sizes of a cache in blocks, the smallest first: the first that holds the longest request."""
 _WAYS = """\
 *paged*: one flat token batch, attention served by the device. *cached*: request by request, with a
 transformers cache filled from pages, states included; slower. *recomputed*: the whole text for
 every token; slower by far. Which way is taken is said by `quire plan` as far as a dry run tells,
 and settled at load, where the model is held against its own logits: one that differs is refused.
-Rows may be from several runs. Linear layers, gated MLPs and RMS norms that the device's operators
-compute alike are computed by them. A package adds a family of its own by the entry point
-`quire.models`, named as the architecture; `--model-impl native` or `transformers` chooses."""
+Preemptions and tokens from cached prefixes are counted over the runs of a row, whose prompts are
+all cut into chunks; a model of states alone never grows, so nobody is preempted. Linear layers,
+gated MLPs and RMS norms that the device's operators compute alike are computed by them. A package
+adds a family of its own by the entry point `quire.models`, named as the architecture;
+`--model-impl native` or `transformers` chooses."""
+_TRIES = 3
+"""Scarce caches until somebody is preempted."""
 LABELS = {
     "exact": "exact",
     "exact_uncached": "exact (as `generate` without a cache; with one it gives other tokens)",
@@ -193,6 +197,7 @@ def run_architecture(
         except UnsupportedError as error:
             detail = "; ".join(f"{r.have}" for r in error.reasons)
             return {"status": "refused", "detail": detail[:600]}
+    answer.pop("block_bytes")
     verdict = compare(answer.pop("tokens"), expected, margins)
     if verdict != "exact" and compare_uncached(model, answer["again"]) == "exact":
         verdict = "exact_uncached"
@@ -236,22 +241,29 @@ def reference(model: Any, *, use_cache: bool) -> tuple[list[list[int]], list[lis
 
 
 def run_tightly(directory: Path, ask_also: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-    """Tokens of the real engine in a cache too small for all requests, if that can be foretold."""
-    from quire.core.errors import ConfigError
-    from quire.core.models.description import size_of_dtype
-    from quire.core.models.registry import describe
+    """Tokens of the real engine in a cache too small for all requests.
 
-    per_token = sum(
-        group.bytes_per_token(size_of_dtype)
-        for group in describe(directory, model_impl="transformers").attention_groups
-    )
-    for num_tokens in _CACHES:
+    A first run in a large one tells what a block takes, whichever way the model settled on.
+    """
+    from quire.core.errors import ConfigError
+
+    answer = run_engine(directory, 64 << 20, ask_also)
+    num_tight = 0
+    for num_blocks in _CACHES:
         try:
-            return run_engine(directory, num_tokens * per_token, ask_also)
+            tight = run_engine(directory, num_blocks * answer["block_bytes"], None)
         except ConfigError:
-            # One request does not fit, or loading has settled on another way with other pages.
-            continue
-    return run_engine(directory, 64 << 20, ask_also)
+            continue  # one request does not fit
+        answer["tokens"] += tight["tokens"]
+        for key in ("num_preemptions", "num_cached_tokens"):
+            answer[key] += tight[key]
+        num_tight += 1
+        # States do not grow: where one request alone fits, the others wait instead.
+        if tight["num_preemptions"] or num_tight == _TRIES:
+            break
+    runs = answer["tokens"]
+    answer["again"] = runs[0] if all(run == runs[0] for run in runs) else None
+    return answer
 
 
 def run_engine(
@@ -267,17 +279,21 @@ def run_engine(
         "max_num_batched_tokens": 24, "max_model_len": 96, "block_size": 16, "num_threads": 1,
     }  # fmt: skip
     with LLM(model=str(directory), cache_memory_bytes=cache_bytes, **settings) as llm:
-        runs = []
+        runs, num_cached = [], 0
         for _ in range(2):
             outputs = llm.generate(asked, params, use_tqdm=False)
             runs.append([list(output.outputs[0].token_ids) for output in outputs])
+            num_cached += sum(output.num_cached_tokens or 0 for output in outputs)
+        statistics = llm.statistics()
         forward = llm.facts.providers.get("forward", "")
         also = {} if ask_also is None else {"also": ask_also(llm)}
         return {
             **also,
             "tokens": runs,
             "again": runs[0] if runs[0] == runs[1] else None,
-            "num_preemptions": llm.statistics().num_preemptions,
+            "num_preemptions": statistics.num_preemptions,
+            "num_cached_tokens": num_cached,
+            "block_bytes": statistics.memory_bytes["cache"] // llm.facts.num_blocks[0],
             "way": forward.removeprefix("transformers (").removesuffix(")"),
         }
 
@@ -322,12 +338,13 @@ def render(results: dict[str, Any], version: str) -> str:
         "",
         _WAYS,
         "",
-        "| architecture | result | way | remark |",
-        "|---|---|---|---|",
+        "| architecture | result | way | preempted | from prefixes | remark |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in sorted(results.items()):
         remark = row.get("detail", "").replace("|", "/").replace("\n", " ")
-        cells = (name, LABELS[row["status"]], row.get("way", ""), remark[:240])
+        counts = (str(row.get(key, "")) for key in ("num_preemptions", "num_cached_tokens"))
+        cells = (name, LABELS[row["status"]], row.get("way", ""), *counts, remark[:240])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *render_native()]) + "\n"
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,12 @@ def image_cases(
         texts = [text for text in texts if text[1]]
     asked, rows, margins = [], [], []
     for text, images in texts:
-        inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt")
+        with warnings.catch_warnings():
+            # PaliGemma's processor makes arrays of tensors in a way that numpy has left.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            inputs = processor(
+                text=[text], images=[images] if images else None, return_tensors="pt"
+            )
         for unused in ("num_crops", "labels"):
             inputs.pop(unused, None)
         with torch.inference_mode():

@@ -97,6 +97,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 112, "moe_num_experts": 8, "moe_top_k": 2},
     },
+    "qwen4_exp": {
+        "indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_n_heads": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": HEAD_SIZE,
+    },
+    "dots3_note_vision_encoder": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
     "bailing_hybrid": {"num_expert_group": 1, "topk_group": 1, "layer_group_size": 2},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -163,7 +169,10 @@ def tiny_config(model_type: str) -> Any:
         if name in _UNSETTABLE.get(model_type, ()):
             continue
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            settings[name] = {**shrunk(value, value.model_type), "model_type": value.model_type}
+            asked = settings.get(name, {})
+            settings[name] = {
+                **shrunk(value, value.model_type), **asked, "model_type": value.model_type
+            }  # fmt: skip
     return AutoConfig.for_model(model_type, **settings)
 
 

@@ -138,15 +138,21 @@ def test_generate_images_in_chunks_and_together_as_transformers(directory, famil
 def test_generate_image_with_a_full_cache_is_preempted_and_exact(directory, cases):
     """Whoever loses its blocks sees its image again when it resumes."""
     with _engine(directory) as probe:
-        num_blocks = probe.facts.num_blocks[0]
-        size = 12 * probe.statistics().memory_bytes["cache"] // num_blocks
-    settings = {"cache_memory_bytes": size, "max_model_len": 128, "enable_prefix_caching": False}
-    with _engine(directory, **settings) as llm:
-        long = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, detokenize=False)
-        outputs = llm.generate([case.request for case in cases], long, use_tqdm=False)
-        assert llm.statistics().num_preemptions
-        starts = [tokens[:NUM_TOKENS] for tokens in _tokens(outputs)]
-        assert starts == [case.expected for case in cases]
+        block_bytes = probe.statistics().memory_bytes["cache"] // probe.facts.num_blocks[0]
+    long = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, detokenize=False)
+    num_preemptions = 0
+    # Families make images of many lengths: the first size at which two requests meet and grow.
+    for num_blocks in (14, 12, 11, 10, 9, 8):
+        settings = {"cache_memory_bytes": num_blocks * block_bytes}
+        settings["max_model_len"] = min(160, 16 * num_blocks - 16)
+        with _engine(directory, **settings, enable_prefix_caching=False) as llm:
+            outputs = llm.generate([case.request for case in cases], long, use_tqdm=False)
+            starts = [tokens[:NUM_TOKENS] for tokens in _tokens(outputs)]
+            assert starts == [case.expected for case in cases]
+            num_preemptions = llm.statistics().num_preemptions
+        if num_preemptions:
+            break
+    assert num_preemptions
 
 
 # --- one family is enough -----------------------------------------------------------------------
