@@ -234,7 +234,8 @@ def reference(model: Any, *, use_cache: bool) -> tuple[list[list[int]], list[lis
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        rows.append(out.sequences[0, len(prompt) :].tolist())
+        # What comes before: the prompt, or a decoder's own first tokens.
+        rows.append(out.sequences[0, -NUM_TOKENS:].tolist())
         best = [step[0].float().topk(2).values for step in out.logits]
         margins.append([float(two[0] - two[1]) for two in best])
     return rows, margins
@@ -304,6 +305,8 @@ def compare(
     """`exact` if every run gives the reference's tokens, up to where it is itself undecided."""
     for run in runs:
         for got, want, margin in zip(run, expected, margins, strict=True):
+            if not got or len(got) > len(want):
+                return "wrong"  # nothing was compared, or not all
             for index, (a, b) in enumerate(zip(got, want, strict=False)):
                 if a != b and margin[index] >= MARGIN:
                     return "wrong"
