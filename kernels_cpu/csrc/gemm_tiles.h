@@ -27,7 +27,7 @@ struct Dots {
 #else
   static constexpr int WORDS = 2;
 #endif
-#if defined(__ARM_FEATURE_DOTPROD) && !defined(__x86_64__)
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
   static constexpr int SHIFT = 128;  // the instruction takes signed codes: they are moved down by this much
 #else
   static constexpr int SHIFT = 0;
@@ -48,6 +48,9 @@ struct Dots {
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(int(words[0])));
 #elif defined(__AVXVNNI__)
     return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, _mm256_set1_epi32(int(words[0])));
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    const int8x16_t x = vreinterpretq_s8_u32(vdupq_n_u32(words[0]));
+    return (vi)vusdotq_s32((int32x4_t)sum, (uint8x16_t)codes, x);
 #elif defined(__ARM_FEATURE_DOTPROD)
     const int8x16_t x = vreinterpretq_s8_u32(vdupq_n_u32(words[0]));
     return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)(codes ^ 0x80808080u), x);

@@ -34,7 +34,7 @@
   LEVEL(avx2, has_avx2())                                                      \
   LEVEL(generic, true)
 #elif defined(QUIRE_HAVE_dotprod)
-#define QUIRE_LEVELS(LEVEL) LEVEL(dotprod, has_dotprod()) LEVEL(generic, true)
+#define QUIRE_LEVELS(LEVEL) LEVEL(i8mm, has_dotprod() && has_i8mm()) LEVEL(dotprod, has_dotprod()) LEVEL(generic, true)
 #elif defined(QUIRE_HAVE_rvv)
 #define QUIRE_LEVELS(LEVEL) LEVEL(rvv, has_rvv()) LEVEL(generic, true)
 #else
@@ -87,6 +87,15 @@ static bool has_dotprod() {
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #else
   return true;  // every Apple processor has it
+#endif
+}
+
+// Products of integers of different signs, among others.
+static bool has_i8mm() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) & HWCAP2_I8MM;
+#else
+  return false;
 #endif
 }
 #elif defined(QUIRE_HAVE_rvv)

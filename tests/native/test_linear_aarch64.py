@@ -11,7 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("aarch64-linux-gnu-g++")
 EMULATOR = shutil.which("qemu-aarch64")
-LEVELS = {"generic": [], "dotprod": ["-march=armv8.2-a+dotprod+fp16"]}
+LEVELS = {
+    "generic": [],
+    "dotprod": ["-march=armv8.2-a+dotprod+fp16"],
+    "i8mm": ["-march=armv8.2-a+dotprod+fp16+i8mm"],
+}
 
 pytestmark = [
     pytest.mark.slow,
