@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -157,7 +158,8 @@ def _child(name: str, writer: int, limit_s: int, run: Callable[[str], dict[str, 
     except BaseException as error:  # reported as this architecture's result
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"
-        result = {"status": "failed", "detail": f"{type(error).__name__}: {error} ({where})"[:600]}
+        said = re.sub(r"/\S*/tmp\w+", "its folder", str(error))
+        result = {"status": "failed", "detail": f"{type(error).__name__}: {said} ({where})"[:600]}
     with os.fdopen(writer, "w") as pipe:
         pipe.write(json.dumps(result))
     os._exit(0)
