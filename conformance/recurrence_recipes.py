@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from quire.conformance.oracles import recurrence
 from quire.conformance.recipes import Array, Inputs, Options, Recipe, make_normal
-from quire.core.interface import Ops, Sequences
+from quire.core.interface import Ops, Sequences, StateSlots
 
 Tensors = Mapping[str, Tensor]
 
@@ -22,8 +23,13 @@ _STARTS = {"mixed": (0, 1, 6, 7, 20), "one": (0, 9), "decode": (0, 1, 2, 3, 4, 5
 def _sequences(tensors: Tensors, options: Options) -> Sequences:
     starts = _STARTS[options["starts"]]
     where = next(iter(tensors.values())).device
+    slots = None
+    if "sources" in tensors:
+        slots = StateSlots(sources=tensors["sources"], targets=tensors["targets"])
     return Sequences(
-        starts=torch.tensor(starts, dtype=torch.int32, device=where), starts_host=list(starts)
+        starts=torch.tensor(starts, dtype=torch.int32, device=where),
+        starts_host=list(starts),
+        slots=slots,
     )
 
 
@@ -236,3 +242,47 @@ RECURRENCE_RECIPES: Mapping[str, Recipe] = {
     ),
 }
 """By `OpSpec.name`."""
+
+
+def in_pages(recipe: Recipe) -> Recipe:
+    """The same with states in a page, of which every second block is somebody else's.
+
+    The first sequence starts from zeros, the second goes on in its own block, the others start from
+    a block and end in the next.
+    """
+
+    def make(rng: np.random.Generator, dtype: str, scale: float, options: Options) -> Inputs:
+        inputs = recipe.make(rng, dtype, scale, options)
+        states = inputs["states"]
+        count = len(states)
+        blocks = torch.from_numpy(rng.permutation(4 * count))
+        page = make_normal(rng, (4 * count, *states.shape[1:]), "float32", scale).to(states.dtype)
+        sources, targets = blocks[:count].clone(), blocks[count : 2 * count].clone()
+        targets[1:2] = sources[1:2]
+        page[sources] = states
+        sources[0] = -1
+        return {**inputs, "states": page, "sources": sources, "targets": targets}
+
+    def call(ops: Ops, tensors: Tensors, options: Options) -> dict[str, Tensor]:
+        results = recipe.call(ops, tensors, options)
+        page, targets = results["states"], tensors["targets"]
+        is_other = torch.ones(len(page), dtype=torch.bool, device=page.device)
+        is_other[targets] = False
+        return {"out": results["out"], "states": page[targets], "others": page[is_other]}
+
+    def expect(arrays: Mapping[str, Array], options: Options) -> dict[str, Array]:
+        page, sources = arrays["states"], arrays["sources"]
+        states = np.where(sources.reshape(-1, *[1] * (page.ndim - 1)) < 0, 0, page[sources])
+        others = np.delete(page, arrays["targets"], axis=0)
+        return {**recipe.expect({**arrays, "states": states}, options), "others": others}
+
+    return replace(
+        recipe,
+        make=make,
+        call=call,
+        expect=expect,
+        tolerances={**recipe.tolerances, "others": "exact"},
+        dtypes={**recipe.dtypes, **({"others": "float32"} if "states" in recipe.dtypes else {})},
+        hint="Sequence s starts from states[sources[s]], from zeros where that is negative, and "
+        "leaves its last in states[targets[s]]; no other block is written. " + recipe.hint,
+    )

@@ -164,6 +164,7 @@ def causal_conv1d(
     states: int,
     out: int,
     starts: int,
+    slots: Sequence[int],
     sizes: Sequence[int],
     has_silu: bool,
     /,
@@ -181,6 +182,7 @@ def selective_scan(
     states: int,
     out: int,
     starts: int,
+    slots: Sequence[int],
     sizes: Sequence[int],
     /,
 ) -> None: ...
@@ -197,6 +199,7 @@ def ssd_scan(
     states: int,
     out: int,
     starts: int,
+    slots: Sequence[int],
     sizes: Sequence[int],
     /,
 ) -> None: ...
@@ -212,6 +215,7 @@ def gated_delta_rule(
     states: int,
     out: int,
     starts: int,
+    slots: Sequence[int],
     sizes: Sequence[int],
     /,
 ) -> None: ...

@@ -47,7 +47,9 @@ def record_extensions(launcher: RecordingLauncher, *, fp8: torch.dtype | None = 
         _record_float8(launcher, 8, dtype, fp8)
     _record_variants(launcher)
     launcher.label = ""
-    _record_recurrence(launcher)
+    places = _empty(_REQUESTS, dtype=_INT64)
+    _record_recurrence(launcher, None)
+    _record_recurrence(launcher, (places, places))
 
 
 def _empty(*shape: int, dtype: torch.dtype = _BF16) -> Tensor:
@@ -196,23 +198,30 @@ def _record_float8(
     launcher.label = before
 
 
-def _record_recurrence(launcher: RecordingLauncher) -> None:
+def _record_recurrence(launcher: RecordingLauncher, slots: recurrence.Slots | None) -> None:
+    before = "" if slots is None else "in pages: "
+    launcher.label = before
     starts = _empty(_REQUESTS + 1, dtype=_INT32)
     x = _empty(_TOKENS, 4096)
     recurrence.causal_conv1d(
-        launcher, x, _empty(4096, 4), None, _empty(_REQUESTS, 4096, 3), starts, has_silu=True
+        *(launcher, x, _empty(4096, 4), None, _empty(_REQUESTS, 4096, 3), starts),
+        has_silu=True,
+        slots=slots,
     )
     bias, states = _empty(4096), _empty(_REQUESTS, 4096, 1)
-    launcher.label = "width 2, bias: "
-    recurrence.causal_conv1d(launcher, x, _empty(4096, 2), bias, states, starts, has_silu=False)
-    launcher.label = ""
+    launcher.label = f"{before}width 2, bias: "
+    recurrence.causal_conv1d(
+        launcher, x, _empty(4096, 2), bias, states, starts, has_silu=False, slots=slots
+    )
+    launcher.label = before
     dt, a = _empty(_TOKENS, 4096, dtype=_FP32), _empty(4096, 16, dtype=_FP32)
     b, states = _empty(_TOKENS, 16), _empty(_REQUESTS, 4096, 16, dtype=_FP32)
-    recurrence.selective_scan(launcher, x, dt, a, b, b, a[:, 0], states, starts)
+    recurrence.selective_scan(launcher, x, dt, a, b, b, a[:, 0], states, starts, slots)
     heads, a = _empty(_TOKENS, 64, 64), _empty(64, dtype=_FP32)
     states = _empty(_REQUESTS, 64, 64, 128, dtype=_FP32)
     dt, b = _empty(_TOKENS, 64, dtype=_FP32), _empty(_TOKENS, 1, 128)
-    recurrence.ssd_scan(launcher, heads, dt, a, b, b, a, states, starts)
+    recurrence.ssd_scan(launcher, heads, dt, a, b, b, a, states, starts, slots)
     q, v = _empty(_TOKENS, 16, 128), _empty(_TOKENS, 32, 128)
     states, decay = _empty(_REQUESTS, 32, 128, 128, dtype=_FP32), _empty(_TOKENS, 32, dtype=_FP32)
-    recurrence.gated_delta_rule(launcher, q, q, v, decay, decay, states, starts)
+    recurrence.gated_delta_rule(launcher, q, q, v, decay, decay, states, starts, slots)
+    launcher.label = ""

@@ -1,8 +1,11 @@
 """Convolutions and scans over the sequences of a step, each with a state that is carried on.
 
 The scans go one step of time after the other, with the state in registers: sequences, heads and
-channels run side by side. All are right for padding and for any mix of lengths, and ask nothing of
-the host but how many sequences there are, so they can be recorded.
+channels run side by side. With `slots` (sources and targets, int64 [S]) states lie in a page
+[n, ...] dense but for its first dimension: s starts from states[sources[s]], or from zeros where
+that is negative, and leaves its last in states[targets[s]]. All are right for padding and for any
+mix of lengths, and ask nothing of the host but how many sequences there are, so they can be
+recorded.
 Source: Gu & Dao 2023, Algorithm 2; Dao & Gu 2024, section 2; Yang, Kautz & Hatamizadeh 2024,
 eq. 10.
 """
@@ -14,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.kernels_triton.launch import Launcher, ceil_div, power_of_two
+
+Slots = tuple[Tensor, Tensor]
 
 
 @triton.jit
@@ -30,18 +35,30 @@ def _find_sequence(starts_ptr, tile, num_sequences, BLOCK_T: tl.constexpr):
     return low - 1
 
 
+@triton.jit
+def _state_of(sequence, slots_ptr, stride, HAS_SLOTS: tl.constexpr):
+    """(whether there is such a state, where it begins)."""
+    slot = sequence.to(tl.int64)
+    if HAS_SLOTS:
+        slot = tl.load(slots_ptr + sequence)
+    return slot >= 0, slot * stride
+
+
 @triton.jit(do_not_specialize=["num_sequences"])
 def conv_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
     states_ptr,
+    sources_ptr,
     starts_ptr,
     out_ptr,
     num_sequences,
     channels,
     x_stride,
+    state_stride,
     W: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SILU: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -59,14 +76,16 @@ def conv_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = (c < channels)[None, :]
     mask = (t < length)[:, None] & is_channel
-    states = states_ptr + ((sequence.to(tl.int64) * channels + c) * (W - 1))[None, :]
+    has_state, before = _state_of(sequence, sources_ptr, state_stride, HAS_SLOTS)
+    states = states_ptr + before + (c * (W - 1))[None, :]
     acc = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for w in range(W):
         source = t + (w - (W - 1))
         rows = x_ptr + ((begin + source).to(tl.int64) * x_stride)[:, None] + c[None, :]
         is_new = (source >= 0)[:, None]
         value = tl.load(rows, mask=mask & is_new, other=0.0).to(tl.float32)
-        old = tl.load(states + (source + (W - 1))[:, None], mask=mask & ~is_new, other=0.0)
+        is_old = mask & ~is_new & has_state
+        old = tl.load(states + (source + (W - 1))[:, None], mask=is_old, other=0.0)
         value += old.to(tl.float32)
         weight = tl.load(weight_ptr + c * W + w, mask=c < channels, other=0.0).to(tl.float32)
         acc += value * weight[None, :]
@@ -82,10 +101,14 @@ def conv_kernel(
 def conv_state_kernel(
     x_ptr,
     states_ptr,
+    sources_ptr,
+    targets_ptr,
     starts_ptr,
     channels,
     x_stride,
+    state_stride,
     W: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -97,14 +120,18 @@ def conv_state_kernel(
     w = tl.arange(0, BLOCK_W)
     mask = (c < channels)[:, None] & (w < W - 1)[None, :]
     source = w + (length - (W - 1))
-    states = states_ptr + ((sequence.to(tl.int64) * channels + c) * (W - 1))[:, None]
+    has_state, before = _state_of(sequence, sources_ptr, state_stride, HAS_SLOTS)
+    _, after = _state_of(sequence, targets_ptr, state_stride, HAS_SLOTS)
+    states = states_ptr + (c * (W - 1))[:, None]
     is_new = (source >= 0)[None, :]
     rows = x_ptr + ((begin + source).to(tl.int64) * x_stride)[None, :] + c[:, None]
     value = tl.load(rows, mask=mask & is_new, other=0.0).to(tl.float32)
-    old = tl.load(states + (w + length)[None, :], mask=mask & ~is_new, other=0.0).to(tl.float32)
+    is_old = mask & ~is_new & has_state
+    old = tl.load(states + before + (w + length)[None, :], mask=is_old, other=0.0)
     # All of the old state is read before any of it is overwritten.
     tl.debug_barrier()
-    tl.store(states + w[None, :], (value + old).to(states_ptr.dtype.element_ty), mask=mask)
+    kept = (value + old.to(tl.float32)).to(states_ptr.dtype.element_ty)
+    tl.store(states + after + w[None, :], kept, mask=mask)
 
 
 def causal_conv1d(
@@ -116,13 +143,16 @@ def causal_conv1d(
     starts: Tensor,
     *,
     has_silu: bool,
+    slots: Slots | None = None,
 ) -> Tensor:
-    """Convolves x [T, C] (dense rows) of S sequences; overwrites states [S, C, W - 1].
+    """Convolves x [T, C] (dense rows) of S sequences; overwrites states [n, C, W - 1].
 
     weight [C, W], bias [C], states are contiguous; starts int32 [S + 1]. Returns [T, C].
     """
     num_tokens, channels = x.shape
-    width, count = weight.shape[1], states.shape[0]
+    width, count = weight.shape[1], len(starts) - 1
+    sources, targets = slots or (starts, starts)
+    has_slots = {"HAS_SLOTS": slots is not None}
     out = x.new_empty((num_tokens, channels))
     entry = launcher.find("conv")
     block_t, block_c = entry.constants["BLOCK_T"], entry.constants["BLOCK_C"]
@@ -130,10 +160,16 @@ def causal_conv1d(
         conv_kernel,
         (num_tokens // block_t + count, ceil_div(channels, block_c)),
         [
-            *(x, weight, x if bias is None else bias, states, starts, out),
-            *(count, channels, x.stride(0)),
+            *(x, weight, x if bias is None else bias, states, sources, starts, out),
+            *(count, channels, x.stride(0), states.stride(0)),
         ],
-        {"W": width, "HAS_BIAS": bias is not None, "HAS_SILU": has_silu, **entry.constants},
+        {
+            "W": width,
+            "HAS_BIAS": bias is not None,
+            "HAS_SILU": has_silu,
+            **has_slots,
+            **entry.constants,
+        },
         entry,
     )
     if width > 1:
@@ -141,8 +177,11 @@ def causal_conv1d(
         launcher.start(
             conv_state_kernel,
             (count, ceil_div(channels, entry.constants["BLOCK_C"])),
-            [x, states, starts, channels, x.stride(0)],
-            {"W": width, "BLOCK_W": power_of_two(width - 1), **entry.constants},
+            [
+                *(x, states, sources, targets, starts),
+                *(channels, x.stride(0), states.stride(0)),
+            ],
+            {"W": width, "BLOCK_W": power_of_two(width - 1), **has_slots, **entry.constants},
             entry,
         )
     return out
@@ -157,6 +196,8 @@ def selective_scan_kernel(
     c_ptr,
     d_ptr,
     states_ptr,
+    sources_ptr,
+    targets_ptr,
     starts_ptr,
     out_ptr,
     channels,
@@ -164,10 +205,12 @@ def selective_scan_kernel(
     dt_stride,
     b_stride,
     c_stride,
+    state_stride,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     HAS_D: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
 ):
     """One sequence, BLOCK_C channels: h = exp(dt a) h + dt b x; out = h . c + d x."""
     sequence = tl.program_id(0)
@@ -177,8 +220,9 @@ def selective_scan_kernel(
     mask = is_channel[:, None] & is_state[None, :]
     index = channel[:, None] * N + n[None, :]
     a = tl.load(a_ptr + index, mask=mask, other=0.0)
-    place = states_ptr + sequence.to(tl.int64) * channels * N + index
-    h = tl.load(place, mask=mask, other=0.0)
+    has_state, before = _state_of(sequence, sources_ptr, state_stride, HAS_SLOTS)
+    _, after = _state_of(sequence, targets_ptr, state_stride, HAS_SLOTS)
+    h = tl.load(states_ptr + before + index, mask=mask & has_state, other=0.0)
     skip = tl.zeros([BLOCK_C], tl.float32)
     if HAS_D:
         skip = tl.load(d_ptr + channel, mask=is_channel, other=0.0)
@@ -194,7 +238,7 @@ def selective_scan_kernel(
         y = tl.sum(h * c[None, :], 1) + skip * x
         out = out_ptr + t * channels + channel
         tl.store(out, y.to(out_ptr.dtype.element_ty), mask=is_channel)
-    tl.store(place, h, mask=mask)
+    tl.store(states_ptr + after + index, h, mask=mask)
 
 
 def selective_scan(
@@ -207,8 +251,9 @@ def selective_scan(
     d: Tensor | None,
     states: Tensor,
     starts: Tensor,
+    slots: Slots | None = None,
 ) -> Tensor:
-    """Mamba's scan of x [T, C]; overwrites states float32 [S, C, N]; see `Ops.selective_scan`.
+    """Mamba's scan of x [T, C]; overwrites states float32 [n, C, N]; see `Ops.selective_scan`.
 
     Rows are dense; a, d and states contiguous.
     """
@@ -219,12 +264,19 @@ def selective_scan(
     block = min(entry.constants["BLOCK_C"], power_of_two(channels))
     launcher.start(
         selective_scan_kernel,
-        (states.shape[0], ceil_div(channels, block)),
+        (len(starts) - 1, ceil_div(channels, block)),
         [
-            *(x, dt, a, b, c, x if d is None else d, states, starts, out),
-            *(channels, x.stride(0), dt.stride(0), b.stride(0), c.stride(0)),
+            *(x, dt, a, b, c, x if d is None else d, states, *(slots or (starts, starts))),
+            *(starts, out, channels, x.stride(0), dt.stride(0), b.stride(0), c.stride(0)),
+            states.stride(0),
         ],
-        {"N": size, "BLOCK_N": power_of_two(size), "BLOCK_C": block, "HAS_D": d is not None},
+        {
+            "N": size,
+            "BLOCK_N": power_of_two(size),
+            "BLOCK_C": block,
+            "HAS_D": d is not None,
+            "HAS_SLOTS": slots is not None,
+        },
         entry,
     )
     return out
@@ -239,6 +291,8 @@ def ssd_scan_kernel(
     c_ptr,
     d_ptr,
     states_ptr,
+    sources_ptr,
+    targets_ptr,
     starts_ptr,
     out_ptr,
     x_token_stride,
@@ -248,6 +302,7 @@ def ssd_scan_kernel(
     b_group_stride,
     c_token_stride,
     c_group_stride,
+    state_stride,
     M: tl.constexpr,
     GROUP: tl.constexpr,
     P: tl.constexpr,
@@ -255,6 +310,7 @@ def ssd_scan_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_D: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
 ):
     """One sequence, one head, BLOCK_P channels: h = exp(dt a) h + dt x b^T; out = h c + d x."""
     sequence, head = tl.program_id(0), tl.program_id(1)
@@ -264,8 +320,10 @@ def ssd_scan_kernel(
     mask = is_channel[:, None] & is_state[None, :]
     group = head // GROUP
     a = tl.load(a_ptr + head)
-    place = states_ptr + (sequence.to(tl.int64) * M + head) * P * N + p[:, None] * N + n[None, :]
-    h = tl.load(place, mask=mask, other=0.0)
+    has_state, before = _state_of(sequence, sources_ptr, state_stride, HAS_SLOTS)
+    _, after = _state_of(sequence, targets_ptr, state_stride, HAS_SLOTS)
+    place = states_ptr + head * P * N + p[:, None] * N + n[None, :]
+    h = tl.load(place + before, mask=mask & has_state, other=0.0)
     skip = tl.full([], 0.0, tl.float32)
     if HAS_D:
         skip += tl.load(d_ptr + head)
@@ -284,7 +342,7 @@ def ssd_scan_kernel(
         y = tl.sum(h * c[None, :], 1) + skip * x
         out = out_ptr + (t * M + head) * P + p
         tl.store(out, y.to(out_ptr.dtype.element_ty), mask=is_channel)
-    tl.store(place, h, mask=mask)
+    tl.store(place + after, h, mask=mask)
 
 
 def ssd_scan(
@@ -297,8 +355,9 @@ def ssd_scan(
     d: Tensor | None,
     states: Tensor,
     starts: Tensor,
+    slots: Slots | None = None,
 ) -> Tensor:
-    """Mamba-2's scan of x [T, M, P]; overwrites states float32 [S, M, P, N]; see `Ops.ssd_scan`.
+    """Mamba-2's scan of x [T, M, P]; overwrites states float32 [n, M, P, N]; see `Ops.ssd_scan`.
 
     Last dimensions are dense; a, d and states contiguous.
     """
@@ -309,10 +368,11 @@ def ssd_scan(
     block = min(entry.constants["BLOCK_P"], power_of_two(channels))
     launcher.start(
         ssd_scan_kernel,
-        (states.shape[0], heads, ceil_div(channels, block)),
+        (len(starts) - 1, heads, ceil_div(channels, block)),
         [
-            *(x, dt, a, b, c, x if d is None else d, states, starts, out),
-            *(*x.stride()[:2], dt.stride(0), *b.stride()[:2], *c.stride()[:2]),
+            *(x, dt, a, b, c, x if d is None else d, states, *(slots or (starts, starts))),
+            *(starts, out, *x.stride()[:2], dt.stride(0), *b.stride()[:2], *c.stride()[:2]),
+            states.stride(0),
         ],
         {
             "M": heads,
@@ -322,6 +382,7 @@ def ssd_scan(
             "BLOCK_P": block,
             "BLOCK_N": power_of_two(size),
             "HAS_D": d is not None,
+            "HAS_SLOTS": slots is not None,
         },
         entry,
     )
@@ -336,6 +397,8 @@ def gated_delta_rule_kernel(
     decay_ptr,
     beta_ptr,
     states_ptr,
+    sources_ptr,
+    targets_ptr,
     starts_ptr,
     out_ptr,
     q_token_stride,
@@ -346,12 +409,14 @@ def gated_delta_rule_kernel(
     v_head_stride,
     decay_stride,
     beta_stride,
+    state_stride,
     M: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
 ):
     """One sequence, one head, BLOCK_V features of its values."""
     sequence, head = tl.program_id(0), tl.program_id(1)
@@ -360,8 +425,10 @@ def gated_delta_rule_kernel(
     is_key, is_value = d < D, e < DV
     mask = is_key[:, None] & is_value[None, :]
     group = head // GROUP
-    place = states_ptr + (sequence.to(tl.int64) * M + head) * D * DV + d[:, None] * DV + e[None, :]
-    h = tl.load(place, mask=mask, other=0.0)
+    has_state, before = _state_of(sequence, sources_ptr, state_stride, HAS_SLOTS)
+    _, after = _state_of(sequence, targets_ptr, state_stride, HAS_SLOTS)
+    place = states_ptr + head * D * DV + d[:, None] * DV + e[None, :]
+    h = tl.load(place + before, mask=mask & has_state, other=0.0)
     begin = tl.load(starts_ptr + sequence)
     length = tl.load(starts_ptr + sequence + 1) - begin
     for step in range(length):
@@ -379,7 +446,7 @@ def gated_delta_rule_kernel(
         y = tl.sum(h * q[:, None], 0)
         out = out_ptr + (t * M + head) * DV + e
         tl.store(out, y.to(out_ptr.dtype.element_ty), mask=is_value)
-    tl.store(place, h, mask=mask)
+    tl.store(place + after, h, mask=mask)
 
 
 def gated_delta_rule(
@@ -391,8 +458,9 @@ def gated_delta_rule(
     beta: Tensor,
     states: Tensor,
     starts: Tensor,
+    slots: Slots | None = None,
 ) -> Tensor:
-    """The gated delta rule over v [T, M, Dv]; overwrites states float32 [S, M, D, Dv].
+    """The gated delta rule over v [T, M, Dv]; overwrites states float32 [n, M, D, Dv].
 
     q, k [T, G, D]; see `Ops.gated_delta_rule`. Last dimensions are dense, states contiguous.
     """
@@ -403,10 +471,11 @@ def gated_delta_rule(
     block = min(entry.constants["BLOCK_V"], power_of_two(v_size))
     launcher.start(
         gated_delta_rule_kernel,
-        (states.shape[0], heads, ceil_div(v_size, block)),
+        (len(starts) - 1, heads, ceil_div(v_size, block)),
         [
-            *(q, k, v, decay, beta, states, starts, out),
+            *(q, k, v, decay, beta, states, *(slots or (starts, starts)), starts, out),
             *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], decay.stride(0), beta.stride(0)),
+            states.stride(0),
         ],
         {
             "M": heads,
@@ -415,6 +484,7 @@ def gated_delta_rule(
             "DV": v_size,
             "BLOCK_D": power_of_two(size),
             "BLOCK_V": block,
+            "HAS_SLOTS": slots is not None,
         },
         entry,
     )

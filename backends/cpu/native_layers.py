@@ -100,7 +100,7 @@ def causal_conv1d(
 ) -> Tensor:
     """`Ops.causal_conv1d`, all of one dtype."""
     out = _result_like(x, sequences)
-    dense = states.contiguous()
+    dense = _dense_states(states, sequences)
     kernels_cpu.causal_conv1d(
         x if x.stride(-1) == 1 else x.contiguous(),
         weight.contiguous(),
@@ -109,6 +109,7 @@ def causal_conv1d(
         sequences.starts,
         out,
         has_silu=activation == "silu",
+        slots=_slots(sequences),
     )
     _put_back(states, dense)
     return out
@@ -126,7 +127,7 @@ def selective_scan(
 ) -> Tensor:
     """`Ops.selective_scan`."""
     out = _result_like(x, sequences)
-    dense = states.contiguous()
+    dense = _dense_states(states, sequences)
     kernels_cpu.selective_scan(
         _dense_rows(x),
         _dense_rows(dt),
@@ -137,6 +138,7 @@ def selective_scan(
         dense,
         sequences.starts,
         out,
+        slots=_slots(sequences),
     )
     _put_back(states, dense)
     return out
@@ -154,7 +156,7 @@ def ssd_scan(
 ) -> Tensor:
     """`Ops.ssd_scan`."""
     out = _result_like(x, sequences)
-    dense = states.contiguous()
+    dense = _dense_states(states, sequences)
     kernels_cpu.ssd_scan(
         _dense_rows(x),
         _dense_rows(dt),
@@ -165,6 +167,7 @@ def ssd_scan(
         dense,
         sequences.starts,
         out,
+        slots=_slots(sequences),
     )
     _put_back(states, dense)
     return out
@@ -181,7 +184,7 @@ def gated_delta_rule(
 ) -> Tensor:
     """`Ops.gated_delta_rule`."""
     out = _result_like(v, sequences)
-    dense = states.contiguous()
+    dense = _dense_states(states, sequences)
     kernels_cpu.gated_delta_rule(
         _dense_rows(q),
         _dense_rows(k),
@@ -191,6 +194,7 @@ def gated_delta_rule(
         dense,
         sequences.starts,
         out,
+        slots=_slots(sequences),
     )
     _put_back(states, dense)
     return out
@@ -203,6 +207,15 @@ def _result_like(x: Tensor, sequences: Sequences) -> Tensor:
     return out
 
 
+def _slots(sequences: Sequences) -> tuple[Tensor, Tensor] | None:
+    return None if sequences.slots is None else (sequences.slots.sources, sequences.slots.targets)
+
+
+def _dense_states(states: Tensor, sequences: Sequences) -> Tensor:
+    """The same, or a dense copy; a page is taken as it lies."""
+    return states if sequences.slots is not None else states.contiguous()
+
+
 def _dense_rows(x: Tensor) -> Tensor:
     """The same with dense dimensions after the first."""
     is_dense = x.stride(-1) == 1 and (x.dim() < 3 or x.stride(1) == x.shape[2])
@@ -211,5 +224,5 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 def _put_back(states: Tensor, dense: Tensor) -> None:
     """The states into the tensor that was given, where the kernel had a copy."""
-    if dense.data_ptr() != states.data_ptr() or not states.is_contiguous():
+    if dense is not states:
         states.copy_(dense)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -155,7 +156,10 @@ class ReferenceOps(Ops):
         *,
         activation: str = "",
     ) -> Tensor:
-        return recurrence.causal_conv1d(x, weight, bias, states, sequences, activation=activation)
+        def scan(own: Tensor, each: Sequences) -> Tensor:
+            return recurrence.causal_conv1d(x, weight, bias, own, each, activation=activation)
+
+        return recurrence.through_page(states, sequences, scan)
 
     def selective_scan(
         self,
@@ -168,7 +172,8 @@ class ReferenceOps(Ops):
         states: Tensor,
         sequences: Sequences,
     ) -> Tensor:
-        return recurrence.selective_scan(x, dt, a, b, c, d, states, sequences)
+        scan = partial(recurrence.selective_scan, x, dt, a, b, c, d)
+        return recurrence.through_page(states, sequences, scan)
 
     def ssd_scan(
         self,
@@ -181,7 +186,8 @@ class ReferenceOps(Ops):
         states: Tensor,
         sequences: Sequences,
     ) -> Tensor:
-        return recurrence.ssd_scan(x, dt, a, b, c, d, states, sequences)
+        scan = partial(recurrence.ssd_scan, x, dt, a, b, c, d)
+        return recurrence.through_page(states, sequences, scan)
 
     def gated_delta_rule(
         self,
@@ -193,7 +199,8 @@ class ReferenceOps(Ops):
         states: Tensor,
         sequences: Sequences,
     ) -> Tensor:
-        return recurrence.gated_delta_rule(q, k, v, decay, beta, states, sequences)
+        scan = partial(recurrence.gated_delta_rule, q, k, v, decay, beta)
+        return recurrence.through_page(states, sequences, scan)
 
     # --- logits ---------------------------------------------------------------------------------
 

@@ -1,17 +1,33 @@
 """Convolutions and scans over sequences in plain torch: one step of time after the other.
 
-All sequences take their steps together; those that have ended drop out.
+All sequences take their steps together; those that have ended drop out. States in a page are copied
+out of it and back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from quire.core.interface import Sequences
+
+
+def through_page(
+    states: Tensor, sequences: Sequences, scan: Callable[[Tensor, Sequences], Tensor]
+) -> Tensor:
+    """`scan` with states [S, ...] of its own, of `Sequences.slots` if there are such."""
+    slots = sequences.slots
+    if slots is None:
+        return scan(states, sequences)
+    own = states.index_select(0, slots.sources.clamp(min=0))
+    own[slots.sources < 0] = 0
+    out = scan(own, replace(sequences, slots=None))
+    states.index_copy_(0, slots.targets, own)
+    return out
 
 
 def causal_conv1d(

@@ -38,7 +38,7 @@ from quire.kernels_triton.launch import TABLES, DeviceLauncher, LaunchTable, rea
 _BLOCK_SIZES = (16, 32, 64, 128, 256, 8)
 _HALVES = ("bfloat16", "float16")
 _WIDE = "float32"
-_FEATURES = frozenset({"moe", "recurrent"})
+_FEATURES = frozenset({"moe", "recurrent", "state_slots"})
 _QUANTIZATIONS = frozenset({"int8", "int4", "fp8"})
 
 

@@ -182,6 +182,7 @@ class TritonExtensionOps(ReferenceOps):
             states,
             sequences.starts,
             has_silu=activation == "silu",
+            slots=_slots(sequences),
         )
 
     def selective_scan(
@@ -197,9 +198,9 @@ class TritonExtensionOps(ReferenceOps):
     ) -> Tensor:
         if not _are_served(x, states, dt, b, c) or a.shape[1] > _MAX_STATE:
             return super().selective_scan(x, dt, a, b, c, d, states, sequences)
-        starts = sequences.starts
+        starts, slots = sequences.starts, _slots(sequences)
         return recurrence.selective_scan(
-            self._launcher, x, dt, a.contiguous(), b, c, _dense(d), states, starts
+            self._launcher, x, dt, a.contiguous(), b, c, _dense(d), states, starts, slots
         )
 
     def ssd_scan(
@@ -215,9 +216,9 @@ class TritonExtensionOps(ReferenceOps):
     ) -> Tensor:
         if not _are_served(x, states, dt, b, c) or b.shape[-1] > _MAX_STATE:
             return super().ssd_scan(x, dt, a, b, c, d, states, sequences)
-        starts = sequences.starts
+        starts, slots = sequences.starts, _slots(sequences)
         return recurrence.ssd_scan(
-            self._launcher, x, dt, a.contiguous(), b, c, _dense(d), states, starts
+            self._launcher, x, dt, a.contiguous(), b, c, _dense(d), states, starts, slots
         )
 
     def gated_delta_rule(
@@ -233,8 +234,12 @@ class TritonExtensionOps(ReferenceOps):
         if not _are_served(v, states, q, k, decay, beta) or q.shape[-1] > _MAX_STATE:
             return super().gated_delta_rule(q, k, v, decay, beta, states, sequences)
         return recurrence.gated_delta_rule(
-            self._launcher, q, k, v, decay, beta, states, sequences.starts
+            self._launcher, q, k, v, decay, beta, states, sequences.starts, _slots(sequences)
         )
+
+
+def _slots(sequences: Sequences) -> tuple[Tensor, Tensor] | None:
+    return None if sequences.slots is None else (sequences.slots.sources, sequences.slots.targets)
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -244,4 +249,4 @@ def _dense(x: Tensor | None) -> Tensor | None:
 def _are_served(x: Tensor, states: Tensor, *others: Tensor) -> bool:
     """Whether the kernels take such tensors: dtypes of theirs, dense last dimensions."""
     is_dense = all(tensor.stride(-1) == 1 for tensor in (x, *others))
-    return x.dtype in DTYPES and is_dense and states.is_contiguous()
+    return x.dtype in DTYPES and is_dense and (states.is_contiguous() or states[0].is_contiguous())

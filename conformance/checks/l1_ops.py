@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,11 +53,18 @@ def op_cases(extension: str = "", ops: tuple[str, ...] = ()) -> dict[str, dict[s
 class _Call:
     """One call of an operator on guarded buffers, and what it gave."""
 
-    def __init__(self, trial: Trial, spec: OpSpec, inputs: Inputs, options: Options) -> None:
-        device = trial.device
+    def __init__(
+        self,
+        trial: Trial,
+        spec: OpSpec,
+        inputs: Inputs,
+        options: Options,
+        recipe: Recipe | None = None,
+    ) -> None:
+        device, recipe = trial.device, recipe or _RECIPES[spec.name]
         self.guarded: dict[str, Guarded] = guard_all(inputs, str(device.torch_device))
         views = {name: buffer.view for name, buffer in self.guarded.items()}
-        self.results: dict[str, Tensor] = _RECIPES[spec.name].call(device.ops(), views, options)
+        self.results: dict[str, Tensor] = recipe.call(device.ops(), views, options)
         device.synchronize()
         trial.provider = device.ops().provider(spec.name)
 
@@ -71,9 +78,15 @@ def _prepare(
 
 
 def _measure(
-    trial: Trial, call: _Call, inputs: Inputs, spec: OpSpec, options: Options, what: str
+    trial: Trial,
+    call: _Call,
+    inputs: Inputs,
+    spec: OpSpec,
+    options: Options,
+    what: str,
+    recipe: Recipe | None = None,
 ) -> None:
-    recipe = _RECIPES[spec.name]
+    recipe = recipe or _RECIPES[spec.name]
     truth = recipe.expect(arrays_of(inputs, np.float64), options)
     base = recipe.expect(arrays_of(inputs, np.float32), options)
     for name, result in call.results.items():
@@ -85,6 +98,18 @@ def _measure(
             tolerance=recipe.tolerances.get(name, spec.tolerance),
             hint=recipe.hint,
         )
+
+
+def measure_otherwise(
+    trial: Trial, op: str, dtype: str, change: Callable[[Recipe], Recipe], what: str
+) -> None:
+    """All variants of an operator's recipe after a change, against its oracle."""
+    recipe = change(_RECIPES[op])
+    for variant in recipe.variants:
+        options = {**recipe.variants[variant], "dtype": dtype}
+        inputs = recipe.make(trial.rng, dtype, SCALES["normal"], options)
+        call = _Call(trial, _SPECS[op], inputs, options, recipe)
+        _measure(trial, call, inputs, _SPECS[op], options, f"{what}, {variant}", recipe)
 
 
 @check(level=1, op="", over=numeric_cases())

@@ -42,7 +42,7 @@ from quire.core.interface.ops import (
 )
 from quire.core.interface.quantization import QuantizedWeight
 from quire.core.interface.queue import Event, ImmediateQueue, Queue
-from quire.core.interface.recurrence import Sequences, StateSpec
+from quire.core.interface.recurrence import Sequences, StateSlots, StateSpec
 from quire.core.interface.version import INTERFACE_VERSION, check_interface_version
 from quire.core.interface.worker import (
     NULL_BLOCK,
@@ -123,6 +123,7 @@ __all__ = [
     "SamplingTensors",
     "Sequences",
     "SoloCommunicator",
+    "StateSlots",
     "StateSpec",
     "StepBatch",
     "StepResult",

@@ -13,6 +13,9 @@ A state at the end of a block is that of a prefix, which other requests may shar
 the one of token n - 1 is ever read. The cache manager treats such a group as a sliding window of
 two tokens. Model code cuts a step's tokens at the ends of blocks and calls the scan operators once
 for each round of pieces.
+
+A device that claims the feature `state_slots` is handed the page itself with `Sequences.slots`, and
+its operators read and write states where they lie; others get copies.
 """
 
 from __future__ import annotations
@@ -44,6 +47,19 @@ class StateSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StateSlots:
+    """Where sequences find and leave their states in a page [num_blocks, ...].
+
+    Targets are distinct. A target may be its own sequence's source, and is no other's.
+    """
+
+    sources: Tensor
+    """int64 [S], on the device: the block to start from; negative: start from zeros."""
+    targets: Tensor
+    """int64 [S], on the device: the block that gets the state after the last row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sequences:
     """Which rows belong together: sequence s owns rows [starts[s], starts[s + 1]) of T.
 
@@ -54,6 +70,11 @@ class Sequences:
     """int32 [S + 1], on the device."""
     starts_host: Sequence[int]
     """The same."""
+    slots: StateSlots | None = None
+    """Only for devices that claim `state_slots`: the operator's `states` is then a page
+    [num_blocks, ...], dense but for its first dimension, of which no other block is touched.
+    None: `states` is [S, ...], in the order of the sequences.
+    """
 
     @property
     def num_sequences(self) -> int:

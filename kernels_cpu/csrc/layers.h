@@ -50,6 +50,9 @@ struct HeadLinearArgs {
 struct Rows {
   const int32_t* starts;  // [S + 1]: sequence s owns rows [starts[s], starts[s + 1])
   int64_t num_sequences;
+  const int64_t* sources;  // [S]: whose state it starts from, negative: from zeros; null: its own
+  const int64_t* targets;  // [S]: whose state it leaves; null: its own
+  int64_t state_stride;    // between states, each dense in itself
 };
 
 struct ConvArgs {
@@ -57,7 +60,7 @@ struct ConvArgs {
   const void* x;       // [T, C]
   const void* weight;  // [C, taps]
   const void* bias;    // [C], or null
-  void* states;        // [S, C, taps - 1], contiguous
+  void* states;        // [n, C, taps - 1]; `rows` says which
   void* out;           // [T, C], contiguous
   Rows rows;
   int64_t channels, taps, x_stride;
@@ -78,7 +81,7 @@ struct SelectiveArgs {
   const float* a;   // [C, N]
   Operand b, c;     // [T, N]
   const float* d;   // [C], or null
-  float* states;    // [S, C, N]
+  float* states;    // [n, C, N]; `rows` says which
   void* out;        // [T, C]
   Rows rows;
   int64_t channels, size, x_stride, dt_stride;
@@ -91,7 +94,7 @@ struct SsdArgs {
   const float* a;   // [M]
   Operand b, c;     // [T, G, N]
   const float* d;   // [M], or null
-  float* states;    // [S, M, P, N]
+  float* states;    // [n, M, P, N]; `rows` says which
   void* out;        // [T, M, P]
   Rows rows;
   int64_t heads, channels, groups, size, x_stride, dt_stride;
@@ -103,7 +106,7 @@ struct DeltaArgs {
   Operand q, k;        // [T, G, D]
   const float* decay;  // [T, M]
   const float* beta;   // [T, M]
-  float* states;       // [S, M, D, Dv]
+  float* states;       // [n, M, D, Dv]; `rows` says which
   void* out;           // [T, M, Dv]
   Rows rows;
   int64_t heads, v_size, groups, size, v_stride, decay_stride, beta_stride;

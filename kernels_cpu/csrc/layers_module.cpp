@@ -114,55 +114,66 @@ void head_linear(int dtype, uintptr_t x, uintptr_t weight, uintptr_t out, const 
 
 // --- recurrences -----------------------------------------------------------------------------------------------------
 
-Rows rows_of(uintptr_t starts, int64_t num_sequences, int64_t num_rows) {
-  const Rows rows{at<const int32_t>(starts), num_sequences};
+// slots: sources and targets of the states (addresses of int64 [S]; 0: each its own), states, and their stride.
+Rows rows_of(uintptr_t starts, int64_t num_sequences, int64_t num_rows, const Sizes& slots) {
+  check_count(slots, 4);
+  const Rows rows{at<const int32_t>(starts), num_sequences, at<const int64_t>(uintptr_t(slots[0])),
+                  at<const int64_t>(uintptr_t(slots[1])), slots[3]};
   if (rows.starts[0] < 0 || rows.starts[num_sequences] > num_rows)
     throw std::invalid_argument("the starts of the sequences leave the " + std::to_string(num_rows) + " rows");
   for (int64_t s = 0; s < num_sequences; ++s)
     if (rows.starts[s + 1] < rows.starts[s])
       throw std::invalid_argument("the starts of the sequences decrease at " + std::to_string(s));
+  for (int64_t s = 0; s < num_sequences; ++s) {
+    const int64_t source = rows.sources ? rows.sources[s] : s, target = rows.targets ? rows.targets[s] : s;
+    if (source >= slots[2] || target < 0 || target >= slots[2])
+      throw std::out_of_range("sequence " + std::to_string(s) + " goes from state " + std::to_string(source) + " to " +
+                              std::to_string(target) + "; there are " + std::to_string(slots[2]));
+  }
   return rows;
 }
 
 // sizes: sequences, rows, channels, taps, stride of x.
 void conv(int dtype, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t states, uintptr_t out, uintptr_t starts,
-          const Sizes& sizes, bool has_silu) {
+          const Sizes& slots, const Sizes& sizes, bool has_silu) {
   check_count(sizes, 5);
   const ConvArgs a{DType(dtype), at<const void>(x), at<const void>(weight), at<const void>(bias), at<void>(states),
-                   at<void>(out), rows_of(starts, sizes[0], sizes[1]), sizes[2], sizes[3], sizes[4], has_silu};
+                   at<void>(out), rows_of(starts, sizes[0], sizes[1], slots), sizes[2], sizes[3], sizes[4], has_silu};
   call(kernels().conv, a);
 }
 
 // sizes: sequences, rows, channels, size, strides of x, dt, b, c.
 void selective_scan(int dtype, uintptr_t x, uintptr_t dt, uintptr_t a_, int b_dtype, uintptr_t b, int c_dtype,
-                    uintptr_t c, uintptr_t d, uintptr_t states, uintptr_t out, uintptr_t starts, const Sizes& sizes) {
+                    uintptr_t c, uintptr_t d, uintptr_t states, uintptr_t out, uintptr_t starts, const Sizes& slots,
+                    const Sizes& sizes) {
   check_count(sizes, 8);
   const SelectiveArgs a{DType(dtype), at<const void>(x), at<const float>(dt), at<const float>(a_),
                         {DType(b_dtype), at<const void>(b), sizes[6]}, {DType(c_dtype), at<const void>(c), sizes[7]},
-                        at<const float>(d), at<float>(states), at<void>(out), rows_of(starts, sizes[0], sizes[1]),
-                        sizes[2], sizes[3], sizes[4], sizes[5]};
+                        at<const float>(d), at<float>(states), at<void>(out),
+                        rows_of(starts, sizes[0], sizes[1], slots), sizes[2], sizes[3], sizes[4], sizes[5]};
   call(kernels().selective_scan, a);
 }
 
 // sizes: sequences, rows, heads, channels, groups, size, strides of x, dt, b, c.
 void ssd_scan(int dtype, uintptr_t x, uintptr_t dt, uintptr_t a_, int b_dtype, uintptr_t b, int c_dtype, uintptr_t c,
-              uintptr_t d, uintptr_t states, uintptr_t out, uintptr_t starts, const Sizes& sizes) {
+              uintptr_t d, uintptr_t states, uintptr_t out, uintptr_t starts, const Sizes& slots, const Sizes& sizes) {
   check_count(sizes, 10);
   const SsdArgs a{DType(dtype), at<const void>(x), at<const float>(dt), at<const float>(a_),
                   {DType(b_dtype), at<const void>(b), sizes[8]}, {DType(c_dtype), at<const void>(c), sizes[9]},
-                  at<const float>(d), at<float>(states), at<void>(out), rows_of(starts, sizes[0], sizes[1]), sizes[2],
-                  sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
+                  at<const float>(d), at<float>(states), at<void>(out), rows_of(starts, sizes[0], sizes[1], slots),
+                  sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
   call(kernels().ssd_scan, a);
 }
 
 // sizes: sequences, rows, heads, size of values, groups, size, strides of v, q, k, decay, beta.
 void delta_rule(int dtype, uintptr_t v, int q_dtype, uintptr_t q, int k_dtype, uintptr_t k, uintptr_t decay,
-                uintptr_t beta, uintptr_t states, uintptr_t out, uintptr_t starts, const Sizes& sizes) {
+                uintptr_t beta, uintptr_t states, uintptr_t out, uintptr_t starts, const Sizes& slots,
+                const Sizes& sizes) {
   check_count(sizes, 11);
   const DeltaArgs a{DType(dtype), at<const void>(v), {DType(q_dtype), at<const void>(q), sizes[7]},
                     {DType(k_dtype), at<const void>(k), sizes[8]}, at<const float>(decay), at<const float>(beta),
-                    at<float>(states), at<void>(out), rows_of(starts, sizes[0], sizes[1]), sizes[2], sizes[3], sizes[4],
-                    sizes[5], sizes[6], sizes[9], sizes[10]};
+                    at<float>(states), at<void>(out), rows_of(starts, sizes[0], sizes[1], slots), sizes[2], sizes[3],
+                    sizes[4], sizes[5], sizes[6], sizes[9], sizes[10]};
   call(kernels().delta_rule, a);
 }
 

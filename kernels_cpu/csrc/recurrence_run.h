@@ -25,6 +25,18 @@ static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) 
 
 static inline int64_t num_rows(const Rows& rows) { return rows.starts[rows.num_sequences]; }
 
+// The state before a sequence; null: zeros.
+template <class T>
+static inline const T* state_before(const Rows& rows, const T* states, int64_t sequence) {
+  const int64_t from = rows.sources ? rows.sources[sequence] : sequence;
+  return from < 0 ? nullptr : states + from * rows.state_stride;
+}
+
+template <class T>
+static inline T* state_after(const Rows& rows, T* states, int64_t sequence) {
+  return states + (rows.targets ? rows.targets[sequence] : sequence) * rows.state_stride;
+}
+
 // --- convolution -----------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -40,11 +52,13 @@ static void conv_lanes(const ConvArgs& a, int64_t first, float* taps, float* bef
   const vf bias = a.bias ? load_up_to(static_cast<const T*>(a.bias) + first, left) : vf{};
   for (int64_t s = 0; s < a.rows.num_sequences; ++s) {
     const int64_t start = a.rows.starts[s], length = a.rows.starts[s + 1] - start;
-    T* state = static_cast<T*>(a.states) + (s * a.channels + first) * kept;
+    const T* old = state_before(a.rows, static_cast<const T*>(a.states), s);
+    if (old) old += first * kept;
+    T* now = state_after(a.rows, static_cast<T*>(a.states), s) + first * kept;
     const T* x = static_cast<const T*>(a.x) + start * a.x_stride + first;
     T* out = static_cast<T*>(a.out) + start * a.channels + first;
     for (int64_t j = 0; j < kept; ++j) {
-      for (int c = 0; c < lanes; ++c) one[c] = state[c * kept + j];
+      for (int c = 0; c < lanes; ++c) one[c] = old ? old[c * kept + j] : T();
       store(before + j * W, load(one));
     }
     for (int64_t t = 0; t < length; ++t) {
@@ -59,7 +73,7 @@ static void conv_lanes(const ConvArgs& a, int64_t first, float* taps, float* bef
     for (int64_t j = 0; j < kept; ++j) {  // the last inputs; older ones move down where few are new
       const int64_t from = length - kept + j;
       for (int c = 0; c < lanes; ++c)
-        state[c * kept + j] = from < 0 ? state[c * kept + kept + from] : x[from * a.x_stride + c];
+        now[c * kept + j] = from >= 0 ? x[from * a.x_stride + c] : old ? old[c * kept + kept + from] : T();
     }
   }
 }
@@ -89,9 +103,10 @@ static bool conv(const ConvArgs& a) {
 
 // --- transposed copies of a state ------------------------------------------------------------------------------------
 
-// to[n][lane] = from[lane][n] for `lanes` rows of `size` numbers at `stride`; other lanes are zero.
+// to[n][lane] = from[lane][n] for `lanes` rows of `size` numbers at `stride`; other lanes, and all for null, are zero.
 static void take_lanes(const float* from, int64_t stride, int64_t size, int lanes, float* to) {
   int64_t n = 0;
+  if (!from) lanes = 0;
   if (lanes == W)
     for (; n + W <= size; n += W) {
       vf square[W];
@@ -127,8 +142,8 @@ static void selective_lanes(const SelectiveArgs& a, int64_t first, const float* 
   take_lanes(a.a + first * a.size, a.size, a.size, lanes, rates);
   const vf d = a.d ? load_up_to(a.d + first, left) : vf{};
   for (int64_t s = 0; s < a.rows.num_sequences; ++s) {
-    float* state = a.states + (s * a.channels + first) * a.size;
-    take_lanes(state, a.size, a.size, lanes, h);
+    const float* old = state_before(a.rows, static_cast<const float*>(a.states), s);
+    take_lanes(old ? old + first * a.size : nullptr, a.size, a.size, lanes, h);
     for (int64_t t = a.rows.starts[s]; t < a.rows.starts[s + 1]; ++t) {
       const vf x = load_up_to(static_cast<const T*>(a.x) + t * a.x_stride + first, left);
       const vf dt = load_up_to(a.dt + t * a.dt_stride + first, left);
@@ -141,7 +156,7 @@ static void selective_lanes(const SelectiveArgs& a, int64_t first, const float* 
       }
       store_up_to(static_cast<T*>(a.out) + t * a.channels + first, out, left);
     }
-    give_lanes(h, a.size, a.size, lanes, state);
+    give_lanes(h, a.size, a.size, lanes, state_after(a.rows, a.states, s) + first * a.size);
   }
 }
 
@@ -214,8 +229,9 @@ static void ssd_unit(const SsdArgs& a, int64_t sequence, int64_t head, int64_t f
   const int64_t left = a.channels - first, group = head / (a.heads / a.groups);
   const int lanes = at_most_w(left);
   float *h = memory, *added = h + padded * W, *out = added + TIMES * W, *decay = out + TIMES * W;
-  float* state = a.states + ((sequence * a.heads + head) * a.channels + first) * a.size;
-  take_lanes(state, a.size, a.size, lanes, h);
+  const int64_t at = (head * a.channels + first) * a.size;
+  const float* old = state_before(a.rows, static_cast<const float*>(a.states), sequence);
+  take_lanes(old ? old + at : nullptr, a.size, a.size, lanes, h);
   for (int64_t i = a.size * W; i < padded * W; i += W) store(h + i, vf{});
   const vf d = splat(a.d ? a.d[head] : 0.0f);
   const int64_t end = a.rows.starts[sequence + 1];
@@ -229,13 +245,13 @@ static void ssd_unit(const SsdArgs& a, int64_t sequence, int64_t head, int64_t f
       store(out + t * W, d * x);
     }
     for (int64_t n = 0; n < padded; n += HELD) {
-      const int64_t at = (begin * a.groups + group) * padded + n;
-      hold_state(h + n * W, b + at, c + at, a.groups * padded, decay, added, out, times);
+      const int64_t operand = (begin * a.groups + group) * padded + n;
+      hold_state(h + n * W, b + operand, c + operand, a.groups * padded, decay, added, out, times);
     }
     for (int64_t t = 0; t < times; ++t)
       store_up_to(static_cast<T*>(a.out) + ((begin + t) * a.heads + head) * a.channels + first, load(out + t * W), left);
   }
-  give_lanes(h, a.size, a.size, lanes, state);
+  give_lanes(h, a.size, a.size, lanes, state_after(a.rows, a.states, sequence) + at);
 }
 
 template <class T>
@@ -282,11 +298,13 @@ template <class T, int VECS>
 static void delta_unit(const DeltaArgs& a, int64_t sequence, int64_t head, int64_t first, const float* q, const float* k,
                        const float* dots, int64_t padded, float* h) {
   const int64_t group = head / (a.heads / a.groups);
-  float* state = a.states + (sequence * a.heads + head) * a.size * a.v_size + first;
+  const int64_t offset = head * a.size * a.v_size + first;
+  const float* old = state_before(a.rows, static_cast<const float*>(a.states), sequence);
   for (int64_t i = 0; i < a.size; ++i)
     for (int v = 0; v < VECS; ++v) {
       const int64_t left = a.v_size - first - v * W;
-      store(h + (i * VECS + v) * W, left > 0 ? load_up_to(state + i * a.v_size + v * W, left) : vf{});
+      const bool has_old = old && left > 0;
+      store(h + (i * VECS + v) * W, has_old ? load_up_to(old + offset + i * a.v_size + v * W, left) : vf{});
     }
   for (int64_t t = a.rows.starts[sequence]; t < a.rows.starts[sequence + 1]; ++t) {
     const float* key = k + (t * a.groups + group) * padded;
@@ -322,6 +340,7 @@ static void delta_unit(const DeltaArgs& a, int64_t sequence, int64_t head, int64
         store(at, keep * load(at) + splat(key[i]) * change[v]);
       }
   }
+  float* state = state_after(a.rows, a.states, sequence) + offset;
   for (int64_t i = 0; i < a.size; ++i)
     for (int v = 0; v < VECS; ++v) {
       const int64_t left = a.v_size - first - v * W;

@@ -14,7 +14,7 @@ from quire.core.models.weights.quantization import quantize_int4
 from quire.core.worker.worker import DefaultWorker
 
 CLAIMS = {
-    "features": frozenset({"lora", "moe", "recurrent", "speculation"}),
+    "features": frozenset({"lora", "moe", "recurrent", "speculation", "state_slots"}),
     "quantizations": frozenset({"int8", "int4", "fp8"}),
     "attention_kinds": frozenset({"causal", "sliding_window", "chunked", "mla"}),
     "cache_dtypes": ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8"),
@@ -93,6 +93,14 @@ class StartsFromNothing(ReferenceOps):
     def selective_scan(self, x, dt, a, b, c, d, states, sequences):
         states.zero_()
         return super().selective_scan(x, dt, a, b, c, d, states, sequences)
+
+
+class StaysInItsBlock(ReferenceOps):
+    def gated_delta_rule(self, q, k, v, decay, beta, states, sequences):
+        if (slots := sequences.slots) is not None:
+            targets = torch.where(slots.sources < 0, slots.targets, slots.sources)
+            sequences = replace(sequences, slots=replace(slots, targets=targets))
+        return super().gated_delta_rule(q, k, v, decay, beta, states, sequences)
 
 
 class KeepsHalfStates(ReferenceOps):
@@ -268,6 +276,11 @@ EXTENSION_SABOTEURS: tuple[Saboteur, ...] = (
         KeepsHalfStates,
         "recurrent_numerics[ssd_scan-decode-bfloat16-normal]",
         "the state is float32",
+    ),
+    _ops(
+        StaysInItsBlock,
+        "recurrent_states_in_pages[gated_delta_rule-float32]",
+        "leaves its last in states[targets[s]]",
     ),
     _ops(GroupsInTurn, "recurrent_numerics[ssd_scan-mixed-float32-normal]", "m // (heads"),
     _ops(

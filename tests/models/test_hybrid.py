@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 import model_matrix  # noqa: E402
 from paged_runs import (  # noqa: E402
+    BLOCK_SIZE,
     PagedRun,
     RunningRequest,
     hold_resuming,
@@ -91,20 +92,21 @@ def test_request_resumes_from_the_blocks_of_another(checkpoint):
     hold_resuming(load_on_reference(checkpoint[0]))
 
 
-def test_step_that_fails_leaves_all_states_as_they_were(checkpoint, monkeypatch):
-    """A step may be computed again after an error in its last layer."""
+def test_step_that_fails_is_computed_anew_from_full_blocks(checkpoint, monkeypatch):
+    """An error in the last layer has perhaps changed the block that fills, and none that is full."""
     directory, _ = checkpoint
     model = load_on_reference(directory)
     token_ids = np.random.default_rng(8).integers(4, 500, size=20).tolist()
-    want = logits_of(model, token_ids, (10, 10))[-1]
+    want = logits_of(model, token_ids, (BLOCK_SIZE, 20 - BLOCK_SIZE))[-1]
     run, request = PagedRun(model), RunningRequest(list(token_ids))
-    run.step([(request, 10)])
+    run.step([(request, BLOCK_SIZE)])
+    run.step([(request, 4)])
     with monkeypatch.context() as patch:
         patch.setattr(type(model._layers[-1].mlp), "__call__", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run.step([(request, 10)])
-    request.num_computed = 10
-    assert torch.equal(run.step([(request, 10)])[0], want)
+            run.step([(request, 1)])
+    request.num_computed = BLOCK_SIZE
+    assert torch.equal(run.step([(request, 20 - BLOCK_SIZE)])[0], want)
 
 
 @pytest.mark.parametrize("checkpoint", ["bamba", "falcon_h1", "jamba"], indirect=True)

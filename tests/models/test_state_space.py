@@ -21,7 +21,9 @@ from tiny_architectures import make_tiny_architecture  # noqa: E402
 from tiny_models import make_tiny_tokenizer  # noqa: E402
 
 from quire.core.errors import CheckpointError, UnsupportedError  # noqa: E402
+from quire.core.interface import DeviceOutOfMemory  # noqa: E402
 from quire.core.models.registry import describe  # noqa: E402
+from quire.core.models.state_space.mixers import Mixer  # noqa: E402
 
 NAMES = ("mamba", "mamba2")
 ENGINE = {
@@ -73,20 +75,21 @@ def test_request_resumes_from_the_blocks_of_another(checkpoint):
     hold_resuming(load_on_reference(checkpoint[0]))
 
 
-def test_step_that_fails_leaves_all_states_as_they_were(checkpoint, monkeypatch):
-    """A step may be computed again after an error in any of its layers."""
+def test_step_that_fails_is_computed_anew_from_full_blocks(checkpoint, monkeypatch):
+    """An error in the last layer has perhaps changed the block that fills, and none that is full."""
     directory, _ = checkpoint
     model = load_on_reference(directory)
     token_ids = np.random.default_rng(8).integers(4, 500, size=20).tolist()
-    want = logits_of(model, token_ids, (10, 10))[-1]
+    want = logits_of(model, token_ids, (BLOCK_SIZE, 20 - BLOCK_SIZE))[-1]
     run, request = PagedRun(model), RunningRequest(list(token_ids))
-    run.step([(request, 10)])
+    run.step([(request, BLOCK_SIZE)])
+    run.step([(request, 4)])
     with monkeypatch.context() as patch:
         patch.setattr(model, "_mixers", [*model._mixers[:-1], lambda *_: 1 / 0])
         with pytest.raises(ZeroDivisionError):
-            run.step([(request, 10)])
-    request.num_computed = 10
-    assert torch.equal(run.step([(request, 10)])[0], want)
+            run.step([(request, 1)])
+    request.num_computed = BLOCK_SIZE
+    assert torch.equal(run.step([(request, 20 - BLOCK_SIZE)])[0], want)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +127,37 @@ def test_engine_gives_the_tokens_of_generate(checkpoint, settings, monkeypatch):
             runs.append([list(output.outputs[0].token_ids) for output in outputs])
         assert "causal_conv1d" in llm.facts.providers
     assert model_matrix.compare(runs, expected, margins) == "exact"
+
+
+def test_memory_refused_in_the_last_layer_changes_no_token(checkpoint, monkeypatch):
+    """States that a failed step has overwritten are computed anew, with their requests."""
+    from quire import LLM, SamplingParams
+
+    asked = [{"prompt_token_ids": prompt} for prompt in model_matrix.prompts()]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    with LLM(model=str(checkpoint[0]), device="cpu", **ENGINE) as llm:
+        want = [list(o.outputs[0].token_ids) for o in llm.generate(asked, params, use_tqdm=False)]
+        calls = _refuse_memory(monkeypatch, checkpoint[1].config.num_hidden_layers, steps=(1, 5, 9))
+        got = [list(o.outputs[0].token_ids) for o in llm.generate(asked, params, use_tqdm=False)]
+    assert calls["refused"] == 3
+    assert got == want
+
+
+def _refuse_memory(monkeypatch, num_layers, steps):
+    """After the last layer of these steps."""
+    calls = {"all": 0, "refused": 0}
+    mix = Mixer.__call__
+
+    def failing(self, *arguments):
+        mixed = mix(self, *arguments)
+        calls["all"] += 1
+        if calls["all"] in [(step + 1) * num_layers for step in steps]:
+            calls["refused"] += 1
+            raise DeviceOutOfMemory("an allocation was refused", requested_bytes=1)
+        return mixed
+
+    monkeypatch.setattr(Mixer, "__call__", failing)
+    return calls
 
 
 def test_block_holds_one_state_for_all_its_tokens(checkpoint):

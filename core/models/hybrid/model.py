@@ -16,8 +16,8 @@ from quire.core.models.hybrid.spec import HybridSpec
 from quire.core.models.mlp import DenseMlp, DenseWeights, MixtureMlp, MixtureWeights, Mlp
 from quire.core.models.rotary import RotaryTable
 from quire.core.models.self_attention import HeadAttention, HeadWeights
-from quire.core.models.state_space.mixers import Mixer, MixerWeights, make_mixer
-from quire.core.models.state_space.rounds import PendingStates, Rounds, cut
+from quire.core.models.state_space.mixers import Mixer, MixerWeights, make_mixer, scans_in_pages
+from quire.core.models.state_space.rounds import Round, cut
 from quire.core.models.step_context import StepContext
 from quire.core.models.transformers_adapter.pages import PagesPlan
 
@@ -54,8 +54,7 @@ class _Step:
     keys: AttentionPlan
     out: Tensor
     """[T, Hq, D]: scratch of the attention."""
-    rounds: Rounds
-    pending: PendingStates
+    rounds: Sequence[Round]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,6 +93,7 @@ class HybridModel:
         self._spec = spec
         self._weights = weights
         self._ops = device.ops()
+        self._scans_in_pages = scans_in_pages(device)
         self._ropes = [
             RotaryTable(rope, max_model_len=max_model_len, device=str(device.torch_device))
             for rope in spec.decoder.ropes
@@ -104,8 +104,7 @@ class HybridModel:
     def forward(self, step: StepContext) -> Tensor:
         """Runs the T tokens of a step; hidden states [T, H], final norm applied.
 
-        Writes keys and values as it goes. States reach the pages at the end: a step that raises
-        has left them as they were.
+        Writes keys and values, and the states of the blocks in which the step ends.
         """
         decoder, ops, weights = self._spec.decoder, self._ops, self._weights
         residual = ops.embedding(step.token_ids, weights.embedding)
@@ -118,7 +117,6 @@ class HybridModel:
             mixed = self._mix(layer, x, step.caches, shared)
             x = ops.add_rms_norm(mixed, residual, layer.weights.mlp_norm, decoder.norm_eps)
             x = ops.add_rms_norm(layer.mlp(x), residual, norm, decoder.norm_eps)
-        shared.pending.write()
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -140,7 +138,6 @@ class HybridModel:
             keys=step.plans[0],
             out=residual.new_empty((len(residual), decoder.num_heads, decoder.head_size)),
             rounds=cut(states),
-            pending=PendingStates(),
         )
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +152,7 @@ class HybridModel:
         """What the tokens of a step tell one another in this layer, [T, H]."""
         mixed = None
         if layer.mixer is not None:
-            mixed = layer.mixer(x, caches[layer.state_index], step.rounds, step.pending)
+            mixed = layer.mixer(x, caches[layer.state_index], step.rounds)
         if layer.attention is None or layer.weights.output is None:
             assert mixed is not None, "a layer of neither kind"
             return mixed
@@ -170,7 +167,9 @@ class HybridModel:
         attending, mixing = spec.attention_layers, spec.mixer_layers
         return _Layer(
             weights=weights,
-            mixer=None if mixer is None else make_mixer(spec.mixer, mixer, ops),
+            mixer=None
+            if mixer is None
+            else make_mixer(spec.mixer, mixer, ops, scans_in_pages=self._scans_in_pages),
             attention=HeadAttention(spec.decoder, heads, ops, self.attention_backends[0])
             if heads is not None
             else None,

@@ -44,7 +44,7 @@ def load_state_space(config: WorkerConfig, device: Device) -> StateSpaceModel:
     weights = MixerBuilder(source, device, config.dtype).build(spec, tensors)
     backends = [OwnPages(group, device.torch_device) for group in description.attention_groups]
     return StateSpaceModel(
-        spec, description, weights, device.ops(), backends, max_model_len=config.max_model_len
+        spec, description, weights, device, backends, max_model_len=config.max_model_len
     )
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's convention
 from torch import Tensor
 
 from quire.core.interface.attention import LayerCache
+from quire.core.interface.backend import Device
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.interface.recurrence import Sequences
-from quire.core.models.state_space.rounds import PendingStates, Rounds
+from quire.core.models.state_space.rounds import Round
 from quire.core.models.state_space.spec import CONV, STATE, StateSpaceSpec
 
 
@@ -44,39 +47,40 @@ class MixerWeights:
 class Mixer(ABC):
     """x [T, H] to [T, H], with states in pages."""
 
-    def __init__(self, spec: StateSpaceSpec, weights: MixerWeights, ops: Ops) -> None:
+    def __init__(
+        self, spec: StateSpaceSpec, weights: MixerWeights, ops: Ops, *, scans_in_pages: bool
+    ) -> None:
+        """`scans_in_pages`: the operators take `Sequences.slots`."""
         self._spec = spec
         self._weights = weights
         self._ops = ops
+        self._scans_in_pages = scans_in_pages
 
-    def __call__(
-        self, x: Tensor, cache: LayerCache, rounds: Rounds, pending: PendingStates
-    ) -> Tensor:
-        """Leaves what the pages will hold in `pending`."""
+    def __call__(self, x: Tensor, cache: LayerCache, rounds: Sequence[Round]) -> Tensor:
+        """Overwrites the states of the blocks in which pieces of the step end."""
         projected = self._ops.linear(x, self._weights.in_proj)
-        conv, state = (rounds.start(cache.tensors[name]) for name in (CONV, STATE))
+        pages = [cache.tensors[name] for name in (CONV, STATE)]
+        in_pages = self._scans_in_pages and pages[0].dtype == projected.dtype
         out = None
-        for piece in rounds.rounds:
-            if piece.rows is None or piece.requests is None:
-                out = self._scan(projected, conv, state, piece.sequences)
-                new_conv, new_state = conv, state
+        for piece in rounds:
+            rows = projected if piece.rows is None else projected.index_select(0, piece.rows)
+            part = piece.scan(pages, partial(self._scan_states, rows), in_pages=in_pages)
+            if piece.rows is None:
+                out = part
             else:
-                new_conv = conv.index_select(0, piece.requests)
-                new_state = state.index_select(0, piece.requests)
-                rows = projected.index_select(0, piece.rows)
-                part = self._scan(rows, new_conv, new_state, piece.sequences)
                 out = part.new_zeros((len(x), part.shape[1])) if out is None else out
                 out.index_copy_(0, piece.rows, part)
-                conv.index_copy_(0, piece.requests, new_conv)
-                state.index_copy_(0, piece.requests, new_state)
-            pending.add(cache, CONV, piece.targets, new_conv)
-            pending.add(cache, STATE, piece.targets, new_state)
         assert out is not None, "a step without tokens"
         return self._ops.linear(out, self._weights.out_proj)
 
+    def _scan_states(
+        self, projected: Tensor, states: Sequence[Tensor], sequences: Sequences
+    ) -> Tensor:
+        return self._scan(projected, states[0], states[1], sequences)
+
     @abstractmethod
     def _scan(self, projected: Tensor, conv: Tensor, state: Tensor, sequences: Sequences) -> Tensor:
-        """Rows [n, C] for the last projection; overwrites the states [S, ...]."""
+        """Rows [n, C] for the last projection; overwrites the states of the sequences."""
 
     def _convolve(self, x: Tensor, conv: Tensor, sequences: Sequences) -> Tensor:
         weights = self._weights
@@ -147,7 +151,14 @@ class Mamba2Mixer(Mixer):
         return (groups * torch.rsqrt(variance + self._spec.norm_eps)).view(x.shape)
 
 
-def make_mixer(spec: StateSpaceSpec, weights: MixerWeights, ops: Ops) -> Mixer:
+def scans_in_pages(device: Device) -> bool:
+    """Whether the operators of a device take `Sequences.slots`."""
+    return "state_slots" in device.capabilities.features
+
+
+def make_mixer(
+    spec: StateSpaceSpec, weights: MixerWeights, ops: Ops, *, scans_in_pages: bool
+) -> Mixer:
     """The mixer that a spec asks for."""
     kind = MambaMixer if spec.num_heads is None else Mamba2Mixer
-    return kind(spec, weights, ops)
+    return kind(spec, weights, ops, scans_in_pages=scans_in_pages)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from quire.core.interface.attention import AttentionBackend
+from quire.core.interface.backend import Device
 from quire.core.interface.op_specs import OP_SPECS
-from quire.core.interface.ops import Ops, PackedLinear
+from quire.core.interface.ops import PackedLinear
 from quire.core.models.description import ModelDescription
-from quire.core.models.state_space.mixers import MixerWeights, make_mixer
-from quire.core.models.state_space.rounds import PendingStates, cut
+from quire.core.models.state_space.mixers import MixerWeights, make_mixer, scans_in_pages
+from quire.core.models.state_space.rounds import cut
 from quire.core.models.state_space.spec import StateSpaceSpec
 from quire.core.models.step_context import StepContext
 from quire.core.models.transformers_adapter.pages import PagesPlan
@@ -42,7 +43,7 @@ class StateSpaceModel:
         spec: StateSpaceSpec,
         description: ModelDescription,
         weights: StateSpaceWeights,
-        ops: Ops,
+        device: Device,
         backends: Sequence[AttentionBackend],
         *,
         max_model_len: int,
@@ -55,26 +56,27 @@ class StateSpaceModel:
         self.weight_bytes = weights.size_bytes
         self._spec = spec
         self._weights = weights
-        self._ops = ops
-        self._mixers = [make_mixer(spec, mixer, ops) for mixer in weights.mixers]
+        self._ops = ops = device.ops()
+        in_pages = scans_in_pages(device)
+        self._mixers = [
+            make_mixer(spec, mixer, ops, scans_in_pages=in_pages) for mixer in weights.mixers
+        ]
 
     def forward(self, step: StepContext) -> Tensor:
         """Runs the T tokens of a step; hidden states [T, H], final norm applied.
 
-        States reach the pages at the end: a step that raises has left them as they were.
+        Overwrites the states of the blocks in which the step ends.
         """
         plan = step.plans[0]
         assert isinstance(plan, PagesPlan), plan
-        rounds, pending = cut(plan), PendingStates()
+        rounds = cut(plan)
         residual = self._ops.embedding(step.token_ids, self._weights.embedding)
         dtype = residual.dtype
         if self._spec.keeps_residual_in_float32:
             residual = residual.float()
         for mixer, norm, cache in zip(self._mixers, self._weights.norms, step.caches, strict=False):
-            residual = residual + mixer(self._norm(residual, norm, dtype), cache, rounds, pending)
-        hidden = self._norm(residual, self._weights.norms[-1], dtype)
-        pending.write()
-        return hidden
+            residual = residual + mixer(self._norm(residual, norm, dtype), cache, rounds)
+        return self._norm(residual, self._weights.norms[-1], dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [R, V] of rows [R, H] that `forward` returned."""
