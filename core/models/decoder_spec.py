@@ -124,6 +124,9 @@ class DecoderSpec:
     """Over all heads together, instead of each by itself."""
     has_sinks: bool = False
     """As in `AttentionSpec`."""
+    has_attention_gate: bool = False
+    """Beside each query is a gate, whose sigmoid multiplies what the head's attention gives; they
+    come from one projection, a head's query and then its gate."""
     is_rope_interleaved: bool = False
     """As in `Ops.rotary`."""
     are_windows_chunks: bool = False
@@ -156,7 +159,8 @@ class DecoderSpec:
     @property
     def qk_norm_sizes(self) -> tuple[int, int]:
         """Lengths of the weights of the norms of queries and keys."""
-        q_size, k_size, _ = self.qkv_sizes
+        k_size = self.num_kv_heads * self.head_size
+        q_size = self.num_heads * self.head_size
         return (q_size, k_size) if self.is_qk_norm_joint else (self.head_size, self.head_size)
 
     def position_table(self, layer: int) -> int:
@@ -175,6 +179,7 @@ class DecoderSpec:
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
-        """Outputs of the query, key and value projections."""
+        """Outputs of the query, key and value projections; gates count with their queries."""
         kv_size = self.num_kv_heads * self.head_size
-        return self.num_heads * self.head_size, kv_size, kv_size
+        q_size = self.num_heads * self.head_size
+        return 2 * q_size if self.has_attention_gate else q_size, kv_size, kv_size

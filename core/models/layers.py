@@ -10,6 +10,7 @@ from quire.core.interface.attention import AttentionBackend, AttentionPlan, Laye
 from quire.core.interface.fusion import DecoderLayerParts, FusedLayer
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import DecoderSpec
+from quire.core.models.gated_attention import GatedAttention
 from quire.core.models.mixed_rope_attention import MixedRopeAttention
 from quire.core.models.mlp import DenseMlp, DenseWeights, MixtureMlp, MixtureWeights, Mlp
 from quire.core.models.self_attention import (
@@ -117,6 +118,8 @@ def _make_attention(
     heads = weights.attention
     if isinstance(heads, LatentWeights):
         return LatentAttention(decoder, heads, ops, attention)
+    if decoder.has_attention_gate:
+        return GatedAttention(decoder, heads, ops, attention)
     if rope is None or decoder.has_rotated_norm:
         # Without weights: as ones, in the dtype of all others.
         norm = weights.input_norm.new_ones(decoder.head_size) if decoder.has_rotated_norm else None
@@ -145,7 +148,7 @@ def _fuse(
     heads, mlp = weights.attention, weights.mlp
     if not (isinstance(heads, HeadWeights) and isinstance(mlp, DenseWeights)):
         return None
-    if rope is None or decoder.has_rotated_norm:
+    if rope is None or decoder.has_rotated_norm or decoder.has_attention_gate:
         return None
     parts = DecoderLayerParts(
         qkv=heads.qkv,

@@ -19,6 +19,7 @@ from quire.core.interface.worker import WorkerConfig
 from quire.core.models.decoder import CausalLM, DecoderWeights, make_attention_backends
 from quire.core.models.description import ModelDescription, describe_config
 from quire.core.models.families import Family
+from quire.core.models.gated_attention import gates_last
 from quire.core.models.layers import LayerWeights
 from quire.core.models.mlp import DenseWeights, MixtureWeights
 from quire.core.models.model_config import ModelConfig, read_model_config
@@ -181,12 +182,18 @@ class WeightBuilder:
         )
 
     def _heads(self, tensors: HeadTensors) -> HeadWeights:
+        has_gate = self._decoder.has_attention_gate
         return HeadWeights(
-            qkv=self._linear(tensors.qkv),
+            qkv=self._gated(tensors.qkv) if has_gate else self._linear(tensors.qkv),
             q_norm=self._optional_norm(tensors.q_norm),
             k_norm=self._optional_norm(tensors.k_norm),
             sinks=None if tensors.sinks is None else self._float32(tensors.sinks),
         )
+
+    def _gated(self, linear: LinearTensors) -> PackedLinear:
+        """Queries, keys and values, and the gates after them."""
+        bias = gates_last(self._decoder, self._stack(linear.biases)) if linear.biases else None
+        return self._pack(gates_last(self._decoder, self._stack(linear.weights)), bias)
 
     def _latent(self, tensors: LatentTensors) -> LatentWeights:
         latent = self._decoder.latent

@@ -119,7 +119,7 @@ class StateSpaceImplementation:
 
 
 class HybridImplementation:
-    """Bamba, Falcon-H1 and Jamba, which have states beside keys and values."""
+    """Bamba, Falcon-H1, Jamba, Qwen3-Next and Qwen3.5: states beside keys and values."""
 
     name = NATIVE
 

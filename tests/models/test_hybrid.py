@@ -1,4 +1,4 @@
-"""Bamba, Falcon-H1 and Jamba by the operators: transformers' tokens, however a text is cut."""
+"""Attention beside states by the operators: transformers' tokens, however a text is cut."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ MULTIPLIERS = {
     "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7], "ssm_in_multiplier": 1.25,
     "ssm_out_multiplier": 0.75,
 }  # fmt: skip
+LINEAR, FULL = "linear_attention", "full_attention"
 VARIANTS = {
     "bamba": ("bamba", {}),
     "falcon_h1": ("falcon_h1", MULTIPLIERS),
@@ -45,6 +46,23 @@ VARIANTS = {
     ),
     "jamba": ("jamba", {}),
     "jamba-dense": ("jamba", {"num_experts": 1}),
+    "qwen3_next": ("qwen3_next", {}),
+    "qwen3_next-mixed": (
+        "qwen3_next",
+        {
+            "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3],
+            "layer_types": [FULL, LINEAR, LINEAR, FULL], "norm_topk_prob": False,
+            "attention_bias": True, "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_next-wide": (
+        "qwen3_next",
+        {
+            "num_experts": 0, "linear_num_key_heads": 1, "linear_num_value_heads": 3,
+            "linear_value_head_dim": 24, "linear_conv_kernel_dim": 3,
+        },
+    ),
+    "qwen3_5": ("qwen3_5_text", {}),
 }  # fmt: skip
 ENGINE = {
     "dtype": "float32", "max_num_seqs": 4, "max_model_len": 128,
@@ -109,7 +127,9 @@ def test_step_that_fails_is_computed_anew_from_full_blocks(checkpoint, monkeypat
     assert torch.equal(run.step([(request, 20 - BLOCK_SIZE)])[0], want)
 
 
-@pytest.mark.parametrize("checkpoint", ["bamba", "falcon_h1", "jamba"], indirect=True)
+@pytest.mark.parametrize(
+    "checkpoint", ["bamba", "falcon_h1", "jamba", "qwen3_next", "qwen3_5"], indirect=True
+)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -148,7 +168,7 @@ def test_description_counts_every_parameter_and_both_groups(checkpoint):
     assert description.num_parameters == sum(p.numel() for p in oracle.parameters())
     keys, states = description.attention_groups
     assert (keys.spec.kind, states.spec.kind) == ("causal", "recurrent")
-    kinds = oracle.config.layers_block_type
+    kinds = getattr(oracle.config, "layers_block_type", None) or oracle.config.layer_types
     assert len(keys.layers) == sum(kind in ("full_attention", "attention", "hybrid") for kind in kinds)  # fmt: skip
     assert sorted(keys.layers + states.layers) == list(range(len(keys.layers + states.layers)))
 

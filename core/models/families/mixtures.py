@@ -24,7 +24,8 @@ _MIXTRAL_NAMES = WeightNames(
         down="block_sparse_moe.experts.{expert}.w2",
     )
 )
-_QWEN2_NAMES = WeightNames(experts=ExpertNames(shared="mlp.shared_expert"))
+QWEN2_MOE_NAMES = WeightNames(experts=ExpertNames(shared="mlp.shared_expert"))
+"""Of Qwen 2 MoE, and of its kin that share an expert."""
 _GPT_OSS_NAMES = WeightNames(
     experts=ExpertNames(
         router="mlp.router",
@@ -54,7 +55,7 @@ def describe_qwen2_moe(config: Any) -> DecoderSpec:
         config,
         layer_windows=read_windows(config),
         has_qkv_bias=config.qkv_bias,
-        mixture=_qwen_mixture(
+        mixture=qwen_mixture(
             config, shared_size=config.shared_expert_intermediate_size, has_shared_gate=True
         ),
     )
@@ -69,11 +70,11 @@ def describe_qwen3_moe(config: Any) -> DecoderSpec:
         has_qk_norm=True,
         has_qkv_bias=config.attention_bias,
         has_output_bias=config.attention_bias,
-        mixture=_qwen_mixture(config),
+        mixture=qwen_mixture(config),
     )
 
 
-def _qwen_mixture(config: Any, **differences: Any) -> MixtureSpec | None:
+def qwen_mixture(config: Any, **differences: Any) -> MixtureSpec | None:
     """Every so-many-th layer is sparse, but for those that the config names."""
     layers = frozenset(
         layer
@@ -188,7 +189,7 @@ def register() -> None:
     register_family(
         "Qwen2MoeForCausalLM",
         describe=describe_qwen2_moe,
-        names=_QWEN2_NAMES,
+        names=QWEN2_MOE_NAMES,
         model_types=("qwen2_moe",),
     )
     register_family("Qwen3MoeForCausalLM", describe=describe_qwen3_moe, model_types=("qwen3_moe",))

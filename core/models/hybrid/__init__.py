@@ -1,4 +1,4 @@
-"""Models of attention beside states: Bamba, Falcon-H1 and Jamba, in the operators of a device."""
+"""Models of attention beside states (Bamba, Jamba, Qwen3-Next, ...) in a device's operators."""
 
 from __future__ import annotations
 

@@ -90,6 +90,5 @@ def _groups(spec: HybridSpec, dtype: str) -> tuple[AttentionGroup, ...]:
 
 
 def _ops(spec: HybridSpec) -> tuple[str, ...]:
-    scan = "selective_scan" if spec.mixer.num_heads is None else "ssd_scan"
-    used = {*ops_of(spec.decoder), "causal_conv1d", scan}
+    used = {*ops_of(spec.decoder), "causal_conv1d", spec.mixer.scan}
     return tuple(row.name for row in OP_SPECS if row.name in used)

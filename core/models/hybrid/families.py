@@ -7,8 +7,10 @@ from typing import Any
 
 from quire.core.interface.experts import RoutingSpec
 from quire.core.models.decoder_spec import MixtureSpec
+from quire.core.models.families.mixtures import QWEN2_MOE_NAMES, qwen_mixture
 from quire.core.models.families.reading import read_decoder, unsupported
 from quire.core.models.hybrid.spec import HybridSpec
+from quire.core.models.state_space.delta_spec import DeltaSpec
 from quire.core.models.state_space.spec import StateSpaceSpec
 
 
@@ -95,10 +97,53 @@ def read_jamba(config: Any) -> HybridSpec:
     )
 
 
+def read_qwen3_next(config: Any) -> HybridSpec:
+    """Qwen3-Next: gated delta nets, gated attention in some layers, experts in some or all.
+
+    Raises: UnsupportedError.
+    """
+    mixture = qwen_mixture(
+        config, shared_size=config.shared_expert_intermediate_size, has_shared_gate=True
+    )
+    return _read_delta_hybrid(config, is_grouped=True, mixture=mixture)
+
+
+def read_qwen3_5(config: Any) -> HybridSpec:
+    """The dense texts of Qwen3.5: as Qwen3-Next, with one MLP in each layer.
+
+    Raises: UnsupportedError.
+    """
+    return _read_delta_hybrid(config, is_grouped=False)
+
+
+def _read_delta_hybrid(config: Any, *, is_grouped: bool, **differences: Any) -> HybridSpec:
+    attending = _layers_of(config.layer_types, "full_attention")
+    decoder = read_decoder(
+        config,
+        norm_offset=1.0,
+        has_qk_norm=True,
+        has_attention_gate=True,
+        has_qkv_bias=config.attention_bias,
+        has_output_bias=config.attention_bias,
+        **differences,
+    )
+    return HybridSpec(
+        decoder=decoder,
+        mixer=_read_delta_mixer(config, is_grouped=is_grouped),
+        attention_layers=attending,
+        mixer_layers=_others(config, attending),
+        names=QWEN2_MOE_NAMES,
+        mixer_name="linear_attn.",
+        ignored_prefix="mtp.",
+    )
+
+
 FAMILIES: dict[str, Callable[[Any], HybridSpec]] = {
     "BambaForCausalLM": read_bamba,
     "FalconH1ForCausalLM": read_falcon_h1,
     "JambaForCausalLM": read_jamba,
+    "Qwen3NextForCausalLM": read_qwen3_next,
+    "Qwen3_5ForCausalLM": read_qwen3_5,
 }
 """By the names in a config's `architectures`."""
 
@@ -136,6 +181,21 @@ def _read_second_mixer(config: Any, inner_size: int, **differences: Any) -> Stat
         num_groups=config.mamba_n_groups,
         rank=0,
         **differences,
+    )
+
+
+def _read_delta_mixer(config: Any, *, is_grouped: bool) -> DeltaSpec:
+    if config.hidden_act not in ("silu", "swish"):
+        raise unsupported("activation", f"activation {config.hidden_act!r}", "silu")
+    return DeltaSpec(
+        hidden_size=config.hidden_size,
+        num_key_heads=config.linear_num_key_heads,
+        num_value_heads=config.linear_num_value_heads,
+        key_size=config.linear_key_head_dim,
+        value_size=config.linear_value_head_dim,
+        conv_width=config.linear_conv_kernel_dim,
+        norm_eps=config.rms_norm_eps,
+        is_grouped=is_grouped,
     )
 
 

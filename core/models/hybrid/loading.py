@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,16 @@ from quire.core.models.decoder import make_attention_backends
 from quire.core.models.description import ModelDescription
 from quire.core.models.hybrid.describing import describe_hybrid, read_hybrid
 from quire.core.models.hybrid.model import HybridLayerWeights, HybridModel, HybridWeights
-from quire.core.models.hybrid.spec import NAMES, HybridSpec, HybridTensors
+from quire.core.models.hybrid.spec import HybridSpec, HybridTensors
 from quire.core.models.loading import WeightBuilder, WeightSource, refuse_quantization
 from quire.core.models.mlp import DenseWeights, MixtureWeights
 from quire.core.models.self_attention import HeadWeights
+from quire.core.models.state_space.delta_mixer import DeltaWeights
+from quire.core.models.state_space.delta_spec import DeltaSpec
 from quire.core.models.state_space.loading import MixerBuilder
+from quire.core.models.state_space.mixer_spec import MixerSpec
+from quire.core.models.state_space.mixers import MixerWeights
+from quire.core.models.state_space.spec import StateSpaceSpec
 from quire.core.models.transformers_adapter.pages import OwnPages
 from quire.core.models.weights.checkpoint_files import CheckpointFiles
 from quire.core.models.weights.dummy_weights import DummyWeights
@@ -29,6 +35,8 @@ from quire.core.models.weights.weight_layout import (
     LayerTensors,
     TensorShape,
 )
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_hybrid(config: WorkerConfig, device: Device) -> HybridModel:
@@ -43,12 +51,13 @@ def load_hybrid(config: WorkerConfig, device: Device) -> HybridModel:
     tensors = HybridTensors(spec)
     keys, states = description.attention_groups
     attention = make_attention_backends(replace(description, attention_groups=(keys,)), device)
-    source = ScaledWeights(_open(config, directory, tensors), spec.weight_scales)
+    source = ScaledWeights(_open(config, directory, spec, tensors), spec.weight_scales)
+    mixers = MixerBuilder(_source_of_mixers(config, source), device, config.dtype)
     builder = _HybridBuilder(source, replace(description, decoder=spec.decoder), device)
     return HybridModel(
         spec,
         description,
-        builder.build_hybrid(spec, tensors, MixerBuilder(source, device, config.dtype)),
+        builder.build_hybrid(spec, tensors, mixers),
         device,
         [*attention, OwnPages(states, device.torch_device)],
         max_model_len=config.max_model_len,
@@ -65,13 +74,34 @@ def _laid_out(description: ModelDescription, config: WorkerConfig) -> ModelDescr
     return replace(laid_out, attention_groups=(keys, states))
 
 
-def _open(config: WorkerConfig, directory: Path, tensors: HybridTensors) -> WeightSource:
+def _open(
+    config: WorkerConfig, directory: Path, spec: HybridSpec, tensors: HybridTensors
+) -> WeightSource:
     if config.load_format == "dummy":
-        return DummyWeights(config.seed, norm_offset=0.0)
-    files = CheckpointFiles(directory, NAMES.rename)
-    tied = (f"{NAMES.lm_head}.weight",) if tensors.decoder.lm_head is None else ()
+        return DummyWeights(config.seed, norm_offset=spec.decoder.norm_offset)
+    ignored: list[str] = []
+
+    def rename(name: str) -> str | None:
+        if spec.ignored_prefix is None or not name.startswith(spec.ignored_prefix):
+            return spec.names.rename(name)
+        ignored.append(name)
+        return None
+
+    files = CheckpointFiles(directory, rename)
+    if ignored:
+        _LOG.info(
+            "%s: %d tensors %s* are left out: they guess tokens ahead, which no text depends on",
+            directory, len(ignored), spec.ignored_prefix,
+        )  # fmt: skip
+    tied = (f"{spec.names.lm_head}.weight",) if tensors.decoder.lm_head is None else ()
     files.check(tensors, may_have=tied)
     return files
+
+
+def _source_of_mixers(config: WorkerConfig, source: WeightSource) -> WeightSource:
+    """The same; but what is made up has no offset in the norms of mixers."""
+    is_dummy = config.load_format == "dummy"
+    return DummyWeights(config.seed, norm_offset=0.0) if is_dummy else source
 
 
 class ScaledWeights:
@@ -107,6 +137,15 @@ class ScaledWeights:
         return None
 
 
+def _build_mixer(
+    mixers: MixerBuilder, tensors: dict[str, TensorShape], spec: MixerSpec
+) -> MixerWeights | DeltaWeights:
+    if isinstance(spec, DeltaSpec):
+        return mixers.delta_mixer(tensors, spec)
+    assert isinstance(spec, StateSpaceSpec), spec
+    return mixers.mixer(tensors, spec)
+
+
 class _HybridBuilder(WeightBuilder):
     """Turns tensors of a source into what the layers multiply with."""
 
@@ -124,7 +163,7 @@ class _HybridBuilder(WeightBuilder):
             layers.append(
                 HybridLayerWeights(
                     input_norm=self._norm(layer.input_norm),
-                    mixer=None if mixer is None else mixers.mixer(mixer, spec.mixer),
+                    mixer=None if mixer is None else _build_mixer(mixers, mixer, spec.mixer),
                     attention=self._attention(layer) if has_attention else None,
                     output=self._linear(layer.output) if has_attention else None,
                     mlp_norm=self._norm(layer.mlp_norm),

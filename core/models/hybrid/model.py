@@ -12,12 +12,16 @@ from quire.core.interface.backend import Device
 from quire.core.interface.op_specs import OP_SPECS
 from quire.core.interface.ops import PackedLinear
 from quire.core.models.description import ModelDescription
+from quire.core.models.gated_attention import GatedAttention
 from quire.core.models.hybrid.spec import HybridSpec
 from quire.core.models.mlp import DenseMlp, DenseWeights, MixtureMlp, MixtureWeights, Mlp
 from quire.core.models.rotary import RotaryTable
-from quire.core.models.self_attention import HeadAttention, HeadWeights
+from quire.core.models.self_attention import HeadAttention, HeadWeights, SelfAttention
+from quire.core.models.state_space.delta_mixer import DeltaMixer, DeltaWeights
+from quire.core.models.state_space.delta_spec import DeltaSpec
 from quire.core.models.state_space.mixers import Mixer, MixerWeights, make_mixer, scans_in_pages
 from quire.core.models.state_space.rounds import Round, cut
+from quire.core.models.state_space.spec import StateSpaceSpec
 from quire.core.models.step_context import StepContext
 from quire.core.models.transformers_adapter.pages import PagesPlan
 
@@ -27,7 +31,7 @@ class HybridLayerWeights:
     """The weights of one layer, on the device. Norms are [H]."""
 
     input_norm: Tensor
-    mixer: MixerWeights | None
+    mixer: MixerWeights | DeltaWeights | None
     attention: HeadWeights | None
     output: PackedLinear | None
     """Of the attention."""
@@ -63,7 +67,7 @@ class _Layer:
 
     weights: HybridLayerWeights
     mixer: Mixer | None
-    attention: HeadAttention | None
+    attention: SelfAttention | None
     mlp: Mlp
     keys_index: int
     state_index: int
@@ -162,21 +166,30 @@ class HybridModel:
         return attended if mixed is None else mixed + attended
 
     def _make_layer(self, index: int) -> _Layer:
-        spec, weights, ops = self._spec, self._weights.layers[index], self._ops
+        spec, weights = self._spec, self._weights.layers[index]
         heads, mixer = weights.attention, weights.mixer
         attending, mixing = spec.attention_layers, spec.mixer_layers
         return _Layer(
             weights=weights,
-            mixer=None
-            if mixer is None
-            else make_mixer(spec.mixer, mixer, ops, scans_in_pages=self._scans_in_pages),
-            attention=HeadAttention(spec.decoder, heads, ops, self.attention_backends[0])
-            if heads is not None
-            else None,
+            mixer=None if mixer is None else self._make_mixer(mixer),
+            attention=None if heads is None else self._make_attention(heads),
             mlp=self._make_mlp(weights.mlp),
             keys_index=attending.index(index) if index in attending else -1,
             state_index=len(attending) + mixing.index(index) if index in mixing else -1,
         )
+
+    def _make_mixer(self, weights: MixerWeights | DeltaWeights) -> Mixer:
+        spec, in_pages = self._spec.mixer, self._scans_in_pages
+        if isinstance(weights, DeltaWeights):
+            assert isinstance(spec, DeltaSpec), spec
+            return DeltaMixer(spec, weights, self._ops, scans_in_pages=in_pages)
+        assert isinstance(spec, StateSpaceSpec), spec
+        return make_mixer(spec, weights, self._ops, scans_in_pages=in_pages)
+
+    def _make_attention(self, weights: HeadWeights) -> SelfAttention:
+        decoder = self._spec.decoder
+        kind = GatedAttention if decoder.has_attention_gate else HeadAttention
+        return kind(decoder, weights, self._ops, self.attention_backends[0])
 
     def _make_mlp(self, weights: DenseWeights | MixtureWeights) -> Mlp:
         decoder = self._spec.decoder

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from quire.core.models.decoder_spec import DecoderSpec
-from quire.core.models.state_space.spec import StateSpaceSpec, mixer_tensors
+from quire.core.models.state_space.mixer_spec import MixerSpec
 from quire.core.models.weights.weight_layout import (
     DecoderTensors,
     ExpertNames,
@@ -18,12 +18,12 @@ from quire.core.models.weights.weight_layout import (
 )
 
 
-def _rename(name: str) -> str | None:
+def _rename_mamba(name: str) -> str | None:
     """As elsewhere; what Falcon-H1 computes from its config needs no loading."""
     return None if name.endswith("mup_vector") else standard_name(name)
 
 
-NAMES = WeightNames(
+MAMBA_NAMES = WeightNames(
     final_norm="model.final_layernorm",
     mlp_norm="pre_ff_layernorm",
     gate_up=("feed_forward.gate_proj", "feed_forward.up_proj"),
@@ -34,9 +34,9 @@ NAMES = WeightNames(
         up="feed_forward.experts.{expert}.up_proj",
         down="feed_forward.experts.{expert}.down_proj",
     ),
-    rename=_rename,
+    rename=_rename_mamba,
 )
-"""All three families call their tensors alike."""
+"""Bamba, Falcon-H1 and Jamba call their tensors alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +45,14 @@ class HybridSpec:
 
     decoder: DecoderSpec
     """Embedding, attention, norms, MLPs and head; its attention is in some layers alone."""
-    mixer: StateSpaceSpec
+    mixer: MixerSpec
     attention_layers: tuple[int, ...]
     mixer_layers: tuple[int, ...]
+    names: WeightNames = MAMBA_NAMES
+    mixer_name: str = "mamba."
+    """Before the tensors of a mixer, in a layer."""
+    ignored_prefix: str | None = None
+    """Of tensors that checkpoints have for a use other than this: they are left out, and logged."""
     has_rope: bool = True
     logit_scale: float = 1.0
     """Multiplies the logits."""
@@ -59,11 +64,11 @@ class HybridTensors:
     """The tensors of a checkpoint, by what they are for."""
 
     def __init__(self, spec: HybridSpec) -> None:
-        self.decoder: DecoderTensors = lay_out(spec.decoder, NAMES)
+        self.decoder: DecoderTensors = lay_out(spec.decoder, spec.names)
         """Of all layers; those without attention lack the tensors of attention."""
         self._attending = frozenset(spec.attention_layers)
         self.mixers: dict[int, dict[str, TensorShape]] = {
-            layer: mixer_tensors(spec.mixer, NAMES.layer.format(layer=layer) + "mamba.")
+            layer: spec.mixer.tensors(spec.names.layer.format(layer=layer) + spec.mixer_name)
             for layer in spec.mixer_layers
         }
 

@@ -45,8 +45,7 @@ def describe_state_space(directory: Path) -> ModelDescription:
         layers=tuple(range(spec.num_layers)),
         pages=spec.pages,
     )
-    scan = "selective_scan" if spec.num_heads is None else "ssd_scan"
-    used = {*_LAYER_OPS, *_SAMPLED_OPS, scan}
+    used = {*_LAYER_OPS, *_SAMPLED_OPS, spec.scan}
     return ModelDescription(
         architecture=spec.architecture,
         checkpoint_dtype=dtype,

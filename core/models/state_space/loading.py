@@ -13,6 +13,9 @@ from quire.core.interface.ops import PackedLinear
 from quire.core.interface.worker import WorkerConfig
 from quire.core.models.loading import WeightSource, refuse_quantization
 from quire.core.models.model_config import load_config
+from quire.core.models.state_space.delta_loading import read_projection
+from quire.core.models.state_space.delta_mixer import DeltaWeights
+from quire.core.models.state_space.delta_spec import DeltaSpec
 from quire.core.models.state_space.describing import describe_state_space
 from quire.core.models.state_space.mixers import MixerWeights
 from quire.core.models.state_space.model import StateSpaceModel, StateSpaceWeights
@@ -115,6 +118,18 @@ class MixerBuilder:
             inner_norms=self._inner_norms(tensors) if spec.has_inner_norms else None,
         )
 
+    def delta_mixer(self, tensors: dict[str, TensorShape], spec: DeltaSpec) -> DeltaWeights:
+        """The weights of one gated delta net, its first projection in one piece."""
+        return DeltaWeights(
+            in_proj=self._pack(read_projection(spec, tensors, self._cast)),
+            conv=self._read(tensors["conv1d.weight"]).squeeze(1),
+            conv_bias=None,
+            out_proj=self._linear(tensors, "out_proj"),
+            a=-torch.exp(self._float32(tensors["A_log"])),
+            dt_bias=self._float32(tensors["dt_bias"]),
+            norm=self._float32(tensors["norm.weight"]),
+        )
+
     def _inner_norms(self, tensors: dict[str, TensorShape]) -> tuple[Tensor, Tensor, Tensor]:
         dt, b, c = (self._read(tensors[f"{name}_layernorm.weight"]) for name in ("dt", "b", "c"))
         return dt, b, c
@@ -123,12 +138,18 @@ class MixerBuilder:
         self, tensors: dict[str, TensorShape], name: str, *, has_bias: bool = True
     ) -> PackedLinear:
         """`has_bias`: one that is there belongs to the product."""
-        weight = self._source.read(tensors[f"{name}.weight"]).to(self._device, self._dtype)
+        weight = self._cast(tensors[f"{name}.weight"])
         biases = [tensors[f"{name}.bias"]] if has_bias and f"{name}.bias" in tensors else []
-        bias = self._read(biases[0]) if biases else None
+        return self._pack(weight, self._read(biases[0]) if biases else None)
+
+    def _pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         packed = self._ops.pack_linear(weight, bias)
         self._size_bytes += packed.size_bytes or weight.nbytes
         return packed
+
+    def _cast(self, tensor: TensorShape) -> Tensor:
+        """One to be packed at once, perhaps still in its file."""
+        return self._source.read(tensor).to(self._device, self._dtype)
 
     def _read(self, tensor: TensorShape) -> Tensor:
         # A copy: what a file maps would stay mapped.

@@ -20,14 +20,20 @@ from quire.core.models.state_space.spec import CONV, STATE, StateSpaceSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MixerWeights:
-    """The weights of one mixer, on the device."""
+class ConvolvedWeights:
+    """The weights that every mixer has, on the device."""
 
     in_proj: PackedLinear
     conv: Tensor
     """[C, W]."""
     conv_bias: Tensor | None
     out_proj: PackedLinear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MixerWeights(ConvolvedWeights):
+    """The weights of one mixer of Mamba or Mamba-2, on the device."""
+
     a: Tensor
     """float32 [C, N], or [M] of Mamba-2; negative."""
     d: Tensor
@@ -47,18 +53,15 @@ class MixerWeights:
 class Mixer(ABC):
     """x [T, H] to [T, H], with states in pages."""
 
-    def __init__(
-        self, spec: StateSpaceSpec, weights: MixerWeights, ops: Ops, *, scans_in_pages: bool
-    ) -> None:
+    def __init__(self, weights: ConvolvedWeights, ops: Ops, *, scans_in_pages: bool) -> None:
         """`scans_in_pages`: the operators take `Sequences.slots`."""
-        self._spec = spec
-        self._weights = weights
+        self._convolved = weights
         self._ops = ops
         self._scans_in_pages = scans_in_pages
 
     def __call__(self, x: Tensor, cache: LayerCache, rounds: Sequence[Round]) -> Tensor:
         """Overwrites the states of the blocks in which pieces of the step end."""
-        projected = self._ops.linear(x, self._weights.in_proj)
+        projected = self._ops.linear(x, self._convolved.in_proj)
         pages = [cache.tensors[name] for name in (CONV, STATE)]
         in_pages = self._scans_in_pages and pages[0].dtype == projected.dtype
         out = None
@@ -71,7 +74,7 @@ class Mixer(ABC):
                 out = part.new_zeros((len(x), part.shape[1])) if out is None else out
                 out.index_copy_(0, piece.rows, part)
         assert out is not None, "a step without tokens"
-        return self._ops.linear(out, self._weights.out_proj)
+        return self._ops.linear(out, self._convolved.out_proj)
 
     def _scan_states(
         self, projected: Tensor, states: Sequence[Tensor], sequences: Sequences
@@ -83,13 +86,24 @@ class Mixer(ABC):
         """Rows [n, C] for the last projection; overwrites the states of the sequences."""
 
     def _convolve(self, x: Tensor, conv: Tensor, sequences: Sequences) -> Tensor:
-        weights = self._weights
+        weights = self._convolved
         return self._ops.causal_conv1d(
             x.contiguous(), weights.conv, weights.conv_bias, conv, sequences, activation="silu"
         )
 
 
-class MambaMixer(Mixer):
+class _StateSpaceMixer(Mixer):
+    """What Mamba and Mamba-2 share."""
+
+    def __init__(
+        self, spec: StateSpaceSpec, weights: MixerWeights, ops: Ops, *, scans_in_pages: bool
+    ) -> None:
+        super().__init__(weights, ops, scans_in_pages=scans_in_pages)
+        self._spec = spec
+        self._weights = weights
+
+
+class MambaMixer(_StateSpaceMixer):
     """Each channel has a decay of its own for each number of its state."""
 
     def _scan(self, projected: Tensor, conv: Tensor, state: Tensor, sequences: Sequences) -> Tensor:
@@ -112,7 +126,7 @@ class MambaMixer(Mixer):
         return y * F.silu(gate)
 
 
-class Mamba2Mixer(Mixer):
+class Mamba2Mixer(_StateSpaceMixer):
     """A head has one decay, and the convolution covers B and C as well."""
 
     def _scan(self, projected: Tensor, conv: Tensor, state: Tensor, sequences: Sequences) -> Tensor:

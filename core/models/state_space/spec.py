@@ -66,6 +66,11 @@ class StateSpaceSpec:
         return (self.num_heads, self.inner_size // self.num_heads, self.state_size)
 
     @property
+    def scan(self) -> str:
+        """The operator that carries the state."""
+        return "selective_scan" if self.num_heads is None else "ssd_scan"
+
+    @property
     def pages(self) -> tuple[PageTensor, ...]:
         """What a layer keeps for each block."""
         conv = (self.conv_size, self.conv_width - 1)
@@ -73,6 +78,22 @@ class StateSpaceSpec:
             PageTensor(name=CONV, shape=conv, is_per_token=False),
             PageTensor(name=STATE, shape=self.state_shape, is_per_token=False, dtype="float32"),
         )
+
+    def tensors(self, prefix: str) -> dict[str, TensorShape]:
+        """The tensors of one mixer, by the names that follow `prefix`."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "in_proj.weight": (self.projected_size, self.hidden_size),
+            "conv1d.weight": (self.conv_size, 1, self.conv_width),
+            "out_proj.weight": (self.hidden_size, self.inner_size),
+            **(_first_shapes(self) if self.num_heads is None else _second_shapes(self)),
+        }
+        if self.has_conv_bias:
+            shapes["conv1d.bias"] = (self.conv_size,)
+        if self.has_bias:
+            shapes["in_proj.bias"] = (self.projected_size,)
+        if self.has_bias if self.has_output_bias is None else self.has_output_bias:
+            shapes["out_proj.bias"] = (self.hidden_size,)
+        return {name: TensorShape(name=prefix + name, shape=s) for name, s in shapes.items()}
 
 
 def read_spec(config: Any) -> StateSpaceSpec:
@@ -122,7 +143,7 @@ class StateSpaceTensors:
 
     def mixer(self, layer: int) -> dict[str, TensorShape]:
         """Of one mixer, by the names that they have in it."""
-        return mixer_tensors(self._spec, f"backbone.layers.{layer}.mixer.")
+        return self._spec.tensors(f"backbone.layers.{layer}.mixer.")
 
     def __iter__(self) -> Iterator[TensorShape]:
         yield self.embedding
@@ -132,23 +153,6 @@ class StateSpaceTensors:
         yield self.final_norm
         if not self._spec.has_tied_embeddings:
             yield self.lm_head
-
-
-def mixer_tensors(spec: StateSpaceSpec, prefix: str) -> dict[str, TensorShape]:
-    """The tensors of one mixer, by the names that follow `prefix`."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "in_proj.weight": (spec.projected_size, spec.hidden_size),
-        "conv1d.weight": (spec.conv_size, 1, spec.conv_width),
-        "out_proj.weight": (spec.hidden_size, spec.inner_size),
-        **(_first_shapes(spec) if spec.num_heads is None else _second_shapes(spec)),
-    }
-    if spec.has_conv_bias:
-        shapes["conv1d.bias"] = (spec.conv_size,)
-    if spec.has_bias:
-        shapes["in_proj.bias"] = (spec.projected_size,)
-    if spec.has_bias if spec.has_output_bias is None else spec.has_output_bias:
-        shapes["out_proj.bias"] = (spec.hidden_size,)
-    return {name: TensorShape(name=prefix + name, shape=s) for name, s in shapes.items()}
 
 
 def _first_shapes(spec: StateSpaceSpec) -> dict[str, tuple[int, ...]]:
