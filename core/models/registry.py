@@ -233,7 +233,7 @@ def _chosen(
     native = _native_for(raw)
     if model_impl == TRANSFORMERS or (native is None and model_impl == "auto"):
         return _described(_adapter_for(directory, trust_remote_code), directory, trust_remote_code)
-    if model_impl == "auto" and isinstance(native, NativeImplementation):
+    if model_impl == "auto" and isinstance(native, NativeImplementation | HybridImplementation):
         seeing = _seeing(directory, raw, trust_remote_code)
         if seeing is not None:
             return seeing

@@ -68,12 +68,14 @@ def image_text_architectures() -> list[str]:
     return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
-def make_tiny_image_text(model_type: str, seed: int = 0) -> Any:
-    """A tiny random model of an architecture, in float32."""
+def make_tiny_image_text(model_type: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny random model of an architecture, in float32; `changes` are fields of its config."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     config = tiny_image_text_config(model_type)
+    for name, value in changes.items():
+        setattr(config, name, value)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

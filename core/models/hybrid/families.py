@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from quire.core.interface.experts import RoutingSpec
@@ -12,6 +13,18 @@ from quire.core.models.families.reading import read_decoder, unsupported
 from quire.core.models.hybrid.spec import HybridSpec
 from quire.core.models.state_space.delta_spec import DeltaSpec
 from quire.core.models.state_space.spec import StateSpaceSpec
+from quire.core.models.weights.weight_layout import standard_name
+
+_TOWER = "model.visual."
+
+
+def _rename_qwen(name: str) -> str | None:
+    """As a text model has it, where a tower stands beside one."""
+    text = "model.language_model."
+    return standard_name(f"model.{name.removeprefix(text)}" if name.startswith(text) else name)
+
+
+_QWEN_NAMES = replace(QWEN2_MOE_NAMES, rename=_rename_qwen)
 
 
 def read_bamba(config: Any) -> HybridSpec:
@@ -109,11 +122,17 @@ def read_qwen3_next(config: Any) -> HybridSpec:
 
 
 def read_qwen3_5(config: Any) -> HybridSpec:
-    """The dense texts of Qwen3.5: as Qwen3-Next, with one MLP in each layer.
+    """The dense texts of Qwen3.5, with a tower beside them or alone.
 
+    As Qwen3-Next, with one MLP in each layer. Positions have three parts, which are equal in texts.
     Raises: UnsupportedError.
     """
-    return _read_delta_hybrid(config, is_grouped=False)
+    return _read_delta_hybrid(
+        config.get_text_config(decoder=True),
+        is_grouped=False,
+        architecture=(config.architectures or [type(config).__name__])[0],
+        has_tied_embeddings=config.tie_word_embeddings,
+    )
 
 
 def _read_delta_hybrid(config: Any, *, is_grouped: bool, **differences: Any) -> HybridSpec:
@@ -132,9 +151,9 @@ def _read_delta_hybrid(config: Any, *, is_grouped: bool, **differences: Any) -> 
         mixer=_read_delta_mixer(config, is_grouped=is_grouped),
         attention_layers=attending,
         mixer_layers=_others(config, attending),
-        names=QWEN2_MOE_NAMES,
+        names=_QWEN_NAMES,
         mixer_name="linear_attn.",
-        ignored_prefix="mtp.",
+        ignored_prefixes=("mtp.", _TOWER),
     )
 
 
@@ -144,6 +163,7 @@ FAMILIES: dict[str, Callable[[Any], HybridSpec]] = {
     "JambaForCausalLM": read_jamba,
     "Qwen3NextForCausalLM": read_qwen3_next,
     "Qwen3_5ForCausalLM": read_qwen3_5,
+    "Qwen3_5ForConditionalGeneration": read_qwen3_5,
 }
 """By the names in a config's `architectures`."""
 

@@ -82,7 +82,7 @@ def _open(
     ignored: list[str] = []
 
     def rename(name: str) -> str | None:
-        if spec.ignored_prefix is None or not name.startswith(spec.ignored_prefix):
+        if not name.startswith(spec.ignored_prefixes):
             return spec.names.rename(name)
         ignored.append(name)
         return None
@@ -90,8 +90,8 @@ def _open(
     files = CheckpointFiles(directory, rename)
     if ignored:
         _LOG.info(
-            "%s: %d tensors %s* are left out: they guess tokens ahead, which no text depends on",
-            directory, len(ignored), spec.ignored_prefix,
+            "%s: %d tensors under %s are left out: no text depends on them",
+            directory, len(ignored), " and ".join(spec.ignored_prefixes),
         )  # fmt: skip
     tied = (f"{spec.names.lm_head}.weight",) if tensors.decoder.lm_head is None else ()
     files.check(tensors, may_have=tied)

@@ -51,8 +51,8 @@ class HybridSpec:
     names: WeightNames = MAMBA_NAMES
     mixer_name: str = "mamba."
     """Before the tensors of a mixer, in a layer."""
-    ignored_prefix: str | None = None
-    """Of tensors that checkpoints have for a use other than this: they are left out, and logged."""
+    ignored_prefixes: tuple[str, ...] = ()
+    """Of tensors that no text depends on: they are left out, and logged."""
     has_rope: bool = True
     logit_scale: float = 1.0
     """Multiplies the logits."""

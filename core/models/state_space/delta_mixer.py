@@ -54,7 +54,7 @@ class DeltaMixer(Mixer):
             self._unit(k, self._k_scale),
             v.reshape(len(v), -1, spec.value_size),
             F.softplus(steps.float() + weights.dt_bias).mul_(weights.a),
-            betas.float().sigmoid_(),
+            torch.sigmoid(betas.float()),
             state,
             sequences,
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quire.core.interface.attention import LayerCache
 from quire.core.interface.backend import Device
+from quire.core.interface.fusion import MixerParts
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.interface.recurrence import Sequences
 from quire.core.models.state_space.rounds import Round
@@ -101,6 +102,33 @@ class _StateSpaceMixer(Mixer):
         super().__init__(weights, ops, scans_in_pages=scans_in_pages)
         self._spec = spec
         self._weights = weights
+        self._fused = ops.fuse_mixer(self._parts()) if scans_in_pages else None
+
+    def __call__(self, x: Tensor, cache: LayerCache, rounds: Sequence[Round]) -> Tensor:
+        pages = (cache.tensors[CONV], cache.tensors[STATE])
+        if self._fused is None or pages[0].dtype != x.dtype:
+            return super().__call__(x, cache, rounds)
+        return self._fused(x, pages, [piece.pieces for piece in rounds])
+
+    def _parts(self) -> MixerParts:
+        spec, weights = self._spec, self._weights
+        return MixerParts(
+            in_proj=weights.in_proj,
+            out_proj=weights.out_proj,
+            conv=weights.conv,
+            conv_bias=weights.conv_bias,
+            a=weights.a,
+            d=weights.d,
+            dt_bias=weights.dt_bias,
+            state_size=spec.state_size,
+            num_groups=spec.num_groups,
+            eps=spec.norm_eps,
+            x_proj=weights.x_proj,
+            dt_proj=weights.dt_proj,
+            inner_norms=weights.inner_norms,
+            norm=weights.norm,
+            is_norm_first=spec.is_norm_before_gate,
+        )
 
 
 class MambaMixer(_StateSpaceMixer):

@@ -11,14 +11,15 @@ their blocks back and are computed anew.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from quire.core.interface.fusion import StatePieces
 from quire.core.interface.recurrence import Sequences, StateSlots
 from quire.core.models.transformers_adapter.pages import PagesPlan
 
@@ -34,6 +35,8 @@ class Round:
     """int64 [n] of the flat batch; None: all of them in their order."""
     sequences: Sequences
     """With the blocks of its states."""
+    pieces: StatePieces
+    """The same, as rows of the flat batch."""
 
     def scan(self, pages: Sequence[Tensor], scan: Scan, *, in_pages: bool) -> Tensor:
         """`scan`, which overwrites the states of the sequences that it is given.
@@ -67,19 +70,20 @@ def cut(plan: PagesPlan) -> tuple[Round, ...]:
 def _pieces(begin: int, end: int, size: int) -> list[tuple[int, int]]:
     """[begin, end) cut at multiples of `size`."""
     inner = range(begin - begin % size + size, end, size)
-    return list(itertools.pairwise([begin, *inner, end]))
+    return list(pairwise([begin, *inner, end]))
 
 
 def _round(
     plan: PagesPlan, pieces: list[list[tuple[int, int]]], chosen: list[int], number: int
 ) -> Round:
     device = plan.slot_mapping.device
-    starts, rows = [0], list[int]()
+    starts, rows, begins = [0], list[int](), list[int]()
     sources, targets = list[int](), list[int]()
     for index in chosen:
         request = plan.requests[index]
         begin, end = pieces[index][number]
         first = request.begin - request.num_past
+        begins.append(first + begin)
         rows.extend(range(first + begin, first + end))
         starts.append(starts[-1] + end - begin)
         sources.append((begin - 1) // plan.block_size)
@@ -92,11 +96,17 @@ def _round(
         sources=torch.where(before < 0, -1, from_blocks),
         targets=plan.block_table[table_rows, after].long(),
     )
+    ends = [begin + b - a for begin, (a, b) in zip(begins, pairwise(starts), strict=True)]
     return Round(
         rows=None if is_whole else torch.tensor(rows, device=device),
         sequences=Sequences(
             starts=torch.tensor(starts, dtype=torch.int32, device=device),
             starts_host=starts,
+            slots=slots,
+        ),
+        pieces=StatePieces(
+            begins=torch.tensor(begins, dtype=torch.int32, device=device),
+            ends=torch.tensor(ends, dtype=torch.int32, device=device),
             slots=slots,
         ),
     )
