@@ -1,14 +1,16 @@
 """How fast each native family is for the weights that a token moves, beside the Llama path.
 
-A family's figure is (steps/s * bytes of weights that a step reads), over that of the Llama row
-measured in the same round. With `running` requests decoded at once, one token each, the bytes are
+A family's figure is (steps/s * bytes that a step moves), over that of the Llama row measured in the
+same round. A step reads the weights that are active, and it reads and writes the states of
+recurrent layers, whose size does not depend on the text; keys and values of these short texts are
+left out. With `running` requests decoded at once, one token each, the bytes are
 
     itemsize * (parameters outside of experts + parameters of experts * share)
     share = 1 - (1 - chosen / experts) ** running
 
-which is what tokens touch that choose their experts evenly; for one request the share is chosen /
-experts, the active weights of a token. Tables that are only looked up do not count; an embedding
-table that is the head too counts once.
+of weights, which is what tokens touch that choose their experts evenly; for one request the share
+is chosen / experts, the active weights of a token. Tables that are only looked up do not count; an
+embedding table that is the head too counts once.
 
 python benchmarks/families.py --families qwen2,mixtral,mamba
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,7 +146,7 @@ def main(
     threads: Annotated[int | None, typer.Option(help="of the host; none: the backend's")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
 ) -> None:
-    """Decodes with each family and with Llama in turn; prints bytes of active weights a second."""
+    """Decodes with each family and with Llama in turn; prints bytes a second."""
     names = [name for name in families.split(",") if name] or list(FAMILIES)
     record = Record(
         name=f"families_{device}_{dtype}",
@@ -181,10 +183,14 @@ class _Weights:
     other_bytes: int
     chosen_share: float
     """Of the experts, by one token."""
+    state_bytes: int = 0
+    """Of all recurrent layers, for one request."""
 
-    def active_bytes(self, running: int) -> float:
-        """What a step of so many tokens reads; the module says how it is reckoned."""
-        return self.other_bytes + self.expert_bytes * (1 - (1 - self.chosen_share) ** running)
+    def moved_bytes(self, running: int) -> float:
+        """What a step of so many tokens moves; the module says how it is reckoned."""
+        chosen = 1 - (1 - self.chosen_share) ** running
+        states = 2 * self.state_bytes * running
+        return self.other_bytes + self.expert_bytes * chosen + states
 
 
 class _Subject:
@@ -198,25 +204,26 @@ class _Subject:
         self.name = name
         place = folder / name
         place.mkdir()
-        self._weights = _write_config(name, place, dtype)
+        weights = _write_config(name, place, dtype)
+        self._weights = replace(weights, state_bytes=_state_bytes(place))
         self._llm: Any = LLM(
             model=str(place), device=device, dtype=dtype, load_format="dummy",
             model_impl="native", max_num_seqs=8, max_model_len=256, num_threads=threads,
             enable_prefix_caching=False, cache_memory_bytes=1 << 30,
         )  # fmt: skip
 
-    def active_bytes(self, running: int) -> float:
-        """Of the weights that a step of so many requests reads."""
-        return self._weights.active_bytes(running)
+    def moved_bytes(self, running: int) -> float:
+        """By a step of so many requests."""
+        return self._weights.moved_bytes(running)
 
     def rate(self, running: int, prompt: int, tokens: int, round_number: int) -> float:
-        """Decoding steps/s * active bytes, in GB/s.
+        """Decoding steps/s * bytes moved, in GB/s.
 
         The time of prompts alone, with one token each, is taken off.
         """
         short = self._wave(running, prompt, 1, round_number)
         whole = self._wave(running, prompt, tokens + 1, round_number)
-        return tokens * self.active_bytes(running) / (whole - short) / 1e9
+        return tokens * self.moved_bytes(running) / (whole - short) / 1e9
 
     def _wave(self, running: int, prompt: int, tokens: int, round_number: int) -> float:
         from quire import SamplingParams
@@ -252,10 +259,10 @@ def _compare(
     for round_number in range(rounds + 1):
         for one in (subject, llama):
             rates[one.name].append(one.rate(running, prompt, tokens, round_number))
-    work = f"{running} at once, {subject.active_bytes(running) / 1e6:.0f} MB active"
+    work = f"{running} at once, {subject.moved_bytes(running) / 1e6:.0f} MB a step"
     mine, theirs = (tuple(rates[name][1:]) for name in (subject.name, llama.name))
     record.measurements.append(
-        Measurement(work=work, subject=subject.name, unit="GB/s of active weights", values=mine)
+        Measurement(work=work, subject=subject.name, unit="GB/s", values=mine)
     )
     record.ratios.append(
         Ratio(
@@ -276,9 +283,25 @@ def _write_config(name: str, place: Path, dtype: str) -> _Weights:
     config = AutoConfig.for_model(model_type, **{**_BASE, **differences})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    settings = {**config.to_dict(), "architectures": [type(model).__name__]}
+    settings = {**config.to_dict(), "architectures": [type(model).__name__], "dtype": dtype}
     (place / "config.json").write_text(json.dumps(settings))
     return _weights_of(model, config, getattr(torch, dtype).itemsize)
+
+
+def _state_bytes(place: Path) -> int:
+    import torch
+
+    from quire.core.models.registry import describe
+
+    def size_of(name: str) -> int:
+        return int(getattr(torch, name).itemsize)
+
+    groups = describe(place).attention_groups
+    return sum(
+        group.bytes_per_token(size_of) * group.spec.block_size
+        for group in groups
+        if group.spec.kind == "recurrent"
+    )
 
 
 def _weights_of(model: Any, config: Any, item_size: int) -> _Weights:

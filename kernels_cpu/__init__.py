@@ -24,6 +24,7 @@ from quire.kernels_cpu.experts import (
     route_experts,
 )
 from quire.kernels_cpu.linear import PackedWeights, pack_codes, pack_dense, read_memory
+from quire.kernels_cpu.mixer import FusedMixer, Pieces
 from quire.kernels_cpu.native import (
     HAVE_NATIVE,
     WHY_NOT_NATIVE,
@@ -53,8 +54,10 @@ __all__ = [
     "WHY_NOT_NATIVE",
     "DecoderChain",
     "FusedDecoderLayer",
+    "FusedMixer",
     "PackedExpertWeights",
     "PackedWeights",
+    "Pieces",
     "Step",
     "add_rms_norm",
     "available_isas",

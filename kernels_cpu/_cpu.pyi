@@ -219,6 +219,24 @@ def gated_delta_rule(
     sizes: Sequence[int],
     /,
 ) -> None: ...
+
+class FusedMixer:
+    def __init__(
+        self,
+        dtype: int,
+        in_proj: Linear,
+        out_proj: Linear,
+        x_proj: Linear | None,
+        dt_proj: Linear | None,
+        tensors: Sequence[int],
+        sizes: Sequence[int],
+        eps: float,
+        is_norm_first: bool,
+    ) -> None: ...
+    def run(
+        self, x: int, out: int, num_rows: int, pages: Sequence[int], rounds: Sequence[Sequence[int]]
+    ) -> None: ...
+
 def mask_tokens(logits: int, rows: int, mask: int, sizes: Sequence[int], /) -> None: ...
 def most_likely(
     dtype: int, logits: int, out: int, is_broken: int, sizes: Sequence[int], /

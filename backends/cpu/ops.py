@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from quire import kernels_cpu
-from quire.backends.cpu import fused_layer, linear, native_layers, native_linear, sampling
+from quire.backends.cpu import (
+    fused_layer,
+    fused_mixer,
+    linear,
+    native_layers,
+    native_linear,
+    sampling,
+)
 from quire.backends.cpu.host import read_cpu
 from quire.backends.reference import ReferenceOps
 from quire.backends.reference.sampling import draw
@@ -19,6 +26,8 @@ from quire.core.interface import (
     ExpertWeights,
     FusedLayer,
     FusedLayers,
+    FusedMixer,
+    MixerParts,
     PackedExperts,
     PackedLinear,
     QuantizedWeight,
@@ -154,6 +163,11 @@ class CpuOps(ReferenceOps):
         self, layers: Sequence[FusedLayer], groups: Sequence[int], ropes: Sequence[int]
     ) -> FusedLayers | None:
         return fused_layer.chain(layers, groups, ropes)
+
+    def fuse_mixer(self, parts: MixerParts) -> FusedMixer | None:
+        if type(self) is not CpuOps or not self._has_native:
+            return None
+        return fused_mixer.fuse(parts)
 
     def _is_served(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the compiled norms take these dtypes."""

@@ -31,7 +31,14 @@ from quire.core.interface.errors import (
     UnsupportedError,
 )
 from quire.core.interface.experts import ExpertWeights, PackedExperts, RoutingSpec
-from quire.core.interface.fusion import DecoderLayerParts, FusedLayer, FusedLayers
+from quire.core.interface.fusion import (
+    DecoderLayerParts,
+    FusedLayer,
+    FusedLayers,
+    FusedMixer,
+    MixerParts,
+    StatePieces,
+)
 from quire.core.interface.graphs import CapturedStep, GraphCapture
 from quire.core.interface.op_specs import OP_SPECS, OpSpec
 from quire.core.interface.ops import (
@@ -96,10 +103,12 @@ __all__ = [
     "FeatureArray",
     "FusedLayer",
     "FusedLayers",
+    "FusedMixer",
     "GraphCapture",
     "ImmediateQueue",
     "LayerCache",
     "MemoryInfo",
+    "MixerParts",
     "ModelInfo",
     "NewRequest",
     "OpSpec",
@@ -123,6 +132,7 @@ __all__ = [
     "SamplingTensors",
     "Sequences",
     "SoloCommunicator",
+    "StatePieces",
     "StateSlots",
     "StateSpec",
     "StepBatch",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from quire.core.interface.attention import AttentionPlan, LayerCache
     from quire.core.interface.ops import PackedLinear
+    from quire.core.interface.recurrence import StateSlots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,6 +53,63 @@ class DecoderLayerParts:
     sinks: Tensor | None = None
     """float32 [Hq]."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MixerParts:
+    """A mixer of Mamba or Mamba-2, in the order in which it is computed.
+
+    Mamba (`x_proj` is there): `in_proj` gives channels x [T, C] and gates [T, C]; x is convolved
+    with silu; `x_proj` of it gives time steps [T, R], B and C [T, N], each with its inner norm;
+    dt = softplus(`dt_proj` of the steps + dt_bias); `selective_scan`; times silu(gate).
+    Mamba-2: `in_proj` gives gates [T, C], x with B and C [T, C + 2GN], and steps [T, M]; x, B and C
+    are convolved with silu; dt = softplus(steps + dt_bias); `ssd_scan`; the gated norm. Then
+    `out_proj`. Shapes and dtypes of weights are those of `Ops.causal_conv1d` and of the scans.
+    """
+
+    in_proj: PackedLinear
+    out_proj: PackedLinear
+    conv: Tensor
+    conv_bias: Tensor | None
+    a: Tensor
+    d: Tensor
+    dt_bias: Tensor
+    state_size: int
+    """N."""
+    num_groups: int
+    """G; 1 of Mamba."""
+    eps: float
+    """Of the norms."""
+    x_proj: PackedLinear | None = None
+    dt_proj: PackedLinear | None = None
+    inner_norms: tuple[Tensor, Tensor, Tensor] | None = None
+    """Of time steps [R], B and C [N]."""
+    norm: Tensor | None = None
+    """[C], over each of G groups, of Mamba-2; None: the gate alone."""
+    is_norm_first: bool = False
+    """norm(y) silu(gate) instead of norm(y silu(gate))."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StatePieces:
+    """Pieces of a step that do not wait for one another, as rows of the flat batch."""
+
+    begins: Tensor
+    """int32 [S], on the device."""
+    ends: Tensor
+    """int32 [S], on the device: piece s is rows [begins[s], ends[s])."""
+    slots: StateSlots
+
+
+FusedMixer = Callable[
+    ["Tensor", tuple["Tensor", "Tensor"], Sequence[StatePieces]],
+    "Tensor",
+]
+"""(x, pages, rounds) -> [T, H].
+
+x [T, H] is normalised. pages: inputs of the convolution [num_blocks, C, W - 1] of x's dtype, and
+states float32 [num_blocks, ...]; each round overwrites the blocks in which its pieces end, and may
+start where one before it ended.
+"""
 
 FusedLayer = Callable[
     ["Tensor", "Tensor", tuple["Tensor", "Tensor"], "LayerCache", "AttentionPlan"], "Tensor"

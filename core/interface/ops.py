@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
     from quire.core.interface.attention import AttentionBackend
     from quire.core.interface.experts import ExpertWeights, PackedExperts, RoutingSpec
-    from quire.core.interface.fusion import DecoderLayerParts, FusedLayer, FusedLayers
+    from quire.core.interface.fusion import (
+        DecoderLayerParts,
+        FusedLayer,
+        FusedLayers,
+        FusedMixer,
+        MixerParts,
+    )
     from quire.core.interface.quantization import QuantizedWeight
     from quire.core.interface.recurrence import Sequences
 
@@ -210,6 +216,13 @@ class Ops(ABC):
 
         groups, ropes: of each layer, which of a call's plans and angles are its own. Bit for bit
         the layers' result one by one. None: they are called one by one. Asked at load.
+        """
+        return None
+
+    def fuse_mixer(self, parts: MixerParts) -> FusedMixer | None:
+        """One call for a mixer; None: it is computed operator by operator. Asked at load.
+
+        For devices that claim `state_slots`. Where it is there, it serves every step.
         """
         return None
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "batch_checks.h"
+#include "buffers.h"
 #include "levels.h"
 #include "linear_module.h"
 
@@ -56,22 +57,6 @@ int team_size() {
   return 1;
 #endif
 }
-
-// The memory of what lies between two operators.
-class Buffers {
- public:
-  explicit Buffers(size_t size) : bytes_(new char[size + 64]), next_(bytes_.get()) {}
-  char* take(int64_t size) {
-    char* result = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(next_) + 63) & ~uintptr_t(63));
-    next_ = result + size;
-    return result;
-  }
-  static size_t padded(int64_t size) { return size_t(size + 63) & ~size_t(63); }
-
- private:
-  std::unique_ptr<char[]> bytes_;
-  char* next_;
-};
 
 constexpr int64_t ROWS_OF_TEAM = 8;  // with more, products share their preparation through OpenMP
 

@@ -29,6 +29,7 @@ namespace {
 #include "gemm.h"
 #include "experts_run.h"
 #include "recurrence_run.h"
+#include "mixer_run.h"
 #include "vocabulary_run.h"
 #include "greedy_run.h"
 }  // namespace
@@ -37,7 +38,7 @@ namespace {
 extern const LayerTable QUIRE_CAT(layers_, QUIRE_ISA);
 const LayerTable QUIRE_CAT(layers_, QUIRE_ISA) = {
     QUIRE_ISA::experts,    QUIRE_ISA::route,       QUIRE_ISA::head_linear, QUIRE_ISA::conv,   QUIRE_ISA::selective_scan,
-    QUIRE_ISA::ssd_scan,   QUIRE_ISA::delta_rule,  QUIRE_ISA::mask_tokens, QUIRE_ISA::sample, QUIRE_ISA::logprobs,
-    QUIRE_ISA::most_likely,
+    QUIRE_ISA::ssd_scan,   QUIRE_ISA::delta_rule,  QUIRE_ISA::soften,      QUIRE_ISA::open_gate,   QUIRE_ISA::mask_tokens,
+    QUIRE_ISA::sample,     QUIRE_ISA::logprobs,    QUIRE_ISA::most_likely,
 };
 }  // namespace quire

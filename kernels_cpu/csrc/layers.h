@@ -48,7 +48,7 @@ struct HeadLinearArgs {
 // --- recurrences -----------------------------------------------------------------------------------------------------
 
 struct Rows {
-  const int32_t* starts;  // [S + 1]: sequence s owns rows [starts[s], starts[s + 1])
+  const int32_t *starts, *ends;  // [S]: sequence s owns rows [starts[s], ends[s])
   int64_t num_sequences;
   const int64_t* sources;  // [S]: whose state it starts from, negative: from zeros; null: its own
   const int64_t* targets;  // [S]: whose state it leaves; null: its own
@@ -112,6 +112,24 @@ struct DeltaArgs {
   int64_t heads, v_size, groups, size, v_stride, decay_stride, beta_stride;
 };
 
+struct SoftenArgs {
+  DType dtype;        // of x
+  const void* x;      // [rows, n]
+  const float* bias;  // [n]
+  float* out;         // [rows, n], contiguous: log(1 + exp(x + bias))
+  int64_t rows, n, x_stride;
+};
+
+struct OpenArgs {
+  DType dtype;         // of y, gate and weight
+  void* y;             // [rows, n], contiguous; in place: y silu(gate), with an RMS norm of each group if there is a weight
+  const void* gate;    // [rows, n]
+  const void* weight;  // [n], or null: no norm
+  int64_t rows, n, groups, gate_stride;
+  float eps;
+  bool is_norm_first;  // the norm is of y alone, not of y silu(gate)
+};
+
 // --- vocabulary ------------------------------------------------------------------------------------------------------
 
 struct MaskArgs {
@@ -159,6 +177,8 @@ struct LayerTable {  // false: out of memory
   bool (*selective_scan)(const SelectiveArgs&);
   bool (*ssd_scan)(const SsdArgs&);
   bool (*delta_rule)(const DeltaArgs&);
+  void (*soften)(const SoftenArgs&);
+  void (*open_gate)(const OpenArgs&);
   void (*mask)(const MaskArgs&);
   bool (*sample)(const SampleArgs&);
   bool (*logprobs)(const LogprobArgs&);

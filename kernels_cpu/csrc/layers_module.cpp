@@ -117,12 +117,13 @@ void head_linear(int dtype, uintptr_t x, uintptr_t weight, uintptr_t out, const 
 // slots: sources and targets of the states (addresses of int64 [S]; 0: each its own), states, and their stride.
 Rows rows_of(uintptr_t starts, int64_t num_sequences, int64_t num_rows, const Sizes& slots) {
   check_count(slots, 4);
-  const Rows rows{at<const int32_t>(starts), num_sequences, at<const int64_t>(uintptr_t(slots[0])),
+  const int32_t* first = at<const int32_t>(starts);
+  const Rows rows{first, first + 1, num_sequences, at<const int64_t>(uintptr_t(slots[0])),
                   at<const int64_t>(uintptr_t(slots[1])), slots[3]};
-  if (rows.starts[0] < 0 || rows.starts[num_sequences] > num_rows)
+  if (first[0] < 0 || first[num_sequences] > num_rows)
     throw std::invalid_argument("the starts of the sequences leave the " + std::to_string(num_rows) + " rows");
   for (int64_t s = 0; s < num_sequences; ++s)
-    if (rows.starts[s + 1] < rows.starts[s])
+    if (rows.ends[s] < rows.starts[s])
       throw std::invalid_argument("the starts of the sequences decrease at " + std::to_string(s));
   for (int64_t s = 0; s < num_sequences; ++s) {
     const int64_t source = rows.sources ? rows.sources[s] : s, target = rows.targets ? rows.targets[s] : s;

@@ -14,6 +14,7 @@
 #include "layers_module.h"
 #include "levels.h"
 #include "linear_module.h"
+#include "mixer_module.h"
 #include "quantize_module.h"
 
 #if defined(__linux__)
@@ -145,5 +146,6 @@ NB_MODULE(_cpu, m) {
   quire::bind_linear(m);
   quire::bind_layers(m);
   quire::bind_decoder(m);
+  quire::bind_mixer(m);
   quire::bind_quantize(m);
 }

@@ -12,18 +12,30 @@ static inline vf load_operand(const Operand& o, int64_t index, int64_t left) {
   return load_up_to(static_cast<const float*>(o.data) + index, left);
 }
 
-// An operand [T, groups, size] in float32 with its rows padded by zeros: [T, groups, padded].
+// A token of an operand [T, groups, size] in float32, padded by zeros: [groups, padded].
 static inline void widen_operand(const Operand& o, int64_t token, int64_t groups, int64_t size, int64_t padded, float* to) {
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t i = 0; i < padded; i += W) {
       const int64_t left = size - i;
-      store(to + (token * groups + g) * padded + i, left > 0 ? load_operand(o, token * o.stride + g * size + i, left) : vf{});
+      store(to + g * padded + i, left > 0 ? load_operand(o, token * o.stride + g * size + i, left) : vf{});
     }
 }
 
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-static inline int64_t num_rows(const Rows& rows) { return rows.starts[rows.num_sequences]; }
+// All rows from the first of a sequence to the last of one.
+struct Extent {
+  int64_t first, count;
+};
+
+static inline Extent extent_of(const Rows& rows) {
+  int64_t first = 0, end = 0;
+  for (int64_t s = 0; s < rows.num_sequences; ++s) {
+    if (s == 0 || rows.starts[s] < first) first = rows.starts[s];
+    if (rows.ends[s] > end) end = rows.ends[s];
+  }
+  return {first, end > first ? end - first : 0};
+}
 
 // The state before a sequence; null: zeros.
 template <class T>
@@ -51,7 +63,7 @@ static void conv_lanes(const ConvArgs& a, int64_t first, float* taps, float* bef
   }
   const vf bias = a.bias ? load_up_to(static_cast<const T*>(a.bias) + first, left) : vf{};
   for (int64_t s = 0; s < a.rows.num_sequences; ++s) {
-    const int64_t start = a.rows.starts[s], length = a.rows.starts[s + 1] - start;
+    const int64_t start = a.rows.starts[s], length = a.rows.ends[s] - start;
     const T* old = state_before(a.rows, static_cast<const T*>(a.states), s);
     if (old) old += first * kept;
     T* now = state_after(a.rows, static_cast<T*>(a.states), s) + first * kept;
@@ -81,7 +93,7 @@ static void conv_lanes(const ConvArgs& a, int64_t first, float* taps, float* bef
 template <class T>
 static bool conv_of(const ConvArgs& a) {
   const int64_t units = (a.channels + W - 1) / W;
-  const int threads = threads_of(units, num_rows(a.rows) * a.channels * (a.taps + 4) * 4);
+  const int threads = threads_of(units, extent_of(a.rows).count * a.channels * (a.taps + 4) * 4);
   bool has_memory = true;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : has_memory)
   {
@@ -134,8 +146,8 @@ static void give_lanes(const float* from, int64_t stride, int64_t size, int lane
 // --- Mamba -----------------------------------------------------------------------------------------------------------
 
 template <class T>
-static void selective_lanes(const SelectiveArgs& a, int64_t first, const float* b, const float* c, int64_t padded,
-                            float* memory) {
+static void selective_lanes(const SelectiveArgs& a, int64_t first, const float* b, const float* c, int64_t first_row,
+                            int64_t padded, float* memory) {
   const int64_t left = a.channels - first;
   const int lanes = at_most_w(left);
   float *rates = memory, *h = memory + a.size * W;
@@ -144,15 +156,16 @@ static void selective_lanes(const SelectiveArgs& a, int64_t first, const float* 
   for (int64_t s = 0; s < a.rows.num_sequences; ++s) {
     const float* old = state_before(a.rows, static_cast<const float*>(a.states), s);
     take_lanes(old ? old + first * a.size : nullptr, a.size, a.size, lanes, h);
-    for (int64_t t = a.rows.starts[s]; t < a.rows.starts[s + 1]; ++t) {
+    for (int64_t t = a.rows.starts[s]; t < a.rows.ends[s]; ++t) {
       const vf x = load_up_to(static_cast<const T*>(a.x) + t * a.x_stride + first, left);
       const vf dt = load_up_to(a.dt + t * a.dt_stride + first, left);
       const vf added = dt * x;
       vf out = d * x;
+      const float *adds = b + (t - first_row) * padded, *asks = c + (t - first_row) * padded;
       for (int64_t n = 0; n < a.size; ++n) {
-        const vf next = exp_of(dt * load(rates + n * W)) * load(h + n * W) + added * splat(b[t * padded + n]);
+        const vf next = exp_of(dt * load(rates + n * W)) * load(h + n * W) + added * splat(adds[n]);
         store(h + n * W, next);
-        out += next * splat(c[t * padded + n]);
+        out += next * splat(asks[n]);
       }
       store_up_to(static_cast<T*>(a.out) + t * a.channels + first, out, left);
     }
@@ -162,7 +175,8 @@ static void selective_lanes(const SelectiveArgs& a, int64_t first, const float* 
 
 template <class T>
 static bool selective_of(const SelectiveArgs& a) {
-  const int64_t tokens = num_rows(a.rows), padded = round_up(a.size, W), units = (a.channels + W - 1) / W;
+  const auto [first_row, tokens] = extent_of(a.rows);
+  const int64_t padded = round_up(a.size, W), units = (a.channels + W - 1) / W;
   const int threads = threads_of(units, tokens * a.channels * a.size * 8);
   float* b = static_cast<float*>(__builtin_malloc(size_t(2 * tokens * padded) * sizeof(float)));
   if (!b) return false;
@@ -174,12 +188,12 @@ static bool selective_of(const SelectiveArgs& a) {
     has_memory = memory != nullptr;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; ++t) {
-      widen_operand(a.b, t, 1, a.size, padded, b);
-      widen_operand(a.c, t, 1, a.size, padded, c);
+      widen_operand(a.b, first_row + t, 1, a.size, padded, b + t * padded);
+      widen_operand(a.c, first_row + t, 1, a.size, padded, c + t * padded);
     }
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < units; ++unit)
-      if (memory) selective_lanes<T>(a, unit * W, b, c, padded, memory);
+      if (memory) selective_lanes<T>(a, unit * W, b, c, first_row, padded, memory);
     __builtin_free(memory);
   }
   __builtin_free(b);
@@ -225,7 +239,7 @@ static void decays_of(const SsdArgs& a, int64_t head, int64_t begin, int64_t tim
 
 template <class T>
 static void ssd_unit(const SsdArgs& a, int64_t sequence, int64_t head, int64_t first, const float* b, const float* c,
-                     int64_t padded, float* memory) {
+                     int64_t first_row, int64_t padded, float* memory) {
   const int64_t left = a.channels - first, group = head / (a.heads / a.groups);
   const int lanes = at_most_w(left);
   float *h = memory, *added = h + padded * W, *out = added + TIMES * W, *decay = out + TIMES * W;
@@ -234,7 +248,7 @@ static void ssd_unit(const SsdArgs& a, int64_t sequence, int64_t head, int64_t f
   take_lanes(old ? old + at : nullptr, a.size, a.size, lanes, h);
   for (int64_t i = a.size * W; i < padded * W; i += W) store(h + i, vf{});
   const vf d = splat(a.d ? a.d[head] : 0.0f);
-  const int64_t end = a.rows.starts[sequence + 1];
+  const int64_t end = a.rows.ends[sequence];
   for (int64_t begin = a.rows.starts[sequence]; begin < end; begin += TIMES) {
     const int64_t times = end - begin < TIMES ? end - begin : TIMES;
     decays_of(a, head, begin, times, decay);
@@ -245,7 +259,7 @@ static void ssd_unit(const SsdArgs& a, int64_t sequence, int64_t head, int64_t f
       store(out + t * W, d * x);
     }
     for (int64_t n = 0; n < padded; n += HELD) {
-      const int64_t operand = (begin * a.groups + group) * padded + n;
+      const int64_t operand = ((begin - first_row) * a.groups + group) * padded + n;
       hold_state(h + n * W, b + operand, c + operand, a.groups * padded, decay, added, out, times);
     }
     for (int64_t t = 0; t < times; ++t)
@@ -256,7 +270,8 @@ static void ssd_unit(const SsdArgs& a, int64_t sequence, int64_t head, int64_t f
 
 template <class T>
 static bool ssd_of(const SsdArgs& a) {
-  const int64_t tokens = num_rows(a.rows), padded = round_up(a.size, HELD > W ? HELD : W);
+  const auto [first_row, tokens] = extent_of(a.rows);
+  const int64_t padded = round_up(a.size, HELD > W ? HELD : W);
   const int64_t blocks = (a.channels + W - 1) / W, units = a.rows.num_sequences * a.heads * blocks;
   const int threads = threads_of(units, tokens * a.heads * a.channels * a.size);
   const int64_t width = a.groups * padded;
@@ -271,13 +286,14 @@ static bool ssd_of(const SsdArgs& a) {
     has_memory = memory != nullptr;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; ++t) {
-      widen_operand(a.b, t, a.groups, a.size, padded, b);
-      widen_operand(a.c, t, a.groups, a.size, padded, c);
+      widen_operand(a.b, first_row + t, a.groups, a.size, padded, b + t * width);
+      widen_operand(a.c, first_row + t, a.groups, a.size, padded, c + t * width);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < units; ++unit)
       if (memory)
-        ssd_unit<T>(a, unit / blocks / a.heads, unit / blocks % a.heads, unit % blocks * W, b, c, padded, memory);
+        ssd_unit<T>(a, unit / blocks / a.heads, unit / blocks % a.heads, unit % blocks * W, b, c, first_row, padded,
+                    memory);
     __builtin_free(memory);
   }
   __builtin_free(b);
@@ -296,7 +312,7 @@ static bool ssd_scan(const SsdArgs& a) {
 // h'^T k = keep * (h^T k), and h_new^T q = keep * (h^T q) + (k . q) * change: two passes over h are enough for a step.
 template <class T, int VECS>
 static void delta_unit(const DeltaArgs& a, int64_t sequence, int64_t head, int64_t first, const float* q, const float* k,
-                       const float* dots, int64_t padded, float* h) {
+                       const float* dots, int64_t first_row, int64_t padded, float* h) {
   const int64_t group = head / (a.heads / a.groups);
   const int64_t offset = head * a.size * a.v_size + first;
   const float* old = state_before(a.rows, static_cast<const float*>(a.states), sequence);
@@ -306,11 +322,11 @@ static void delta_unit(const DeltaArgs& a, int64_t sequence, int64_t head, int64
       const bool has_old = old && left > 0;
       store(h + (i * VECS + v) * W, has_old ? load_up_to(old + offset + i * a.v_size + v * W, left) : vf{});
     }
-  for (int64_t t = a.rows.starts[sequence]; t < a.rows.starts[sequence + 1]; ++t) {
-    const float* key = k + (t * a.groups + group) * padded;
-    const float* query = q + (t * a.groups + group) * padded;
+  for (int64_t t = a.rows.starts[sequence]; t < a.rows.ends[sequence]; ++t) {
+    const int64_t row = (t - first_row) * a.groups + group;
+    const float *key = k + row * padded, *query = q + row * padded;
     const vf keep = splat(exp_of(splat(a.decay[t * a.decay_stride + head]))[0]);
-    const vf rate = splat(a.beta[t * a.beta_stride + head]), dot = splat(dots[t * a.groups + group]);
+    const vf rate = splat(a.beta[t * a.beta_stride + head]), dot = splat(dots[row]);
     vf recalled[2][VECS] = {}, asked[2][VECS] = {};
     for (int64_t i = 0; i < padded; i += 2)  // h and keys are padded by zeros to an even number
 #pragma GCC unroll 2
@@ -357,7 +373,8 @@ static inline float dot_of(const float* a, const float* b, int64_t n) {
 template <class T>
 static bool delta_of(const DeltaArgs& a) {
   constexpr int VECS = W == 16 ? 2 : 4;
-  const int64_t tokens = num_rows(a.rows), padded = round_up(a.size, W), width = a.groups * padded;
+  const auto [first_row, tokens] = extent_of(a.rows);
+  const int64_t padded = round_up(a.size, W), width = a.groups * padded;
   const int64_t blocks = (a.v_size + VECS * W - 1) / (VECS * W), units = a.rows.num_sequences * a.heads * blocks;
   const int threads = threads_of(units, tokens * a.heads * a.v_size * a.size * 2);
   float* q = static_cast<float*>(__builtin_malloc(size_t(tokens * (2 * width + a.groups)) * sizeof(float)));
@@ -370,8 +387,8 @@ static bool delta_of(const DeltaArgs& a) {
     has_memory = h != nullptr;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; ++t) {
-      widen_operand(a.q, t, a.groups, a.size, padded, q);
-      widen_operand(a.k, t, a.groups, a.size, padded, k);
+      widen_operand(a.q, first_row + t, a.groups, a.size, padded, q + t * width);
+      widen_operand(a.k, first_row + t, a.groups, a.size, padded, k + t * width);
       for (int64_t g = 0; g < a.groups; ++g)
         dots[t * a.groups + g] = dot_of(q + t * width + g * padded, k + t * width + g * padded, padded);
     }
@@ -379,7 +396,7 @@ static bool delta_of(const DeltaArgs& a) {
     for (int64_t unit = 0; unit < units; ++unit)
       if (h)
         delta_unit<T, VECS>(a, unit / blocks / a.heads, unit / blocks % a.heads, unit % blocks * VECS * W, q, k, dots,
-                            padded, h);
+                            first_row, padded, h);
     __builtin_free(h);
   }
   __builtin_free(q);

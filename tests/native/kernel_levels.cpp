@@ -50,13 +50,13 @@ static void try_scans() {
   std::vector<int32_t> starts{0};
   for (int64_t s = 0; s < S; ++s) starts.push_back(starts.back() + int32_t(pick(0, 40)));
   const int64_t T = starts.back();
-  const Rows rows{starts.data(), S};
+  const auto rows_of = [&](int64_t stride) { return Rows{starts.data(), starts.data() + 1, S, nullptr, nullptr, stride}; };
   const auto x = draw(T * M * P), b = draw(T * G * N), c = draw(T * G * N), d = draw(M), a = rates(M, -1), dt = rates(T * M, 1);
   auto states = draw(S * M * P * N);
   std::vector<double> h(states.begin(), states.end()), wanted(T * M * P);
   std::vector<float> out(T * M * P);
   layers.ssd_scan({DType::f32, x.data(), dt.data(), a.data(), {DType::f32, b.data(), G * N}, {DType::f32, c.data(), G * N},
-                   d.data(), states.data(), out.data(), rows, M, P, G, N, M * P, M});
+                   d.data(), states.data(), out.data(), rows_of(M * P * N), M, P, G, N, M * P, M});
   for (int64_t s = 0; s < S; ++s)
     for (int64_t t = starts[s]; t < starts[s + 1]; ++t)
       for (int64_t m = 0; m < M; ++m)
@@ -79,7 +79,7 @@ static void try_scans() {
   states = draw(S * M * N * P), h.assign(states.begin(), states.end());
   const auto decay = rates(T * M, -1), beta = rates(T * M, 1);
   layers.delta_rule({DType::f32, x.data(), {DType::f32, c.data(), G * N}, {DType::f32, keys.data(), G * N}, decay.data(),
-                     beta.data(), states.data(), out.data(), rows, M, P, G, N, M * P, M, M});
+                     beta.data(), states.data(), out.data(), rows_of(M * N * P), M, P, G, N, M * P, M, M});
   for (int64_t s = 0; s < S; ++s)
     for (int64_t t = starts[s]; t < starts[s + 1]; ++t)
       for (int64_t m = 0; m < M; ++m)
@@ -103,9 +103,37 @@ static void try_scans() {
   const int64_t C = M * P, taps = pick(1, 5);
   const auto weight = draw(C * taps), a2 = rates(C * N, -1), dt2 = rates(T * C, 1), d2 = draw(C);
   auto conv_states = draw(S * C * (taps - 1)), scan_states = draw(S * C * N);
-  layers.conv({DType::f32, x.data(), weight.data(), nullptr, conv_states.data(), out.data(), rows, C, taps, C, true});
+  layers.conv({DType::f32, x.data(), weight.data(), nullptr, conv_states.data(), out.data(), rows_of(C * (taps - 1)), C, taps,
+               C, true});
   layers.selective_scan({DType::f32, x.data(), dt2.data(), a2.data(), {DType::f32, b.data(), G * N},
-                         {DType::f32, c.data(), G * N}, d2.data(), scan_states.data(), out.data(), rows, C, N, C, C});
+                         {DType::f32, c.data(), G * N}, d2.data(), scan_states.data(), out.data(), rows_of(C * N), C, N, C,
+                         C});
+}
+
+// softplus, and the gate after a scan with and without its norm.
+static void try_gates() {
+  const int64_t T = pick(1, 5), G = pick(1, 3), P = pick(1, 40), n = G * P;
+  const auto x = draw(T * n, 6.0f), bias = draw(n), gate = draw(T * n), weight = draw(n);
+  auto y = draw(T * n);
+  std::vector<float> soft(T * n);
+  layers.soften({DType::f32, x.data(), bias.data(), soft.data(), T, n, n});
+  std::vector<double> wanted(T * n);
+  for (int64_t i = 0; i < T * n; ++i) wanted[i] = std::log1p(std::exp(double(x[i]) + bias[i % n]));
+  expect("softplus", soft, wanted);
+  for (const bool has_norm : {false, true})
+    for (const bool is_first : {false, true}) {
+      auto out = y;
+      layers.open_gate({DType::f32, out.data(), gate.data(), has_norm ? weight.data() : nullptr, T, n, has_norm ? G : 1, n,
+                        1e-5f, is_first});
+      for (int64_t part = 0; part < T * G; ++part) {
+        double sum = 0;
+        const auto opened = [&](int64_t i) { return y[i] * (gate[i] / (1 + std::exp(-double(gate[i])))); };
+        for (int64_t i = part * P; i < part * P + P; ++i) sum += is_first ? double(y[i]) * y[i] : opened(i) * opened(i);
+        for (int64_t i = part * P; i < part * P + P; ++i)
+          wanted[i] = opened(i) * (has_norm ? weight[i % n] / std::sqrt(sum / P + 1e-5) : 1.0);
+      }
+      expect("gate", out, wanted);
+    }
 }
 
 struct Packed {
@@ -225,6 +253,7 @@ int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
   for (int i = 0; i < rounds; ++i) {
     try_scans();
+    try_gates();
     try_experts();
     try_vocabulary();
     for (const Stored stored : {Stored::plain, Stored::int8, Stored::e4m3, Stored::e5m2}) try_attention(stored);

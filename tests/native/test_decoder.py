@@ -119,6 +119,7 @@ def make_layer(ops_class, p):
         ropes=(SimpleNamespace(rotary_size=2 * p["pairs"]),),
         layer_ropes=(0,),
         has_rotated_norm=False,
+        has_attention_gate=False,
         position_table=lambda _layer: 0,
     )
     weights, following = make_weights(ops, p, generator)

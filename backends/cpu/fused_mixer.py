@@ -1,0 +1,69 @@
+"""Mixers of state-space models by the compiled kernels: which they take, and how tensors go in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quire import kernels_cpu
+from quire.core.interface import FusedMixer, MixerParts, PackedLinear, StatePieces
+
+
+def fuse(parts: MixerParts) -> FusedMixer | None:
+    """One call for a mixer; None where a product of it is not by the compiled kernels."""
+    dtype = parts.conv.dtype
+    dense = (parts.conv_bias, parts.norm, *(parts.inner_norms or ()))
+    if any(tensor is not None and tensor.dtype != dtype for tensor in dense):
+        return None
+    if any(tensor.dtype != torch.float32 for tensor in (parts.a, parts.d, parts.dt_bias)):
+        return None
+    in_proj, out_proj = _payload(parts.in_proj), _payload(parts.out_proj)
+    x_proj, dt_proj = _payload(parts.x_proj), _payload(parts.dt_proj)
+    is_missing = (parts.x_proj is None) != (x_proj is None)
+    is_missing = is_missing or (parts.dt_proj is None) != (dt_proj is None)
+    if in_proj is None or out_proj is None or is_missing:
+        return None
+    mixer = kernels_cpu.FusedMixer(
+        dtype,
+        in_proj,
+        out_proj,
+        conv=parts.conv.contiguous(),
+        conv_bias=parts.conv_bias,
+        a=parts.a.contiguous(),
+        d=parts.d.contiguous(),
+        dt_bias=parts.dt_bias.contiguous(),
+        state_size=parts.state_size,
+        num_groups=parts.num_groups,
+        x_proj=x_proj,
+        dt_proj=dt_proj,
+        norm=parts.norm,
+        inner_norms=parts.inner_norms,
+        eps=parts.eps,
+        is_norm_first=parts.is_norm_first,
+    )
+    return FusedCpuMixer(mixer)
+
+
+class FusedCpuMixer:
+    """A `FusedMixer` by the compiled kernels."""
+
+    __slots__ = ("_mixer",)
+
+    def __init__(self, mixer: kernels_cpu.FusedMixer) -> None:
+        self._mixer = mixer
+
+    def __call__(
+        self, x: Tensor, pages: tuple[Tensor, Tensor], rounds: Sequence[StatePieces]
+    ) -> Tensor:
+        return self._mixer.run(x.contiguous(), pages, [_pieces(one) for one in rounds])
+
+
+def _pieces(one: StatePieces) -> kernels_cpu.Pieces:
+    return kernels_cpu.Pieces(one.begins, one.ends, one.slots.sources, one.slots.targets)
+
+
+def _payload(linear: PackedLinear | None) -> kernels_cpu.PackedWeights | None:
+    payload = None if linear is None else linear.payload
+    return payload if isinstance(payload, kernels_cpu.PackedWeights) else None

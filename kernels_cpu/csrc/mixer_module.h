@@ -1,0 +1,7 @@
+#pragma once
+#include <nanobind/nanobind.h>
+
+namespace quire {
+// Adds the mixers of state-space models to the Python module.
+void bind_mixer(nanobind::module_& m);
+}  // namespace quire

@@ -1,0 +1,82 @@
+// What stands between the products, the convolution and the scan of a mixer. Only for layers.cpp to include.
+
+// log(1 + u) for u in [0, 1], small ones as exactly. Source: Cephes, logf (S. Moshier), with the correction of
+// Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 1.14.1, for the rounding of 1 + u.
+static inline vf log1p_of(vf u) {
+  const vf sum = u + splat(1.0f);
+  const vi is_large = sum > splat(1.41421356237309504880f);
+  const vf x = (is_large ? sum * splat(0.5f) : sum) - splat(1.0f);
+  vf y = splat(7.0376836292e-2f);
+  y = y * x - splat(1.1514610310e-1f);
+  y = y * x + splat(1.1676998740e-1f);
+  y = y * x - splat(1.2420140846e-1f);
+  y = y * x + splat(1.4249322787e-1f);
+  y = y * x - splat(1.6668057665e-1f);
+  y = y * x + splat(2.0000714765e-1f);
+  y = y * x - splat(2.4999993993e-1f);
+  y = y * x + splat(3.3333331174e-1f);
+  const vf square = x * x;
+  const vf exponent = is_large ? splat(1.0f) : vf{};
+  vf log = y * x * square + exponent * splat(-2.12194440e-4f) - splat(0.5f) * square;
+  log = x + log + exponent * splat(0.693359375f);
+  const vf taken = sum - splat(1.0f);
+  const vi is_lost = taken == vf{};
+  return is_lost ? u : log * (u / (is_lost ? splat(1.0f) : taken));
+}
+
+// As torch has it, to the last few bits: x where exp(x) would drown the 1.
+static inline vf softplus_of(vf x) {
+  const vf magnitude = (vf)((vi)x & 0x7fffffff);
+  const vf soft = (x > vf{} ? x : vf{}) + log1p_of(exp_of(-magnitude));
+  return x == x ? soft : x;
+}
+
+template <class T>
+static void soften_of(const SoftenArgs& a) {
+#pragma omp parallel for schedule(static) if (a.rows * a.n > PARALLEL_ELEMENTS / 4)
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+    float* out = a.out + row * a.n;
+    for (int64_t i = 0; i < a.n; i += W)
+      store_up_to(out + i, softplus_of(load_up_to(x + i, a.n - i) + load_up_to(a.bias + i, a.n - i)), a.n - i);
+  }
+}
+
+static void soften(const SoftenArgs& a) {
+  if (a.dtype == DType::f32) return soften_of<float>(a);
+  if (a.dtype == DType::bf16) return soften_of<bf16>(a);
+  soften_of<f16>(a);
+}
+
+template <class T>
+static void open_of(const OpenArgs& a) {
+  const int64_t width = a.n / a.groups;
+#pragma omp parallel for schedule(static) if (a.rows * a.n > PARALLEL_ELEMENTS / 4)
+  for (int64_t part = 0; part < a.rows * a.groups; ++part) {
+    const int64_t row = part / a.groups, first = part % a.groups * width;
+    T* y = static_cast<T*>(a.y) + row * a.n + first;
+    const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + first;
+    const T* weight = a.weight ? static_cast<const T*>(a.weight) + first : nullptr;
+    const auto opened = [&](int64_t i) {
+      return load_up_to(y + i, width - i) * activate<Gate::silu>(load_up_to(gate + i, width - i));
+    };
+    if (!weight) {
+      for (int64_t i = 0; i < width; i += W) store_up_to(y + i, opened(i), width - i);
+      continue;
+    }
+    vf sum{};
+    for (int64_t i = 0; i < width; i += W) {
+      const vf value = a.is_norm_first ? load_up_to(y + i, width - i) : opened(i);
+      sum += value * value;
+    }
+    const vf factor = splat(1.0f / __builtin_sqrtf(sum_of(sum) / float(width) + a.eps));
+    for (int64_t i = 0; i < width; i += W)
+      store_up_to(y + i, opened(i) * factor * load_up_to(weight + i, width - i), width - i);
+  }
+}
+
+static void open_gate(const OpenArgs& a) {
+  if (a.dtype == DType::f32) return open_of<float>(a);
+  if (a.dtype == DType::bf16) return open_of<bf16>(a);
+  open_of<f16>(a);
+}
