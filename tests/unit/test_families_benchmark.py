@@ -54,6 +54,6 @@ def test_moved_bytes_of_mamba_count_the_states_of_each_request_twice():
 
 
 def test_state_bytes_of_mamba_equal_those_counted_by_hand(tmp_path):
-    """Ten layers of 2048 channels: three inputs of the convolution, and sixteen float32 numbers."""
+    """Ten layers of 2816 channels: three inputs of the convolution, and sixteen float32 numbers."""
     _write_config("mamba", tmp_path, "bfloat16")
-    assert _state_bytes(tmp_path) == 10 * 2048 * (3 * 2 + 16 * 4)
+    assert _state_bytes(tmp_path) == 10 * 2816 * (3 * 2 + 16 * 4)
