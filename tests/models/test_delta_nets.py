@@ -93,7 +93,7 @@ def test_tensors_of_guessing_heads_are_left_out_and_said(checkpoint, oracle, cap
     """Qwen's checkpoints bring layers that guess tokens ahead; no token depends on them."""
     extra = {"mtp.fc.weight": torch.ones(64, 128), "mtp.norm.weight": torch.ones(64)}
     change_tensors(checkpoint, lambda tensors: tensors.update(extra))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         model = load_on_reference(checkpoint)
     assert "2 tensors under mtp." in caplog.text
     with torch.no_grad():
@@ -159,12 +159,16 @@ def test_texts_of_a_checkpoint_with_a_tower_are_those_of_transformers(tmp_path, 
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
 
 
-def test_logits_in_bfloat16_are_nearer_to_float32_than_transformers_own(checkpoint, oracle):
-    """What a state adds up is rounded once, and nothing is lost beside transformers' bfloat16."""
-    texts = np.random.default_rng(4).integers(4, 500, size=(6, 24)).tolist()
+@pytest.mark.parametrize("seed", range(3))
+def test_logits_in_bfloat16_are_as_near_to_float32_as_transformers_own(tmp_path, seed):
+    """Nothing is lost beside transformers' bfloat16; without experts, whose choice may tip over."""
+    oracle = make_tiny_architecture("qwen3_next", seed, num_experts=0)
+    oracle.save_pretrained(tmp_path)
+    texts = np.random.default_rng(seed).integers(4, 500, size=(24, 24)).tolist()
     with torch.no_grad():
         want = oracle(torch.tensor(texts)).logits[:, -1]
-        theirs = make_tiny_architecture("qwen3_next").bfloat16()(torch.tensor(texts)).logits[:, -1]
-    model = load_on_reference(checkpoint, dtype="bfloat16", cache_dtype="bfloat16")
+        theirs = oracle.bfloat16()(torch.tensor(texts)).logits[:, -1].float()
+    model = load_on_reference(tmp_path, dtype="bfloat16", cache_dtype="bfloat16")
     ours = torch.stack([logits_of(model, text, PIECES)[-1] for text in texts])
-    assert (ours - want).norm() <= 1.2 * (theirs.float() - want).norm()
+    ours, theirs = ((logits - want).norm(dim=1).median() for logits in (ours, theirs))
+    assert ours <= 1.2 * theirs

@@ -89,7 +89,7 @@ def _open(
 
     files = CheckpointFiles(directory, rename)
     if ignored:
-        _LOG.info(
+        _LOG.warning(
             "%s: %d tensors under %s are left out: no text depends on them",
             directory, len(ignored), " and ".join(spec.ignored_prefixes),
         )  # fmt: skip

@@ -47,7 +47,8 @@ class DeltaMixer(Mixer):
     def _scan(self, projected: Tensor, conv: Tensor, state: Tensor, sequences: Sequences) -> Tensor:
         spec, weights, ops = self._spec, self._weights, self._ops
         mixed, gate, betas, steps = projected.split_with_sizes(spec.projected_sizes, -1)
-        mixed = self._convolve(mixed, conv, sequences)
+        # In float32 from here to the gate: lengths of 1 and what the state recalls are not rounded.
+        mixed = self._convolve(mixed, conv, sequences).float()
         q, k, v = mixed.split_with_sizes([spec.keys_size, spec.keys_size, spec.values_size], -1)
         y = ops.gated_delta_rule(
             self._unit(q, self._q_scale),
@@ -58,11 +59,10 @@ class DeltaMixer(Mixer):
             state,
             sequences,
         )
-        # Normalised before the gate, both in float32: rounded once.
-        normed = ops.rms_norm(y.float(), weights.norm, spec.norm_eps).flatten(1)
+        normed = ops.rms_norm(y, weights.norm, spec.norm_eps).flatten(1)
         return normed.mul_(F.silu(gate.float())).to(projected.dtype)
 
     def _unit(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The heads of x [T, G * D] as long as `scale` says, in float32 [T, G, D]."""
-        heads = x.float().reshape(len(x), -1, self._spec.key_size)
+        """The heads of x float32 [T, G * D] as long as `scale` says: [T, G, D]."""
+        heads = x.reshape(len(x), -1, self._spec.key_size)
         return self._ops.rms_norm(heads, scale, self._length_eps)
