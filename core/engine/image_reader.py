@@ -18,6 +18,7 @@ import numpy as np
 
 from quire.core.engine.features import Encode, ModelInput, make_feature
 from quire.core.engine.images import MediaPolicy, read_image
+from quire.core.engine.processor_classes import processor_class_of
 from quire.core.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -60,8 +61,9 @@ class ImageReader:
     @property
     def placeholder(self) -> str:
         """What stands for an image in a text."""
-        boi: str | None = getattr(self._processor, "boi_token", None)
-        return boi or str(self._processor.image_token)
+        names = ("boi_token", "image_placeholder_token", "image_token")
+        found = (getattr(self._processor, name, None) for name in names)
+        return str(next(mark for mark in found if mark))
 
     def read(self, parsed: ParsedPrompt, encode: Encode, *, add_special_tokens: bool) -> ModelInput:
         """Token ids with every placeholder written out, and a feature for each image."""
@@ -230,13 +232,11 @@ def load_processor(directory: Path, tokenizer: str | None = None) -> Any:
     """
     import transformers
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.auto import processing_auto
 
-    names: Any = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
     loader: Any = transformers.AutoImageProcessor
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        processor_class = getattr(transformers, names[config.model_type])
+        processor_class = processor_class_of(config.model_type)
         images = loader.from_pretrained(directory, local_files_only=True, backend="pil")
         texts = AutoTokenizer.from_pretrained(tokenizer or directory)
         settings = _processor_settings(directory)

@@ -98,6 +98,12 @@ MARKS = {
     "llava_next": "<image>",
     "internvl": "<IMG_CONTEXT>",
     "aya_vision": "<image>",
+    "mistral3": "<image>",
+    "lighton_ocr": "<image>",
+    "qianfan_ocr": "<image>",
+    "llava_next_video": "<image>",
+    "hyperclovax_vision_v2": "<|image_pad|>",
+    "paddleocr_vl": "<|image_pad|>",
 }
 """What stands for an image in a prompt, by family."""
 
@@ -151,6 +157,15 @@ _NAMED = {
         "start_image_token": "<img>", "end_image_token": "</img>",
         "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
     },
+    "lighton_ocr": {
+        "image_token": "<image>", "image_break_token": "<|IMG_LINE_BREAK|>",
+        "image_end_token": "<|END_OF_IMG|>",
+    },
+    "qianfan_ocr": {
+        "start_image_token": "<img>", "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>", "image_placeholder": "<image>",
+    },
+    "paddleocr_vl": {"image_token": "<|image_pad|>"},
 }  # fmt: skip
 
 
@@ -239,6 +254,12 @@ _ARCHITECTURES = {
     "llava_next": "LlavaNextForConditionalGeneration",
     "internvl": "InternVLForConditionalGeneration",
     "aya_vision": "AyaVisionForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "lighton_ocr": "LightOnOcrForConditionalGeneration",
+    "qianfan_ocr": "QianfanOCRForConditionalGeneration",
+    "llava_next_video": "LlavaNextVideoForConditionalGeneration",
+    "hyperclovax_vision_v2": "HyperCLOVAXVisionV2ForConditionalGeneration",
+    "paddleocr_vl": "PaddleOCRVLForConditionalGeneration",
 }
 
 
@@ -246,9 +267,11 @@ def _tiled_config(family: str) -> Any:
     """Of a family whose images have rows or tiles of different numbers."""
     import transformers as hf
 
-    if family == "llava_next":
-        return hf.LlavaNextConfig(
-            vision_config=hf.CLIPVisionConfig(**_VISION), text_config=hf.LlamaConfig(**_TEXT),
+    if family in ("llava_next", "llava_next_video"):
+        made = hf.LlavaNextConfig if family == "llava_next" else hf.LlavaNextVideoConfig
+        others = {} if family == "llava_next" else {"video_token_index": 7}
+        return made(
+            **others, vision_config=hf.CLIPVisionConfig(**_VISION), text_config=hf.LlamaConfig(**_TEXT),
             image_token_index=3, vision_feature_layer=-1, image_grid_pinpoints=_PINPOINTS,
         )  # fmt: skip
     if family == "internvl":
@@ -264,6 +287,48 @@ def _tiled_config(family: str) -> Any:
             text_config={**_TEXT, "model_type": "cohere2", "sliding_window": 12},
             image_token_index=_VOCABULARY.index("<|IMG_PATCH|>"), downsample_factor=2,
             vision_feature_layer=-1, alignment_intermediate_size=64,
+        )  # fmt: skip
+    return _patched_config(family)
+
+
+_PATCHED = {k: _VISION[k] for k in _VISION if k != "projection_dim"} | {"patch_size": 4}
+
+
+def _patched_config(family: str) -> Any:
+    """Of a family whose tower takes images of any shape, or that reads pages."""
+    import transformers as hf
+
+    pixtral = {**_PATCHED, "model_type": "pixtral", "head_dim": 16}
+    if family == "mistral3":
+        return hf.Mistral3Config(
+            vision_config=pixtral, image_token_index=3, spatial_merge_size=2,
+            text_config={**_TEXT, "model_type": "mistral", "sliding_window": None},
+        )  # fmt: skip
+    if family == "lighton_ocr":
+        return hf.LightOnOcrConfig(
+            vision_config=pixtral, text_config={**_TEXT, "model_type": "qwen3"},
+            image_token_id=3, spatial_merge_size=2,
+        )  # fmt: skip
+    if family == "qianfan_ocr":
+        vision = {**_PATCHED, "image_size": [32, 32], "patch_size": [8, 8]}
+        return hf.QianfanOCRConfig(
+            vision_config=vision, text_config={**_TEXT, "model_type": "qwen3"},
+            image_token_id=_VOCABULARY.index("<IMG_CONTEXT>"), image_seq_length=4,
+        )  # fmt: skip
+    if family == "hyperclovax_vision_v2":
+        vision = {
+            **_QWEN_VISION, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
+            "window_size": 16, "fullatt_block_indexes": [1],
+        }  # fmt: skip
+        return hf.HyperCLOVAXVisionV2Config(
+            vision_config=vision, text_config=_TEXT, image_token_id=6, video_token_id=7,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+    if family == "paddleocr_vl":
+        return hf.PaddleOCRVLConfig(
+            vision_config={**_PATCHED, "spatial_merge_size": 2, "temporal_patch_size": 1},
+            text_config={**_TEXT, "rope_parameters": _MROPE},
+            **_QWEN_IDS,
         )  # fmt: skip
     raise ValueError(family)
 
@@ -331,7 +396,7 @@ def make_image_processor(family: str) -> Any:
     if family in ("llava", "vipllava"):
         size = {"shortest_edge": 32}
         return hf.CLIPImageProcessorPil(size=size, crop_size={"height": 32, "width": 32})
-    if family in GRIDS:
+    if family in GRIDS or family == "hyperclovax_vision_v2":
         made = hf.Qwen2VLImageProcessorPil
         if family.startswith("glm4"):
             is_first = family.startswith("glm4v")
@@ -353,12 +418,21 @@ def make_image_processor(family: str) -> Any:
     if family == "paligemma":
         size = {"height": 32, "width": 32}
         return hf.SiglipImageProcessorPil(size=size, image_seq_length=16)
-    if family == "llava_next":
+    if family in ("llava_next", "llava_next_video"):
         return hf.LlavaNextImageProcessorPil(
             size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32},
             image_grid_pinpoints=_PINPOINTS,
         )  # fmt: skip
-    if family in ("internvl", "aya_vision"):
+    if family in ("mistral3", "lighton_ocr"):
+        return hf.PixtralImageProcessorPil(
+            patch_size={"height": 8, "width": 8}, size={"longest_edge": 40}
+        )
+    if family == "paddleocr_vl":
+        return hf.PaddleOCRVLImageProcessorPil(
+            patch_size=4, merge_size=2, temporal_patch_size=1,
+            size={"shortest_edge": 8 * 8, "longest_edge": 40 * 40},
+        )  # fmt: skip
+    if family in ("internvl", "aya_vision", "qianfan_ocr"):
         size = {"height": 32, "width": 32}
         return hf.GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, max_patches=2)
     made = hf.Idefics3ImageProcessorPil if family == "idefics3" else hf.SmolVLMImageProcessorPil
@@ -372,13 +446,20 @@ def processor_settings(family: str) -> dict[str, Any]:
             "patch_size": 8, "vision_feature_select_strategy": "default", "image_token": "<image>",
             "num_additional_image_tokens": 1,
         }  # fmt: skip
-    if family == "llava_next":
+    if family in ("llava_next", "llava_next_video"):
         return {
             "patch_size": 8, "vision_feature_select_strategy": "default",
             "num_additional_image_tokens": 1,
         }  # fmt: skip
-    if family == "internvl":
+    if family in ("internvl", "qianfan_ocr"):
         return {"image_seq_length": 4}
+    if family == "mistral3":
+        return {
+            "patch_size": 4, "spatial_merge_size": 2, "image_token": "<image>",
+            "image_break_token": "<|IMG_LINE_BREAK|>", "image_end_token": "<|END_OF_IMG|>",
+        }  # fmt: skip
+    if family == "lighton_ocr":
+        return {"patch_size": 4, "spatial_merge_size": 2}
     if family == "aya_vision":
         return {"patch_size": 8, "img_size": 32, "downsample_factor": 2}
     if family == "gemma3":

@@ -67,6 +67,12 @@ SIGHTS = {
     "llava_next": Sight(),
     "internvl": Sight(),
     "aya_vision": Sight(),
+    "mistral3": Sight(),
+    "lighton_ocr": Sight(),
+    "qianfan_ocr": Sight(),
+    "llava_next_video": Sight(),
+    "hyperclovax_vision_v2": Sight(),
+    "paddleocr_vl": Sight(has_grid=True),
     "paligemma": Sight(sees_whole_prompt=True, first_position=1),
 }
 """By `model_type`: the families whose images were held against transformers' own generation."""
