@@ -11,6 +11,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -20,6 +23,8 @@ from quire.core.interface import PackedLinear, QuantizedWeight
 from quire.kernels_cpu import PackedWeights
 
 _GROUP_STEP = 16
+_LEAST_MAPPED_BYTES = 2**20
+"""Codes of fewer bytes are left to the allocator."""
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -70,7 +75,7 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> QuantizedWeight | No
     if not (kernels_cpu.HAVE_NATIVE and weight.dtype in _FLOATS and (is_grouped or is_whole)):
         return None
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    codes = torch.empty((num_outputs, num_inputs * bits // 8), dtype=torch.uint8)
+    codes = _passing_codes((num_outputs, num_inputs * bits // 8))
     if is_whole:
         scales, zeros = torch.empty((num_outputs, 1), dtype=torch.float32), None
         kernels_cpu.quantize_int8(weight, codes, scales)
@@ -89,6 +94,18 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> QuantizedWeight | No
         activations="token" if is_whole else "group",
         scheme=f"int{bits}",
     )
+
+
+def _passing_codes(shape: tuple[int, int]) -> Tensor:
+    """Memory uint8 that goes back to the system when the codes are packed.
+
+    The heap would keep it: packed weights fill what codes leave there in part, and the next codes,
+    of another size, find no room. Of 8 bits that was a tenth of a model.
+    """
+    num_bytes = math.prod(shape)
+    if num_bytes < _LEAST_MAPPED_BYTES:
+        return torch.empty(shape, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8).view(shape)
 
 
 def multiply(x: Tensor, packed: PackedWeights) -> Tensor:

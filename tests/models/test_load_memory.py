@@ -73,7 +73,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     ("files", "quantization"),
-    [("safetensors", ""), ("bin", ""), ("safetensors", "int4")],
+    [("safetensors", ""), ("bin", ""), ("safetensors", "int8"), ("safetensors", "int4")],
 )
 def test_peak_of_loading_is_little_more_than_the_packed_weights(checkpoints, files, quantization):
     """A copy that outlives its layer, or a heap with holes, would show here; no cache helps."""
