@@ -129,6 +129,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_num_value_heads": 16, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
         },
     ),
+    "qwen3.5-moe": (
+        "qwen3_5_moe_text",
+        {
+            **_EXPERTS, "moe_intermediate_size": 960, "shared_expert_intermediate_size": 960,
+            "head_dim": 64, "full_attention_interval": 3, "linear_num_key_heads": 8,
+            "linear_num_value_heads": 16, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+        },
+    ),
 }  # fmt: skip
 """A row: `model_type`, and what differs from the base. A family more is a line more."""
 

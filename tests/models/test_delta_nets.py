@@ -145,14 +145,36 @@ def test_weights_made_up_pass_through_every_mixer(checkpoint):
     assert logits.std() > 0
 
 
+@pytest.mark.parametrize("is_merged", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe_text"])
+def test_experts_are_found_apart_and_merged(tmp_path, name, is_merged):
+    """Some checkpoints have a tensor for each expert, others one for all experts of a layer."""
+    model = make_tiny_architecture(name)
+    model.save_pretrained(tmp_path)
+    if is_merged:
+        change_tensors(tmp_path, lambda tensors: merge_experts(tensors, model.state_dict()))
+    with torch.no_grad():
+        want = model(torch.tensor([TEXT])).logits[0, -1]
+    got = logits_of(load_on_reference(tmp_path), TEXT, PIECES)[-1]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
+
+
+def merge_experts(tensors, state):
+    """The experts as the modules of transformers have them, in place of a tensor for each."""
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        del tensors[name]
+    tensors |= {name: tensor for name, tensor in state.items() if ".mlp.experts." in name}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_texts_of_a_checkpoint_with_a_tower_are_those_of_transformers(tmp_path, is_tied):
+def test_texts_of_a_checkpoint_with_a_tower_are_those_of_transformers(tmp_path, name, is_tied):
     """The names of the text model are found behind the tower's, and the outer config ties."""
-    model = make_tiny_image_text("qwen3_5", tie_word_embeddings=is_tied)
+    model = make_tiny_image_text(name, tie_word_embeddings=is_tied)
     model.save_pretrained(tmp_path)
     description = describe(tmp_path)
     assert (description.implementation, description.accepts) == ("native", ())
-    assert description.architecture == "Qwen3_5ForConditionalGeneration"
+    assert description.architecture == type(model).__name__
     with torch.no_grad():
         want = model(torch.tensor([TEXT])).logits[0, -1]
     got = logits_of(load_on_reference(tmp_path), TEXT, PIECES)[-1]

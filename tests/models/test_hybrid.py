@@ -63,6 +63,7 @@ VARIANTS = {
         },
     ),
     "qwen3_5": ("qwen3_5_text", {}),
+    "qwen3_5-moe": ("qwen3_5_moe_text", {}),
 }  # fmt: skip
 ENGINE = {
     "dtype": "float32", "max_num_seqs": 4, "max_model_len": 128,

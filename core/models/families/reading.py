@@ -25,7 +25,6 @@ def read_decoder(config: Any, **differences: Any) -> DecoderSpec:
         "architecture": (config.architectures or [type(config).__name__])[0],
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
         "head_size": head_size,
@@ -35,6 +34,8 @@ def read_decoder(config: Any, **differences: Any) -> DecoderSpec:
         "has_tied_embeddings": config.tie_word_embeddings,
         "layer_ropes": (0,) * num_layers,
     }
+    if "intermediate_size" not in differences:
+        fields["intermediate_size"] = config.intermediate_size
     if "ropes" not in differences:
         fields["ropes"] = (read_rope(config, config.rope_parameters),)
     if "activation" not in differences:

@@ -9,7 +9,7 @@ from typing import Any
 from quire.core.interface.experts import RoutingSpec
 from quire.core.models.decoder_spec import MixtureSpec
 from quire.core.models.families.mixtures import QWEN2_MOE_NAMES, qwen_mixture
-from quire.core.models.families.reading import read_decoder, unsupported
+from quire.core.models.families.reading import read_activation, read_decoder, unsupported
 from quire.core.models.hybrid.spec import HybridSpec
 from quire.core.models.state_space.delta_spec import DeltaSpec
 from quire.core.models.state_space.spec import StateSpaceSpec
@@ -25,6 +25,14 @@ def _rename_qwen(name: str) -> str | None:
 
 
 _QWEN_NAMES = replace(QWEN2_MOE_NAMES, rename=_rename_qwen)
+_MERGED_QWEN_NAMES = replace(
+    _QWEN_NAMES,
+    experts=replace(
+        _QWEN_NAMES.experts,
+        merged=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+        is_transposed=False,
+    ),
+)
 
 
 def read_bamba(config: Any) -> HybridSpec:
@@ -135,6 +143,30 @@ def read_qwen3_5(config: Any) -> HybridSpec:
     )
 
 
+def read_qwen3_5_moe(config: Any) -> HybridSpec:
+    """The texts of Qwen3.5 with experts in each layer; as `read_qwen3_5`.
+
+    Raises: UnsupportedError.
+    """
+    text = config.get_text_config(decoder=True)
+    mixture = MixtureSpec(
+        layers=frozenset(range(text.num_hidden_layers)),
+        routing=RoutingSpec(num_experts=text.num_experts, num_chosen=text.num_experts_per_tok),
+        intermediate_size=text.moe_intermediate_size,
+        activation=read_activation(text.hidden_act),
+        shared_size=text.shared_expert_intermediate_size,
+        has_shared_gate=True,
+    )
+    return _read_delta_hybrid(
+        text,
+        is_grouped=False,
+        architecture=(config.architectures or [type(config).__name__])[0],
+        has_tied_embeddings=config.tie_word_embeddings,
+        intermediate_size=text.moe_intermediate_size,
+        mixture=mixture,
+    )
+
+
 def _read_delta_hybrid(config: Any, *, is_grouped: bool, **differences: Any) -> HybridSpec:
     attending = _layers_of(config.layer_types, "full_attention")
     decoder = read_decoder(
@@ -152,6 +184,7 @@ def _read_delta_hybrid(config: Any, *, is_grouped: bool, **differences: Any) -> 
         attention_layers=attending,
         mixer_layers=_others(config, attending),
         names=_QWEN_NAMES,
+        merged_names=_MERGED_QWEN_NAMES,
         mixer_name="linear_attn.",
         ignored_prefixes=("mtp.", _TOWER),
     )
@@ -164,6 +197,8 @@ FAMILIES: dict[str, Callable[[Any], HybridSpec]] = {
     "Qwen3NextForCausalLM": read_qwen3_next,
     "Qwen3_5ForCausalLM": read_qwen3_5,
     "Qwen3_5ForConditionalGeneration": read_qwen3_5,
+    "Qwen3_5MoeForCausalLM": read_qwen3_5_moe,
+    "Qwen3_5MoeForConditionalGeneration": read_qwen3_5_moe,
 }
 """By the names in a config's `architectures`."""
 

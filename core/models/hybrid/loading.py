@@ -48,10 +48,10 @@ def load_hybrid(config: WorkerConfig, device: Device) -> HybridModel:
     directory = Path(config.model)
     description = _laid_out(describe_hybrid(directory), config)
     spec = read_hybrid(directory)
-    tensors = HybridTensors(spec)
+    tensors, stored = _open(config, directory, spec)
     keys, states = description.attention_groups
     attention = make_attention_backends(replace(description, attention_groups=(keys,)), device)
-    source = ScaledWeights(_open(config, directory, spec, tensors), spec.weight_scales)
+    source = ScaledWeights(stored, spec.weight_scales)
     mixers = MixerBuilder(_source_of_mixers(config, source), device, config.dtype)
     builder = _HybridBuilder(source, replace(description, decoder=spec.decoder), device)
     return HybridModel(
@@ -75,10 +75,30 @@ def _laid_out(description: ModelDescription, config: WorkerConfig) -> ModelDescr
 
 
 def _open(
-    config: WorkerConfig, directory: Path, spec: HybridSpec, tensors: HybridTensors
-) -> WeightSource:
+    config: WorkerConfig, directory: Path, spec: HybridSpec
+) -> tuple[HybridTensors, WeightSource]:
+    """What a checkpoint holds, by the names that it has, and where it is read."""
     if config.load_format == "dummy":
-        return DummyWeights(config.seed, norm_offset=spec.decoder.norm_offset)
+        made = DummyWeights(config.seed, norm_offset=spec.decoder.norm_offset)
+        return HybridTensors(spec), made
+    files = _open_files(directory, spec)
+    tensors = HybridTensors(_named_as_stored(spec, files))
+    tied = (f"{spec.names.lm_head}.weight",) if tensors.decoder.lm_head is None else ()
+    files.check(tensors, may_have=tied)
+    return tensors, files
+
+
+def _named_as_stored(spec: HybridSpec, files: CheckpointFiles) -> HybridSpec:
+    """With the names of merged experts, if the first sparse layer has them merged."""
+    names, mixture = spec.merged_names, spec.decoder.mixture
+    if names is None or names.experts.merged is None or mixture is None:
+        return spec
+    first = names.layer.format(layer=min(mixture.layers)) + names.experts.merged[0]
+    return replace(spec, names=names) if first in files else spec
+
+
+def _open_files(directory: Path, spec: HybridSpec) -> CheckpointFiles:
+    """Without what no text depends on."""
     ignored: list[str] = []
 
     def rename(name: str) -> str | None:
@@ -93,8 +113,6 @@ def _open(
             "%s: %d tensors under %s are left out: no text depends on them",
             directory, len(ignored), " and ".join(spec.ignored_prefixes),
         )  # fmt: skip
-    tied = (f"{spec.names.lm_head}.weight",) if tensors.decoder.lm_head is None else ()
-    files.check(tensors, may_have=tied)
     return files
 
 

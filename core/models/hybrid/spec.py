@@ -49,6 +49,8 @@ class HybridSpec:
     attention_layers: tuple[int, ...]
     mixer_layers: tuple[int, ...]
     names: WeightNames = MAMBA_NAMES
+    merged_names: WeightNames | None = None
+    """Of checkpoints that have the experts of a layer in one tensor, where there are such too."""
     mixer_name: str = "mamba."
     """Before the tensors of a mixer, in a layer."""
     ignored_prefixes: tuple[str, ...] = ()

@@ -77,6 +77,9 @@ class CheckpointFiles:
                 if name is not None:
                     self._stored[name] = stored
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
     def check(self, expected: Iterable[TensorShape], *, may_have: tuple[str, ...] = ()) -> None:
         """Compares with what the model needs. Names in `may_have` are ignored if they are there.
 

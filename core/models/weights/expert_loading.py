@@ -34,9 +34,10 @@ def read_experts(
     """gate_up [E, 2I, H] and down [E, H, I] of all experts, whatever way the files have them."""
     gate_up_bias = _read(tensors.gate_up_bias, source, dtype, device)
     if tensors.is_merged:
-        gate_up = source.read(tensors.gate_up[0]).transpose(1, 2)
-        down = source.read(tensors.down[0]).transpose(1, 2).to(device, dtype).contiguous()
-        gate_up = gate_up.to(device, dtype).contiguous()
+        read = _transposed if tensors.is_transposed else _as_stored
+        gate_up, down = (
+            read(part, source, dtype, device) for part in (tensors.gate_up[0], tensors.down[0])
+        )
     else:
         gate_up = _stacked(tensors.gate_up, source, dtype, device, per_expert=2)
         down = _stacked(tensors.down, source, dtype, device, per_expert=1)
@@ -74,6 +75,16 @@ def _stacked(
     for place, part in zip(stacked, parts, strict=True):
         source.read_into(part, place)
     return stacked.view(-1, per_expert * rows, columns)
+
+
+def _transposed(part: TensorShape, source: TensorReader, dtype: torch.dtype, device: str) -> Tensor:
+    return source.read(part).transpose(1, 2).to(device, dtype).contiguous()
+
+
+def _as_stored(part: TensorShape, source: TensorReader, dtype: torch.dtype, device: str) -> Tensor:
+    target = torch.empty(part.shape, dtype=dtype, device=device)
+    source.read_into(part, target)
+    return target
 
 
 def _in_halves(x: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class ExpertNames:
     down: str = "mlp.experts.{expert}.down_proj"
     merged: tuple[str, str] | None = None
     """gate_up [E, H, 2I] and down [E, I, H] of all experts, where they are merged so."""
+    is_transposed: bool = True
+    """The merged ones are as said; else gate_up [E, 2I, H] and down [E, H, I]."""
     is_interleaved: bool = False
     """The merged gate_up has gate and up in turn, not one after the other."""
     shared: str = "mlp.shared_experts"
@@ -163,12 +165,13 @@ class MixtureTensors:
     router: LinearTensors
     correction_bias: TensorShape | None
     gate_up: tuple[TensorShape, ...]
-    """Gate and up of each expert in turn, [I, H] each; or one tensor [E, H, 2I]."""
+    """Gate and up of each expert in turn, [I, H] each; or one tensor as `ExpertNames` says."""
     down: tuple[TensorShape, ...]
-    """Of each expert [H, I]; or one tensor [E, I, H]."""
+    """Of each expert [H, I]; or one tensor."""
     gate_up_bias: TensorShape | None
     down_bias: TensorShape | None
     is_merged: bool
+    is_transposed: bool
     is_interleaved: bool
     shared: DenseTensors | None
     shared_gate: LinearTensors | None
@@ -342,6 +345,7 @@ def _lay_out_mixture(decoder: DecoderSpec, names: ExpertNames, prefix: str) -> M
         gate_up_bias=bias(0, count, 2 * inner),
         down_bias=bias(1, count, hidden),
         is_merged=names.merged is not None,
+        is_transposed=names.is_transposed,
         is_interleaved=names.is_interleaved,
         shared=_lay_out_shared(names, prefix, hidden, mixture.shared_size),
         shared_gate=gate if mixture.has_shared_gate else None,
@@ -352,8 +356,13 @@ def _lay_out_experts(
     names: ExpertNames, prefix: str, count: int, hidden: int, inner: int
 ) -> tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]:
     if names.merged is not None:
-        gate_up = TensorShape(name=prefix + names.merged[0], shape=(count, hidden, 2 * inner))
-        down = TensorShape(name=prefix + names.merged[1], shape=(count, inner, hidden))
+        shapes = (count, 2 * inner, hidden), (count, hidden, inner)
+        if names.is_transposed:
+            shapes = (count, hidden, 2 * inner), (count, inner, hidden)
+        gate_up, down = (
+            TensorShape(name=prefix + name, shape=shape)
+            for name, shape in zip(names.merged, shapes, strict=True)
+        )
         return (gate_up,), (down,)
     experts = range(count)
     return (
