@@ -3,8 +3,9 @@
 Of Triton 3.6 to 3.9 (upstream does not support bfloat16 there): `tl.dot` multiplies bit patterns of
 bfloat16, a cast to bfloat16 truncates, casts to 8-bit floats round some values wrongly, and
 arithmetic in bfloat16 is arithmetic on integers. `install` repairs the dot and the casts, bit for
-bit as torch has them, makes the arithmetic raise, switches `tl.device_assert` on, and holds every
-access to the memory of the tensors that the launch was given.
+bit as torch has them, makes the arithmetic raise, switches `tl.device_assert` on, takes masks in
+which a scalar has a say, and holds every access to the memory of the tensors that the launch was
+given.
 """
 
 from __future__ import annotations
@@ -221,7 +222,12 @@ def _checked(
     memory: _Memory, access: Callable[..., Any], what: str, pointer: int, mask: int
 ) -> Callable[..., Any]:
     def checked(self: Any, *arguments: Any, **named: Any) -> Any:
-        memory.check(arguments[pointer], arguments[mask], what)
+        allowed = arguments[mask]
+        if allowed is not None and allowed.data.dtype != np.bool_:
+            # A comparison of scalars among the conditions leaves the mask in whole numbers.
+            allowed = dataclasses.replace(allowed, data=allowed.data.astype(bool))
+            arguments = (*arguments[:mask], allowed, *arguments[mask + 1 :])
+        memory.check(arguments[pointer], allowed, what)
         return access(self, *arguments, **named)
 
     return checked

@@ -54,6 +54,14 @@ def gather_kernel(x_ptr, ids_ptr, y_ptr, N: tl.constexpr):
 
 
 @triton.jit
+def sequence_kernel(x_ptr, slots_ptr, y_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    mask = (i < N // 2)[:, None] & (tl.load(slots_ptr) >= 0)
+    x = tl.load(x_ptr + i[:, None], mask=mask, other=7.0)
+    tl.store(y_ptr + i[:, None], x, mask=mask | (i < N // 2)[:, None])
+
+
+@triton.jit
 def count_kernel(x_ptr, ids_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.atomic_add(x_ptr + tl.load(ids_ptr + i), 1)
@@ -165,6 +173,15 @@ def test_part_of_a_tensor_may_be_read_around():
     whole, y = torch.randn(16), torch.zeros(16)
     gather_kernel[(1,)](whole[8:], torch.arange(16) - 8, y, N=16)
     assert torch.equal(y, whole)
+
+
+@pytest.mark.parametrize("slot", [-1, 0])
+def test_scalar_has_a_say_in_a_mask(slot):
+    """Half of the block is looked at, and only where the slot is one."""
+    y = torch.zeros(16)
+    sequence_kernel[(1,)](torch.arange(8.0), torch.tensor([slot]), y, N=16)
+    assert y[:8].tolist() == ([7.0] * 8 if slot < 0 else list(range(8)))
+    assert not y[8:].any()
 
 
 def test_atomic_outside_a_tensor_raises():
