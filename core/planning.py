@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.core.config import ConfigChange, EngineConfig, resolve
-from quire.core.discovery import ChosenDevice, choose_device
+from quire.core.discovery import ChosenDevice, choose_device, list_backends
 from quire.core.errors import ConfigError, Reason, UnsupportedError
 from quire.core.interface.op_specs import OP_SPECS
 from quire.core.interface.worker import WorkerConfig
 from quire.core.models.description import size_of_dtype
 from quire.core.models.registry import TRANSFORMERS, describe
+from quire.core.models.weights.quantization_spec import group_reasons
 from quire.core.models.weights.source import resolve_model_directory
+from quire.core.option_names import unread_options
 
 if TYPE_CHECKING:
     from quire.core.interface.attention import AttentionSpec
@@ -125,7 +127,14 @@ def make_plan(
     config = resolved.config
     worker_config = make_worker_config(config, directory)
     what = f"{user.model} on {chosen.name}"
-    _refuse(_setting_reasons(config, worker_config, device.capabilities), what)
+    unread = unread_options(
+        config.options,
+        device=chosen.backend.name,
+        of_device=device.option_names,
+        backends=[entry.name for entry in list_backends()],
+    )
+    settings = _setting_reasons(config, worker_config, device.capabilities)
+    _refuse([*unread, *settings, *group_reasons(config.quantization, config.options)], what)
     description = as_saved.laid_out(
         dtype=config.dtype,
         cache_dtype=config.cache_dtype,

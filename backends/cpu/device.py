@@ -36,6 +36,8 @@ _BLOCK_SIZES = (16, 32, 64, 128, 8, 4, 2, 1)
 class CpuDevice(TorchDevice):
     """All cores that the process may use, as one device; torch's threads are its only setting."""
 
+    option_names = (_NUM_THREADS, _ISA, _PIN)
+
     def __init__(self, info: DeviceInfo, *, has_bound_threads: bool = False) -> None:
         super().__init__(info=info, torch_device="cpu", capabilities=_capabilities())
         # Fewer if the user said so (OMP_NUM_THREADS), never more than there are cores: a thread

@@ -13,6 +13,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class SimDevice(TorchDevice):
     """Host memory behind an asynchronous queue."""
 
+    option_names = ()
+
     def __init__(self) -> None:
         super().__init__(
             info=INFO,

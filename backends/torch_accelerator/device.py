@@ -90,6 +90,7 @@ class AcceleratorDevice(TorchDevice):
         table: LaunchTable,
     ) -> None:
         self._vendor = vendor
+        self.option_names = (self._attention_option,)
         self._launcher = DeviceLauncher(table)
         self._chosen_attention: type[TritonAttention] = TritonAttention
         super().__init__(info=info, torch_device=torch_device, capabilities=capabilities)

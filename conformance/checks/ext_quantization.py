@@ -77,7 +77,8 @@ def quantizes_to_the_defined_bits(
     trial: Trial, *, shape: tuple[int, int], group_size: int, dtype: str, scale: str
 ) -> None:
     """Weights that are quantized at load are the same on every device, by whomever it is done."""
-    from quire.core.models.weights.quantization import QuantizationSpec, quantize
+    from quire.core.models.weights.quantization import quantize
+    from quire.core.models.weights.quantization_spec import QuantizationSpec
 
     weight = make_normal(trial.rng, shape, dtype, SCALES[scale])
     # A row of nothing, rows on one side of zero, and rows in which parts of the range tie.

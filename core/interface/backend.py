@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -107,6 +107,10 @@ class Device(ABC):
     """The claims that the engine gates on. Fixed once the device is open."""
     info: DeviceInfo
     """Which device this is."""
+    option_names: Collection[str] | None = None
+    """Of `WorkerConfig.options`, those that the device reads (`acme.fast`). Others that begin with
+    its name are refused; None: the device refuses what it does not know itself.
+    """
     torch_device: str | None = None
     """What `torch.device()` takes for tensors that live here; None: torch does not own this device,
     and `make_worker` must be overridden."""

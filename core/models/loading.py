@@ -28,12 +28,11 @@ from quire.core.models.weights.checkpoint_files import CheckpointFiles
 from quire.core.models.weights.dummy_weights import DummyWeights
 from quire.core.models.weights.expert_loading import read_experts, size_of_experts
 from quire.core.models.weights.gguf_files import GGUF_NAME, GgufFiles
-from quire.core.models.weights.quantization import (
+from quire.core.models.weights.quantization import linear_inputs, quantize
+from quire.core.models.weights.quantization_spec import (
     QuantizationSpec,
     check_group_size,
-    linear_inputs,
     parse_quantization,
-    quantize,
 )
 from quire.core.models.weights.quantized_files import (
     QuantizedFiles,

@@ -12,12 +12,14 @@ pytest.importorskip("transformers")
 from quire.backends.reference.quantization import unpack_codes, widen  # noqa: E402
 from quire.core.errors import UnsupportedError  # noqa: E402
 from quire.core.models.weights.quantization import (  # noqa: E402
-    QuantizationSpec,
-    check_group_size,
-    parse_quantization,
     quantize,
     quantize_int4,
     quantize_int8,
+)
+from quire.core.models.weights.quantization_spec import (  # noqa: E402
+    QuantizationSpec,
+    check_group_size,
+    parse_quantization,
 )
 from quire.core.serving.cli.bench.quality import (  # noqa: E402
     Prediction,

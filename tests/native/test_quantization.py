@@ -11,11 +11,11 @@ kernels = pytest.importorskip("quire.kernels_cpu")
 
 from quire.backends.cpu.ops import CpuOps  # noqa: E402
 from quire.core.models.weights.quantization import (  # noqa: E402
-    QuantizationSpec,
     quantize,
     quantize_int4,
     quantize_int8,
 )
+from quire.core.models.weights.quantization_spec import QuantizationSpec  # noqa: E402
 
 pytestmark = [
     pytest.mark.native,

@@ -11,21 +11,17 @@ sums have an order, so that a device's own `Ops.quantize_linear` gives the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 
 import torch
 from torch import Tensor
 
-from quire.core.errors import Reason, UnsupportedError
 from quire.core.interface.ops import Ops
 from quire.core.interface.quantization import QuantizedWeight
+from quire.core.models.weights.quantization_spec import QuantizationSpec
 from quire.core.models.weights.weight_layout import LinearTensors
 
-SCHEMES = ("int8", "int4")
-GROUP_SIZE_OPTION = "quantization.group_size"
-_GROUP_SIZES = (128, 64, 32, 16)
-_DEFAULT_GROUP_SIZES = (64, 32, 16)
 _MOST_INT8, _MOST_INT4 = 127, 15
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 """Parts of a group's range that are tried."""
@@ -33,61 +29,6 @@ _LEAST_SCALE = torch.finfo(torch.float32).tiny
 """Of a group in 4 bits: a smaller one has no reciprocal, and its weights are nothing."""
 _CHUNK_ELEMENTS = 1 << 18
 """Weights that are quantized at a time: what the steps between hold stays in a cache."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizationSpec:
-    """What `--quantization` asked for."""
-
-    scheme: str
-    """`int8` or `int4`."""
-    group_size: int | None = None
-    """Of `int4`; None: the largest of 64, 32 and 16 that divides a layer's inputs."""
-
-    def group_size_of(self, num_inputs: int) -> int:
-        """Of a layer in 4 bits; 0: it must be kept in 8."""
-        if self.group_size is not None:
-            return self.group_size
-        return next((size for size in _DEFAULT_GROUP_SIZES if num_inputs % size == 0), 0)
-
-
-def parse_quantization(scheme: str | None, options: Mapping[str, str]) -> QuantizationSpec | None:
-    """The settings of an engine as a spec; None: weights stay as they are.
-
-    Raises: UnsupportedError with every reason.
-    """
-    reasons = list(_setting_reasons(scheme, options))
-    if reasons:
-        raise UnsupportedError(reasons, what=f"quantization {scheme}")
-    if scheme is None:
-        return None
-    text = options.get(GROUP_SIZE_OPTION)
-    return QuantizationSpec(scheme=scheme, group_size=None if text is None else int(text))
-
-
-def _setting_reasons(scheme: str | None, options: Mapping[str, str]) -> Iterator[Reason]:
-    text = options.get(GROUP_SIZE_OPTION)
-    if scheme is not None and scheme not in SCHEMES:
-        yield Reason(
-            code="config.quantization",
-            need=f"quantization {scheme}",
-            have=", ".join(SCHEMES),
-            remedy="choose one of these, or leave quantization out",
-        )
-    if text is not None and (not text.isdecimal() or int(text) not in _GROUP_SIZES):
-        yield Reason(
-            code=f"options.{GROUP_SIZE_OPTION}",
-            need=f"groups of {text}",
-            have=", ".join(map(str, _GROUP_SIZES)),
-            remedy=f"give {GROUP_SIZE_OPTION} one of these, or leave it out",
-        )
-    if text is not None and scheme != "int4":
-        yield Reason(
-            code=f"options.{GROUP_SIZE_OPTION}",
-            need=f"groups with quantization {scheme}",
-            have="groups with int4",
-            remedy=f"ask for quantization int4, or leave {GROUP_SIZE_OPTION} out",
-        )
 
 
 def linear_inputs(tensors: object) -> Iterator[tuple[str, int]]:
@@ -104,31 +45,6 @@ def linear_inputs(tensors: object) -> Iterator[tuple[str, int]]:
         for field in fields(tensors):
             if field.name != "lm_head":
                 yield from linear_inputs(getattr(tensors, field.name))
-
-
-def check_group_size(spec: QuantizationSpec, layers: Iterable[tuple[str, int]]) -> None:
-    """Refuses a group size that does not divide the inputs of some layer (name, inputs).
-
-    Raises: UnsupportedError that names every such number of inputs once.
-    """
-    size = spec.group_size
-    if size is None:
-        return
-    names: dict[int, str] = {}
-    for name, num_inputs in layers:
-        if num_inputs % size:
-            names.setdefault(num_inputs, name)
-    reasons = [
-        Reason(
-            code=f"options.{GROUP_SIZE_OPTION}",
-            need=f"groups of {size}",
-            have=f"{num_inputs} inputs of {name}, which they do not divide",
-            remedy="choose a smaller group size, or leave it out",
-        )
-        for num_inputs, name in names.items()
-    ]
-    if reasons:
-        raise UnsupportedError(reasons, what=f"quantization {spec.scheme}")
 
 
 def quantize(

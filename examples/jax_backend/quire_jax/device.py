@@ -54,6 +54,7 @@ class JaxDevice(Device):
     """Runs whole models, compiled by XLA. Knows no torch, so it has no operators to offer."""
 
     torch_device = None
+    option_names = (COMPILATION_CACHE,)
 
     def __init__(self, info: DeviceInfo, device: jax.Device) -> None:
         self._device = device
