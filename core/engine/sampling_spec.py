@@ -59,7 +59,8 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, param: str) -> No
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         odd = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
         raise RequestError(
-            f"{param} has token id {odd}; the model's vocabulary is 0 to {vocab_size - 1}",
+            f"{param} has token id {odd}; the model's vocabulary is 0 to {vocab_size - 1}; give "
+            "ids of it, and a tokenizer that belongs to the model",
             param=param,
         )
 
