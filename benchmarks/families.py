@@ -12,6 +12,8 @@ of weights, which is what tokens touch that choose their experts evenly; for one
 is chosen / experts, the active weights of a token. Tables that are only looked up do not count; an
 embedding table that is the head too counts once.
 
+Layers are as wide as those of a model with 1B parameters; there are few of them.
+
 python benchmarks/families.py --families qwen2,mixtral,mamba
 """
 
@@ -32,20 +34,20 @@ from quire.benchmarks.recording import Measurement, Ratio, Record
 from quire.core.interface import QuireError
 
 _BASE: dict[str, Any] = {
-    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 8192,
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 8192,
     "max_position_embeddings": 4096, "tie_word_embeddings": False,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
 }  # fmt: skip
 _EXPERTS: dict[str, Any] = {
-    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1408,
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 2816,
 }  # fmt: skip
 _GROUPED: dict[str, Any] = {
     **_EXPERTS, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 4, "topk_group": 2,
-    "first_k_dense_replace": 1, "moe_intermediate_size": 960,
+    "first_k_dense_replace": 1, "moe_intermediate_size": 1920,
 }  # fmt: skip
 _LATENT: dict[str, Any] = {
-    **_GROUPED, "num_key_value_heads": 16, "kv_lora_rank": 256, "q_lora_rank": 512,
+    **_GROUPED, "num_key_value_heads": 32, "kv_lora_rank": 512, "q_lora_rank": 1024,
     "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
 }  # fmt: skip
 
@@ -58,19 +60,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"head_dim": 64}),
     "gemma3": ("gemma3_text", {"head_dim": 64}),
     "mixtral": (
-        "mixtral", {"intermediate_size": 1408, "num_local_experts": 8, "num_experts_per_tok": 2}
+        "mixtral", {"intermediate_size": 2816, "num_local_experts": 8, "num_experts_per_tok": 2}
     ),
     "qwen2-moe": (
         "qwen2_moe",
-        {**_EXPERTS, "moe_intermediate_size": 960, "shared_expert_intermediate_size": 960},
+        {**_EXPERTS, "moe_intermediate_size": 1920, "shared_expert_intermediate_size": 1920},
     ),
     "qwen3-moe": ("qwen3_moe", {**_EXPERTS, "head_dim": 64}),
-    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 1408}),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 2816}),
     "gpt-oss": (
         "gpt_oss",
         {
             "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64,
-            "intermediate_size": 1408,
+            "intermediate_size": 2816,
         },
     ),
     "glm4-moe": ("glm4_moe", {**_GROUPED, "head_dim": 64}),
@@ -81,7 +83,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": (
         "llama4_text",
         {
-            "head_dim": 64, "intermediate_size_mlp": 2816, "intermediate_size": 1408,
+            "head_dim": 64, "intermediate_size_mlp": 5632, "intermediate_size": 2816,
             "num_local_experts": 8, "num_experts_per_tok": 1,
         },
     ),
@@ -89,7 +91,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": (
         "mamba2",
         {
-            "num_hidden_layers": 10, "state_size": 128, "num_heads": 32, "head_dim": 64,
+            "num_hidden_layers": 10, "state_size": 128, "num_heads": 64, "head_dim": 64,
             "n_groups": 1,
         },
     ),
@@ -103,38 +105,38 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-h1": (
         "falcon_h1",
         {
-            "mamba_d_ssm": 1024, "mamba_n_heads": 16, "mamba_d_head": 64, "mamba_d_state": 64,
+            "mamba_d_ssm": 2048, "mamba_n_heads": 32, "mamba_d_head": 64, "mamba_d_state": 64,
             "head_dim": 64,
         },
     ),
     "bamba": (
         "bamba",
         {
-            "mamba_n_heads": 32, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1,
+            "mamba_n_heads": 64, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1,
             "attn_layer_indices": [1, 4],
         },
     ),
     "qwen3-next": (
         "qwen3_next",
         {
-            **_EXPERTS, "moe_intermediate_size": 960, "shared_expert_intermediate_size": 960,
-            "head_dim": 64, "full_attention_interval": 3, "linear_num_key_heads": 8,
-            "linear_num_value_heads": 16, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            **_EXPERTS, "moe_intermediate_size": 1920, "shared_expert_intermediate_size": 1920,
+            "head_dim": 64, "full_attention_interval": 3, "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
         },
     ),
     "qwen3.5": (
         "qwen3_5_text",
         {
-            "head_dim": 64, "full_attention_interval": 3, "linear_num_key_heads": 8,
-            "linear_num_value_heads": 16, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            "head_dim": 64, "full_attention_interval": 3, "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
         },
     ),
     "qwen3.5-moe": (
         "qwen3_5_moe_text",
         {
-            **_EXPERTS, "moe_intermediate_size": 960, "shared_expert_intermediate_size": 960,
-            "head_dim": 64, "full_attention_interval": 3, "linear_num_key_heads": 8,
-            "linear_num_value_heads": 16, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            **_EXPERTS, "moe_intermediate_size": 1920, "shared_expert_intermediate_size": 1920,
+            "head_dim": 64, "full_attention_interval": 3, "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
         },
     ),
 }  # fmt: skip

@@ -33,8 +33,8 @@ def test_families_benchmark_every_architecture_with_states_has_a_row():
 def test_active_bytes_of_mixtral_equal_those_counted_by_hand(tmp_path):
     """One token reads two experts of eight, the head, but no table of embeddings."""
     weights = _write_config("mixtral", tmp_path, "bfloat16")
-    hidden, layers, vocabulary, intermediate = 1024, 6, 8192, 1408
-    attention = hidden * (hidden + 2 * 256) + hidden * hidden
+    hidden, layers, vocabulary, intermediate = 2048, 6, 8192, 2816
+    attention = hidden * (hidden + 2 * 512) + hidden * hidden
     other = layers * (attention + 8 * hidden + 2 * hidden) + hidden + vocabulary * hidden
     expert = 3 * hidden * intermediate * layers
     assert weights.moved_bytes(1) == pytest.approx(2 * (other + 2 * expert))
@@ -54,6 +54,6 @@ def test_moved_bytes_of_mamba_count_the_states_of_each_request_twice():
 
 
 def test_state_bytes_of_mamba_equal_those_counted_by_hand(tmp_path):
-    """Ten layers of 2816 channels: three inputs of the convolution, and sixteen float32 numbers."""
+    """Ten layers of 5632 channels: three inputs of the convolution, and sixteen float32 numbers."""
     _write_config("mamba", tmp_path, "bfloat16")
-    assert _state_bytes(tmp_path) == 10 * 2816 * (3 * 2 + 16 * 4)
+    assert _state_bytes(tmp_path) == 10 * 5632 * (3 * 2 + 16 * 4)
