@@ -50,7 +50,8 @@ class StateSpec:
 class StateSlots:
     """Where sequences find and leave their states in a page [num_blocks, ...].
 
-    Targets are distinct. A target may be its own sequence's source, and is no other's.
+    Targets are distinct, but for the null block, in which padding ends and no sequence starts. A
+    target may be its own sequence's source, and is no other's.
     """
 
     sources: Tensor

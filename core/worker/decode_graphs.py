@@ -105,7 +105,6 @@ class DecodeGraphs:
         is said once. Mutates the static buffers alone. Raises: DeviceLost.
         """
         num_requests = max(self._deferred, key=lambda size: (self._num_missed[size], size))
-        self._make_harmless()
         free = self._device.memory().free_bytes
         try:
             self._captured[num_requests] = self._capture(num_requests, forward)
@@ -133,7 +132,10 @@ class DecodeGraphs:
             )
 
     def _make_harmless(self) -> None:
-        """Warming up runs the step: what the last replay left must not be written once more."""
+        """Warming up runs the step: what the last replay left must not be computed once more.
+
+        Keys would be written as they were, but states would move on by a token.
+        """
         for name, buffer in self._static.items():
             if name == "seq_lens":
                 buffer.fill_(1)
@@ -155,6 +157,8 @@ class DecodeGraphs:
         batches = [
             self._worst_batch(static, group, num_requests) for group in range(_num_groups(static))
         ]
+
+        self._make_harmless()
 
         def step() -> None:
             static["hidden"].copy_(forward(static, batches))

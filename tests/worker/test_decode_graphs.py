@@ -125,6 +125,31 @@ def test_replayed_decodes_give_the_tokens_of_transformers(claims, tiny, prompts,
     assert graphs.is_released
 
 
+@pytest.mark.parametrize("features", [frozenset(), frozenset({"state_slots"})])
+@pytest.mark.parametrize(
+    ("name", "num_groups"),
+    [("mamba", 1), ("mamba2", 1), ("jamba", 2), ("falcon_h1", 2), ("qwen3_next", 2)],
+)
+def test_replayed_decodes_move_each_state_on_by_one_token(
+    name, num_groups, features, prompts, tmp_path
+):
+    """A recording that is made between two steps runs the buffers of neither once more."""
+    from tiny_architectures import make_tiny_architecture
+
+    make_tiny_architecture(name).save_pretrained(tmp_path)
+    outputs = []
+    for graphs in (CallingGraphs(refused=[f"decode of {n} requests" for n in (1, 2, 4, 8)]), None):
+        graphs = graphs or CallingGraphs()
+        device = GraphDevice(graphs, request_buckets=(2, 4, 8), features=features)
+        driver = Driver(make_worker(tmp_path, device=device), num_groups=num_groups)
+        for number, (request, prompt) in enumerate(prompts.items()):
+            driver.add(request, prompt, max_tokens=22 - 3 * number)
+        outputs.append(driver.run(64))
+    assert len(graphs.keys) == 3
+    assert graphs.num_replays > 15
+    assert outputs[0] == outputs[1]
+
+
 class FillingGraphs(CallingGraphs):
     """Copies bytes, as one launch for all arrays of a step would."""
 

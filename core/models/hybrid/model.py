@@ -76,8 +76,7 @@ class _Layer:
 class HybridModel:
     """A `LanguageModel` with keys and values in one group of caches and states in another."""
 
-    can_be_recorded = False
-    """How a step is cut depends on where its requests stand in their blocks."""
+    can_be_recorded = True
 
     def __init__(
         self,

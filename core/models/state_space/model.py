@@ -35,8 +35,7 @@ class StateSpaceWeights:
 class StateSpaceModel:
     """A `LanguageModel` whose layers keep states instead of keys and values."""
 
-    can_be_recorded = False
-    """How a step is cut depends on where its requests stand in their blocks."""
+    can_be_recorded = True
 
     def __init__(
         self,

@@ -5,6 +5,9 @@ of a block that it crosses. Pieces of different requests that do not wait for on
 round, and the operators run once a round. The first piece of a request starts from the block of its
 last token before the step, each further one from where the piece before it ended.
 
+A decode step, one token for each request, is one round whose blocks are found on the device from
+lengths and tables alone, so that it can be recorded.
+
 A step that fails has perhaps changed the states of blocks that are not full; its requests give
 their blocks back and are computed anew.
 """
@@ -49,7 +52,8 @@ class Round:
         assert slots is not None, "a round without blocks"
         states = [page.index_select(0, slots.sources.clamp(min=0)) for page in pages]
         for state in states:
-            state[slots.sources < 0] = 0
+            is_new = (slots.sources < 0).view(-1, *[1] * (state.dim() - 1))
+            state.masked_fill_(is_new, 0)
         out = scan(states, replace(self.sequences, slots=None))
         for page, state in zip(pages, states, strict=True):
             page.index_copy_(0, slots.targets, state.to(page.dtype))
@@ -58,6 +62,8 @@ class Round:
 
 def cut(plan: PagesPlan) -> tuple[Round, ...]:
     """The rounds of a step, the same for all layers."""
+    if plan.is_decode:
+        return (_decode_round(plan),)
     size = plan.block_size
     pieces = [_pieces(r.num_past, r.num_past + r.num_new, size) for r in plan.requests]
     rounds = []
@@ -65,6 +71,24 @@ def cut(plan: PagesPlan) -> tuple[Round, ...]:
         chosen = [i for i, ends in enumerate(pieces) if number < len(ends)]
         rounds.append(_round(plan, pieces, chosen, number))
     return tuple(rounds)
+
+
+def _decode_round(plan: PagesPlan) -> Round:
+    """One token of each request; nothing of it is known to the host but how many there are."""
+    count = len(plan.requests)
+    num_past = plan.seq_lens.long() - 1
+    before = ((num_past - 1) // plan.block_size).clamp_(min=0)
+    after = num_past // plan.block_size
+    blocks = plan.block_table.gather(1, torch.stack((before, after), dim=1)).long()
+    slots = StateSlots(
+        sources=blocks[:, 0].masked_fill(num_past == 0, -1), targets=blocks[:, 1].contiguous()
+    )
+    starts = plan.query_start_loc
+    return Round(
+        rows=None,
+        sequences=Sequences(starts=starts, starts_host=range(count + 1), slots=slots),
+        pieces=StatePieces(begins=starts[:-1], ends=starts[1:], slots=slots),
+    )
 
 
 def _pieces(begin: int, end: int, size: int) -> list[tuple[int, int]]:

@@ -46,11 +46,20 @@ class PagesPlan(AttentionPlan):
     """Where the requests of a step have their tokens and their blocks."""
 
     requests: tuple[RequestSlice, ...]
+    query_start_loc: Tensor
+    """int32 [R + 1], on the device."""
+    seq_lens: Tensor
+    """int32 [R], on the device: with the tokens of this step."""
     block_table: Tensor
     """[R, max_blocks]."""
     slot_mapping: Tensor
     """int64 [T]."""
     block_size: int
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every request has one new token."""
+        return all(request.num_new == 1 for request in self.requests)
 
     def slots(self, request: RequestSlice, length: int) -> Tensor:
         """Slots of a request's first `length` tokens, int64 [length]."""
@@ -126,6 +135,8 @@ class OwnPages(AttentionBackend):
         )
         return PagesPlan(
             requests=requests,
+            query_start_loc=batch.query_start_loc,
+            seq_lens=batch.seq_lens,
             block_table=batch.block_table,
             slot_mapping=batch.slot_mapping,
             block_size=self.spec.block_size,
