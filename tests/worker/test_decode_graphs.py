@@ -137,9 +137,9 @@ def test_replayed_decodes_move_each_state_on_by_one_token(
     from tiny_architectures import make_tiny_architecture
 
     make_tiny_architecture(name).save_pretrained(tmp_path)
+    eager = CallingGraphs(refused=[f"decode of {size} requests" for size in (2, 4, 8)])
     outputs = []
-    for graphs in (CallingGraphs(refused=[f"decode of {n} requests" for n in (1, 2, 4, 8)]), None):
-        graphs = graphs or CallingGraphs()
+    for graphs in (eager, CallingGraphs()):
         device = GraphDevice(graphs, request_buckets=(2, 4, 8), features=features)
         driver = Driver(make_worker(tmp_path, device=device), num_groups=num_groups)
         for number, (request, prompt) in enumerate(prompts.items()):
