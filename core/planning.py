@@ -127,14 +127,9 @@ def make_plan(
     config = resolved.config
     worker_config = make_worker_config(config, directory)
     what = f"{user.model} on {chosen.name}"
-    unread = unread_options(
-        config.options,
-        device=chosen.backend.name,
-        of_device=device.option_names,
-        backends=[entry.name for entry in list_backends()],
-    )
     settings = _setting_reasons(config, worker_config, device.capabilities)
-    _refuse([*unread, *settings, *group_reasons(config.quantization, config.options)], what)
+    groups = group_reasons(config.quantization, config.options)
+    _refuse([*_unread_options(config, chosen, device), *settings, *groups], what)
     description = as_saved.laid_out(
         dtype=config.dtype,
         cache_dtype=config.cache_dtype,
@@ -194,6 +189,18 @@ def make_worker_config(config: EngineConfig, directory: Path) -> WorkerConfig:
         logits_processors=dict(config.logits_processors),
         options=dict(config.options),
         num_threads=config.num_threads,
+    )
+
+
+def _unread_options(config: EngineConfig, chosen: ChosenDevice, device: Device) -> Iterable[Reason]:
+    """What nobody would read; a device that no backend has brought may read anything."""
+    if chosen.backend is None:
+        return ()
+    return unread_options(
+        config.options,
+        device=chosen.backend.name,
+        of_device=device.option_names,
+        backends=[entry.name for entry in list_backends()],
     )
 
 
