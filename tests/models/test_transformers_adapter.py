@@ -199,6 +199,19 @@ def test_model_without_a_text_head_is_refused(saved):
         describe(directory)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "has"),
+    [("ViTForMaskedImageModeling", "generates no text"), ("SomebodysForText", "no such class")],
+)
+def test_refusal_says_whether_the_class_is_there(architecture, has, saved):
+    """A class that classifies is not called missing."""
+    directory = saved("gpt2")
+    config = {"model_type": "vit", "architectures": [architecture]}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=has):
+        describe(directory)
+
+
 def test_missing_tensor_is_named_with_the_nearest(saved):
     """A renamed tensor is found by its likeness."""
     directory = saved("gpt2")

@@ -42,7 +42,15 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 48},
     "dots3_note_vision_encoder": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
     "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
-    "glm5_next_text": {"qk_rope_head_dim": 0, "head_dim": 0, "qk_head_dim": HEAD_SIZE},
+    "glm5_next_text": {
+        "qk_rope_head_dim": 0,
+        "head_dim": 0,
+        "qk_head_dim": HEAD_SIZE,
+        "linear_num_heads": 4,
+        "linear_head_dim": HEAD_SIZE,
+        # Every fourth by default, which is none of two.
+        "layer_types": ["linear_attention", "indexed_attention"],
+    },
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "2/4"},
     "muse_spark_audio": {"num_hidden_layers": 4},
     "radio": {"video_temporal_patch_size": 2},
@@ -59,6 +67,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "step3p5": {"sliding_window": 32},
 }
 """By `model_type`: what a part's config must say for the model to be made at all."""
+_NAMED_BY_CHECKPOINTS = {"shieldgemma2": "ShieldGemma2ForImageClassification"}
+"""Where the class of the mapping reads none of the checkpoints there are, nor its own."""
 
 
 def image_text_architectures() -> list[str]:
@@ -71,12 +81,17 @@ def image_text_architectures() -> list[str]:
 def make_tiny_image_text(model_type: str, seed: int = 0, **changes: Any) -> Any:
     """A tiny random model of an architecture, in float32; `changes` are fields of its config."""
     import torch
-    from transformers import AutoModelForImageTextToText
+    import transformers
 
     config = tiny_image_text_config(model_type)
     for name, value in changes.items():
         setattr(config, name, value)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    named = _NAMED_BY_CHECKPOINTS.get(model_type)
+    if named is None:
+        made = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    else:
+        made = getattr(transformers, named)(config)
+    model = made.float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():

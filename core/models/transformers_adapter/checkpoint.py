@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,23 @@ def model_class_of(config: Any, directory: Path, *, trust_remote_code: bool) -> 
         )  # fmt: skip
     if trust_remote_code and getattr(config, "auto_map", None):
         return None
-    asked = ", ".join(config.architectures or ()) or config.model_type
+    asked = ", ".join(names) or config.model_type
     raise _unsupported(
-        "architecture", f"a causal language model in {asked}", "no such class in transformers",
+        "architecture", f"a causal language model in {asked}", _what_there_is(names),
         "give a checkpoint that generates text", directory,
     )  # fmt: skip
+
+
+def _what_there_is(names: Sequence[str]) -> str:
+    """In the place of a class that generates text."""
+    import transformers
+
+    found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    if not found:
+        return "no such class in transformers"
+    if any(hasattr(one, "generate") for one in found):
+        return "a class whose head is none of a causal language model"
+    return "a class that generates no text"
 
 
 def _has_a_head(name: str) -> bool:
