@@ -24,6 +24,8 @@ GRANTED, FAILED, NOT_CLAIMED, NOT_TRIED, NOT_CERTIFIABLE = (
 _LEVEL_KINDS = frozenset({"causal", "sliding_window", "chunked"})
 _LEVEL_FEATURES = frozenset({"soft_cap", "sinks", "alibi"})
 """What the levels try of attention where it is claimed."""
+_PARTS_OF_EXTENSIONS = frozenset({"quantized_experts", "state_slots"})
+"""Features that another extension's checks try where they are claimed: `moe`, `recurrent`."""
 _HELD_QUANTIZATIONS = frozenset({"int8", "int4"})
 """The extension `quantization`."""
 _FLOATS = frozenset({"float32", "bfloat16", "float16"})
@@ -124,7 +126,7 @@ def _plain_claims(claims: Capabilities) -> Iterator[tuple[str, str]]:
         yield kind, f"attention kind {kind!r}"
     for feature in claims.attention_features - _LEVEL_FEATURES:
         yield feature, f"attention feature {feature!r}"
-    for feature in claims.features:
+    for feature in claims.features - _PARTS_OF_EXTENSIONS:
         yield feature, f"feature {feature!r}"
     for format_name in claims.quantizations - _HELD_QUANTIZATIONS:
         yield f"{format_name}_weights", f"quantization {format_name!r}"

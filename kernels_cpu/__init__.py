@@ -18,6 +18,7 @@ from quire.kernels_cpu.elementwise import (
     silu_and_mul,
 )
 from quire.kernels_cpu.experts import (
+    PackedExpertCodes,
     PackedExpertWeights,
     head_linear,
     pack_experts,
@@ -55,6 +56,7 @@ __all__ = [
     "DecoderChain",
     "FusedDecoderLayer",
     "FusedMixer",
+    "PackedExpertCodes",
     "PackedExpertWeights",
     "PackedWeights",
     "Pieces",

@@ -1,6 +1,7 @@
 """The compiled module: addresses and numbers. Call the package's checked functions."""
 
 from collections.abc import Sequence
+from typing import overload
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
@@ -113,6 +114,7 @@ class Linear:
     ) -> None: ...
 
 class Experts:
+    @overload
     def __init__(
         self,
         format_code: int,
@@ -123,6 +125,16 @@ class Experts:
         count: int,
         hidden_size: int,
         inner_size: int,
+        gate: int,
+        alpha: float,
+        limit: float,
+        /,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        gate_up: Sequence[Linear],
+        down: Sequence[Linear],
         gate: int,
         alpha: float,
         limit: float,

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 from quire.kernels_cpu import checks, native
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
+
+    from quire.kernels_cpu.linear import PackedWeights
 
 if native.HAVE_NATIVE:
     from quire.kernels_cpu import _cpu
@@ -22,7 +26,7 @@ class PackedExpertWeights:
     The order is the same at every ISA level. Immutable; safe to use from several threads.
     """
 
-    __slots__ = ("_handle", "_kept", "dtype", "hidden_size", "num_experts", "size_bytes")
+    __slots__ = ("_kept", "dtype", "handle", "hidden_size", "num_experts", "size_bytes")
 
     def __init__(
         self,
@@ -43,7 +47,7 @@ class PackedExpertWeights:
         # The handle holds addresses: these keep what lies there alive.
         self._kept = (*lanes, *biases)
         self.size_bytes = sum(tensor.nbytes for tensor in self._kept if tensor is not None)
-        self._handle = _cpu.Experts(
+        self.handle = _cpu.Experts(
             code,
             lanes[0].data_ptr(),
             _address(biases[0]),
@@ -68,26 +72,84 @@ class PackedExpertWeights:
         up its experts in the order of their ids: its result is bitwise the same in any batch.
         Raises: ValueError, TypeError, IndexError for arguments that do not fit.
         """
-        x_stride = checks.check_dense("x", x, self.dtype, 2)[0]
-        out_stride = checks.check_dense("out", out, self.dtype, 2)[0]
-        num_tokens = x.shape[0]
-        checks.check_shape("x", x, (num_tokens, self.hidden_size))
-        checks.check_shape("out", out, (num_tokens, self.hidden_size))
-        num_chosen = chosen.shape[1]
-        checks.check_contiguous("shares", shares, "float32", (num_tokens, num_chosen))
-        checks.check_contiguous("chosen", chosen, "int64", (num_tokens, num_chosen))
-        self._handle.run(
-            checks.dtype_code(x.dtype),
-            x.data_ptr(),
-            shares.data_ptr(),
-            chosen.data_ptr(),
-            out.data_ptr(),
-            num_tokens,
-            num_chosen,
-            x_stride,
-            out_stride,
-            weighs_input,
+        checks.check_dense("x", x, self.dtype, 2)
+        _run(self, x, shares, chosen, out, weighs_input=weighs_input)
+
+
+class PackedExpertCodes:
+    """The experts of one layer whose weights are codes: `PackedWeights` of each expert.
+
+    gate_up [2I, H] and down [H, I] of each, from `pack_codes`; those of one side have one form, and
+    the inputs of both sides are rounded or of neither. Immutable; safe to use from several threads.
+    Raises: ValueError for layers that do not fit each other.
+    """
+
+    __slots__ = ("_kept", "handle", "hidden_size", "num_experts", "size_bytes")
+
+    def __init__(
+        self,
+        gate_up: Sequence[PackedWeights],
+        down: Sequence[PackedWeights],
+        *,
+        activation: str = "silu",
+        alpha: float = 1.702,
+        limit: float = 7.0,
+    ) -> None:
+        native.require_native()
+        if activation not in _GATES:
+            raise ValueError(f"no gate named {activation!r}; there are {', '.join(_GATES)}")
+        self._kept = (*gate_up, *down)
+        self.handle = _cpu.Experts(
+            [layer.handle for layer in gate_up],
+            [layer.handle for layer in down],
+            _GATES[activation],
+            alpha,
+            limit,
         )
+        self.num_experts, self.hidden_size = len(gate_up), gate_up[0].num_inputs
+        self.size_bytes = sum(layer.size_bytes for layer in self._kept)
+
+    def run(
+        self, x: Tensor, shares: Tensor, chosen: Tensor, out: Tensor, *, weighs_input: bool
+    ) -> None:
+        """As `PackedExpertWeights.run`, for x and out of any dtype of the kernels.
+
+        The inputs of each product are rounded as those of its layer, those of `down` after the
+        activation was rounded to the dtype.
+        Raises: ValueError, TypeError, IndexError for arguments that do not fit.
+        """
+        _run(self, x, shares, chosen, out, weighs_input=weighs_input)
+
+
+def _run(
+    packed: PackedExpertWeights | PackedExpertCodes,
+    x: Tensor,
+    shares: Tensor,
+    chosen: Tensor,
+    out: Tensor,
+    *,
+    weighs_input: bool,
+) -> None:
+    x_stride = checks.check_dense("x", x, x.dtype, 2)[0]
+    out_stride = checks.check_dense("out", out, x.dtype, 2)[0]
+    num_tokens = x.shape[0]
+    checks.check_shape("x", x, (num_tokens, packed.hidden_size))
+    checks.check_shape("out", out, (num_tokens, packed.hidden_size))
+    num_chosen = chosen.shape[1]
+    checks.check_contiguous("shares", shares, "float32", (num_tokens, num_chosen))
+    checks.check_contiguous("chosen", chosen, "int64", (num_tokens, num_chosen))
+    packed.handle.run(
+        checks.dtype_code(x.dtype),
+        x.data_ptr(),
+        shares.data_ptr(),
+        chosen.data_ptr(),
+        out.data_ptr(),
+        num_tokens,
+        num_chosen,
+        x_stride,
+        out_stride,
+        weighs_input,
+    )
 
 
 def pack_experts(

@@ -136,7 +136,9 @@ def _capabilities() -> Capabilities:
         cache_dtypes=(*dtypes, *NARROW),
         block_sizes=_BLOCK_SIZES,
         attention_kinds=frozenset({"causal", "sliding_window", "chunked", "mla"}),
-        features=frozenset({"lora", "moe", "recurrent", "speculation", "state_slots"}),
+        features=frozenset(
+            {"lora", "moe", "quantized_experts", "recurrent", "speculation", "state_slots"}
+        ),
         attention_features=frozenset({"soft_cap", "sinks", "alibi"}),
         quantizations=frozenset({"int8", "int4"}),
         copy_mode="unified",

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from quire import kernels_cpu
-from quire.core.interface import ExpertWeights, PackedExperts, RoutingSpec, Sequences
+from quire.backends.cpu import native_linear
+from quire.core.interface import (
+    ExpertWeights,
+    PackedExperts,
+    QuantizedExperts,
+    RoutingSpec,
+    Sequences,
+)
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """What the kernels compute from and to."""
@@ -64,9 +71,36 @@ def pack_experts(weights: ExpertWeights) -> PackedExperts:
     )
 
 
+def pack_quantized_experts(weights: QuantizedExperts, dtype: str) -> PackedExperts:
+    """`Ops.pack_quantized_experts`: of each expert the linear layers that it is."""
+    sides = ((weights.gate_up, weights.gate_up_bias), (weights.down, weights.down_bias))
+    gate_up, down = (
+        [
+            native_linear.pack_codes(weight, None if biases is None else biases[expert])
+            for expert, weight in enumerate(of_experts)
+        ]
+        for of_experts, biases in sides
+    )
+    packed = kernels_cpu.PackedExpertCodes(
+        gate_up,
+        down,
+        activation=weights.activation,
+        alpha=weights.alpha,
+        limit=weights.limit,
+    )
+    return PackedExperts(
+        num_experts=packed.num_experts,
+        hidden_size=packed.hidden_size,
+        dtype=dtype,
+        format=native_linear.name_of_codes(weights.gate_up[0]),
+        size_bytes=packed.size_bytes,
+        payload=packed,
+    )
+
+
 def experts(
     x: Tensor,
-    packed: kernels_cpu.PackedExpertWeights,
+    packed: kernels_cpu.PackedExpertWeights | kernels_cpu.PackedExpertCodes,
     weights: Tensor,
     expert_ids: Tensor,
     *,

@@ -51,8 +51,13 @@ def pack_dense(weight: Tensor, bias: Tensor | None) -> PackedLinear:
 
 
 def pack_quantized(weight: QuantizedWeight, bias: Tensor | None, dtype: str) -> PackedLinear:
+    """A linear layer of codes."""
+    return _described(pack_codes(weight, bias), dtype, name_of_codes(weight))
+
+
+def pack_codes(weight: QuantizedWeight, bias: Tensor | None) -> PackedWeights:
     """Codes, scales and zeros in the order of the kernels."""
-    packed = kernels_cpu.pack_codes(
+    return kernels_cpu.pack_codes(
         weight.codes,
         weight.scales,
         weight.zeros,
@@ -62,9 +67,13 @@ def pack_quantized(weight: QuantizedWeight, bias: Tensor | None, dtype: str) -> 
         group_size=weight.group_size,
         activations=weight.activations,
     )
+
+
+def name_of_codes(weight: QuantizedWeight) -> str:
+    """How they are kept, for `quire plan`."""
     groups = f"-g{weight.group_size}" if weight.group_size else ""
     rounded = "" if weight.activations == "none" else f"-int8-by-{weight.activations}"
-    return _described(packed, dtype, f"native-int{weight.bits}{groups}{rounded}")
+    return f"native-int{weight.bits}{groups}{rounded}"
 
 
 def quantize(weight: Tensor, bits: int, group_size: int) -> QuantizedWeight | None:

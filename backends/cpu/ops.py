@@ -30,6 +30,7 @@ from quire.core.interface import (
     MixerParts,
     PackedExperts,
     PackedLinear,
+    QuantizedExperts,
     QuantizedWeight,
     RoutingSpec,
     SampledLogprobs,
@@ -192,6 +193,11 @@ class CpuOps(ReferenceOps):
             return super().pack_experts(weights)
         return native_layers.pack_experts(weights)
 
+    def pack_quantized_experts(self, weights: QuantizedExperts, dtype: str) -> PackedExperts:
+        if not all(map(native_linear.takes_quantized, (*weights.gate_up, *weights.down))):
+            return super().pack_quantized_experts(weights, dtype)
+        return native_layers.pack_quantized_experts(weights, dtype)
+
     def experts(
         self,
         x: Tensor,
@@ -202,7 +208,7 @@ class CpuOps(ReferenceOps):
         weighs_input: bool = False,
     ) -> Tensor:
         payload = packed.payload
-        if not isinstance(payload, kernels_cpu.PackedExpertWeights):
+        if not isinstance(payload, kernels_cpu.PackedExpertWeights | kernels_cpu.PackedExpertCodes):
             return super().experts(x, packed, weights, expert_ids, weighs_input=weighs_input)
         return native_layers.experts(x, payload, weights, expert_ids, weighs_input=weighs_input)
 

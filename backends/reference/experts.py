@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from quire.core.interface import ExpertWeights, PackedExperts, RoutingSpec
+from quire.backends.reference import quantization
+from quire.core.interface import ExpertWeights, PackedExperts, QuantizedExperts, RoutingSpec
 
 _APPROXIMATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -58,12 +61,55 @@ def pack(weights: ExpertWeights) -> PackedExperts:
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class WidenedExperts:
+    """Quantized experts with their weights in float32."""
+
+    gate_up: list[quantization.WidenedWeights]
+    down: list[quantization.WidenedWeights]
+    activation: str
+    alpha: float
+    limit: float
+
+    def run(self, x: Tensor, expert: int) -> Tensor:
+        """x [n, H] through one expert: float32 [n, H]."""
+        both = quantization.multiply(x.float(), self.gate_up[expert])
+        inner = activate(both, self).to(x.dtype)
+        return quantization.multiply(inner.float(), self.down[expert])
+
+
+def pack_quantized(weights: QuantizedExperts, dtype: str) -> PackedExperts:
+    """`Ops.pack_quantized_experts`."""
+    layers = []
+    sides = ((weights.gate_up, weights.gate_up_bias), (weights.down, weights.down_bias))
+    for of_experts, biases in sides:
+        packed = [
+            quantization.pack(weight, None if biases is None else biases[expert], dtype)
+            for expert, weight in enumerate(of_experts)
+        ]
+        layers.append(packed)
+    gate_up, down = ([_widened(layer.payload) for layer in side] for side in layers)
+    return PackedExperts(
+        num_experts=len(gate_up),
+        hidden_size=weights.gate_up[0].num_inputs,
+        dtype=dtype,
+        format=layers[0][0].format,
+        size_bytes=sum(layer.size_bytes for side in layers for layer in side),
+        payload=WidenedExperts(gate_up, down, weights.activation, weights.alpha, weights.limit),
+    )
+
+
+def _widened(payload: object) -> quantization.WidenedWeights:
+    assert isinstance(payload, quantization.WidenedWeights)
+    return payload
+
+
 def experts(
     x: Tensor, packed: PackedExperts, weights: Tensor, expert_ids: Tensor, *, weighs_input: bool
 ) -> Tensor:
     """`Ops.experts`: expert by expert, over the tokens that chose it."""
     loaded = packed.payload
-    assert isinstance(loaded, ExpertWeights), packed
+    assert isinstance(loaded, ExpertWeights | WidenedExperts), packed
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = torch.zeros(x.shape, dtype=wide, device=x.device)
     for expert in expert_ids.unique().tolist():
@@ -77,7 +123,10 @@ def experts(
     return out.to(x.dtype)
 
 
-def _one_expert(x: Tensor, loaded: ExpertWeights, expert: int) -> Tensor:
+def _one_expert(x: Tensor, loaded: ExpertWeights | WidenedExperts, expert: int) -> Tensor:
+    if isinstance(loaded, WidenedExperts):
+        return loaded.run(x, expert)
+
     def bias(of: Tensor | None) -> Tensor | None:
         return None if of is None else of[expert]
 
@@ -85,7 +134,7 @@ def _one_expert(x: Tensor, loaded: ExpertWeights, expert: int) -> Tensor:
     return F.linear(activate(both, loaded), loaded.down[expert], bias(loaded.down_bias))
 
 
-def activate(both: Tensor, loaded: ExpertWeights) -> Tensor:
+def activate(both: Tensor, loaded: ExpertWeights | WidenedExperts) -> Tensor:
     """The activation of the experts: [n, 2I] to [n, I], rounded once to the dtype."""
     gate, up = (both if both.dtype == torch.float64 else both.float()).chunk(2, dim=-1)
     if loaded.activation == "clamped_swiglu":

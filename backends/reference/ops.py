@@ -15,6 +15,7 @@ from quire.core.interface import (
     Ops,
     PackedExperts,
     PackedLinear,
+    QuantizedExperts,
     QuantizedWeight,
     RoutingSpec,
     SampledLogprobs,
@@ -132,6 +133,9 @@ class ReferenceOps(Ops):
 
     def pack_experts(self, weights: ExpertWeights) -> PackedExperts:
         return experts.pack(weights)
+
+    def pack_quantized_experts(self, weights: QuantizedExperts, dtype: str) -> PackedExperts:
+        return experts.pack_quantized(weights, dtype)
 
     def experts(
         self,

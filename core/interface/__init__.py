@@ -30,7 +30,12 @@ from quire.core.interface.errors import (
     RequestError,
     UnsupportedError,
 )
-from quire.core.interface.experts import ExpertWeights, PackedExperts, RoutingSpec
+from quire.core.interface.experts import (
+    ExpertWeights,
+    PackedExperts,
+    QuantizedExperts,
+    RoutingSpec,
+)
 from quire.core.interface.fusion import (
     DecoderLayerParts,
     FusedLayer,
@@ -121,6 +126,7 @@ __all__ = [
     "PoolingSpec",
     "PositionLogprobs",
     "Probe",
+    "QuantizedExperts",
     "QuantizedWeight",
     "Queue",
     "QuireError",

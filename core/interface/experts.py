@@ -5,11 +5,14 @@ Extension `moe`. T tokens, E experts, k of them for each token, H hidden size, I
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from quire.core.interface.quantization import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,25 @@ class ExpertWeights:
     """Of `Ops.gated_activation`, or `clamped_swiglu`: with g = min(gate, limit) and u = clamp(up,
     -limit, limit): g * sigmoid(alpha * g) * (u + 1).
     """
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantizedExperts:
+    """The experts of one layer in 4 or 8 bits, for devices that claim `quantized_experts`.
+
+    All of `gate_up` have one form, and all of `down`; the two may differ in bits and groups, but
+    the activations of both are rounded or of neither. Otherwise as `ExpertWeights`.
+    """
+
+    gate_up: Sequence[QuantizedWeight]
+    """E of them, each [2I, H]."""
+    down: Sequence[QuantizedWeight]
+    """E of them, each [H, I]."""
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    activation: str = "silu"
     alpha: float = 1.702
     limit: float = 7.0
 

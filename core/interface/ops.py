@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quire.core.interface.attention import AttentionBackend
-    from quire.core.interface.experts import ExpertWeights, PackedExperts, RoutingSpec
+    from quire.core.interface.experts import (
+        ExpertWeights,
+        PackedExperts,
+        QuantizedExperts,
+        RoutingSpec,
+    )
     from quire.core.interface.fusion import (
         DecoderLayerParts,
         FusedLayer,
@@ -264,6 +269,14 @@ class Ops(ABC):
 
     def pack_experts(self, weights: ExpertWeights) -> PackedExperts:
         """Packs the experts of a layer for `experts`, at load. Mutates nothing; may keep them."""
+        raise NotImplementedError
+
+    def pack_quantized_experts(self, weights: QuantizedExperts, dtype: str) -> PackedExperts:
+        """As `pack_experts` from codes, for activations of `dtype`; claimed as `quantized_experts`.
+
+        `experts` rounds the inputs of both products as the weights say, those of the second after
+        the activation was rounded to the dtype. Mutates nothing.
+        """
         raise NotImplementedError
 
     def experts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from quire.core.errors import DeviceOutOfMemory, Reason, UnsupportedError
 from quire.core.interface.backend import Device
+from quire.core.interface.experts import PackedExperts, QuantizedExperts
 from quire.core.interface.ops import PackedLinear
 from quire.core.interface.quantization import QuantizedWeight
 from quire.core.interface.worker import WorkerConfig
 from quire.core.models.decoder import CausalLM, DecoderWeights, make_attention_backends
+from quire.core.models.decoder_spec import MixtureSpec
 from quire.core.models.description import ModelDescription, describe_config
 from quire.core.models.families import Family
 from quire.core.models.gated_attention import gates_last
@@ -26,7 +29,11 @@ from quire.core.models.model_config import ModelConfig, read_model_config
 from quire.core.models.self_attention import HeadWeights, LatentWeights
 from quire.core.models.weights.checkpoint_files import CheckpointFiles
 from quire.core.models.weights.dummy_weights import DummyWeights
-from quire.core.models.weights.expert_loading import read_experts, size_of_experts
+from quire.core.models.weights.expert_loading import (
+    quantize_experts,
+    read_experts,
+    size_of_experts,
+)
 from quire.core.models.weights.gguf_files import GGUF_NAME, GgufFiles
 from quire.core.models.weights.quantization import linear_inputs, quantize
 from quire.core.models.weights.quantization_spec import (
@@ -52,6 +59,7 @@ from quire.core.models.weights.weight_layout import (
     lay_out,
 )
 
+_LOGGER = logging.getLogger(__name__)
 _SHOW_PROGRESS_FROM_BYTES = 512 * 2**20
 
 
@@ -132,6 +140,8 @@ class WeightBuilder:
         self._ops = device.ops()
         claimed = device.capabilities.quantizations
         self._kept_formats = claimed if quantization is None else frozenset[str]()
+        self._features = device.capabilities.features
+        self._has_told = False
         self._device = device.torch_device
         self._dtype: torch.dtype = getattr(torch, description.dtype)
         assert description.decoder is not None
@@ -219,11 +229,7 @@ class WeightBuilder:
         mixture = self._decoder.mixture
         assert mixture is not None
         router = [self._float32(tensor) for tensor in tensors.router]
-        experts = read_experts(
-            tensors, mixture, self._source, dtype=self._dtype, device=str(self._device)
-        )
-        packed = self._ops.pack_experts(experts)
-        self._size_bytes += packed.size_bytes or size_of_experts(experts)
+        packed = self._experts(tensors, mixture)
         correction = tensors.correction_bias
         gate = tensors.shared_gate
         return MixtureWeights(
@@ -232,6 +238,62 @@ class WeightBuilder:
             experts=packed,
             shared=None if tensors.shared is None else self._dense(tensors.shared),
             shared_gate=None if gate is None else self._linear(gate),
+        )
+
+    def _experts(self, tensors: MixtureTensors, mixture: MixtureSpec) -> PackedExperts:
+        """In codes, as they are stored or as was asked for, where the device multiplies by them."""
+        takes_codes = "quantized_experts" in self._features
+        codes = self._stored_experts(tensors, mixture) if takes_codes else None
+        experts = None
+        if codes is None:
+            experts = read_experts(
+                tensors, mixture, self._source, dtype=self._dtype, device=str(self._device)
+            )
+            if self._quantization is not None and takes_codes:
+                codes = quantize_experts(experts, self._quantization, self._ops)
+        if codes is not None:
+            packed = self._ops.pack_quantized_experts(codes, self._description.dtype)
+        else:
+            assert experts is not None
+            packed = self._ops.pack_experts(experts)
+            self._tell_of_wide_experts()
+        self._size_bytes += packed.size_bytes or (
+            0 if experts is None else size_of_experts(experts)
+        )
+        return packed
+
+    def _stored_experts(
+        self, tensors: MixtureTensors, mixture: MixtureSpec
+    ) -> QuantizedExperts | None:
+        """The experts as a quantized checkpoint has them; None: not each for itself in codes."""
+        if tensors.is_merged or tensors.is_interleaved or tensors.gate_up_bias is not None:
+            return None
+        sides: list[list[QuantizedWeight]] = []
+        for parts, per_expert in ((tensors.gate_up, 2), (tensors.down, 1)):
+            side = []
+            for first in range(0, len(parts), per_expert):
+                codes = self._stored_codes(parts[first : first + per_expert])
+                if codes is None:
+                    return None
+                side.append(codes)
+            sides.append(side)
+        return QuantizedExperts(
+            gate_up=sides[0],
+            down=sides[1],
+            activation=mixture.activation,
+            alpha=mixture.alpha,
+            limit=mixture.limit,
+        )
+
+    def _tell_of_wide_experts(self) -> None:
+        if self._quantization is None or self._has_told:
+            return
+        self._has_told = True
+        _LOGGER.warning(
+            "experts stay in %s: the device does not multiply by those in %s; all other layers are "
+            "quantized",
+            self._description.dtype,
+            self._quantization.scheme,
         )
 
     def _float32(self, tensor: TensorShape) -> Tensor:

@@ -2,7 +2,8 @@
 //
 // Pairs of token and expert are sorted by expert and taken WAVE at a time: gathered, multiplied by gate and up,
 // activated, multiplied by down, all panels of all experts of a wave shared among threads. A token adds up its experts
-// in the order of their ids, whatever the waves, so its result does not depend on the others.
+// in the order of their ids, whatever the waves, so its result does not depend on the others. Weights are floats, or codes
+// whose inputs are rounded or not, as in a linear layer.
 
 constexpr int64_t WAVE = 1024;            // pairs at a time: bounds the memory of a long prompt
 constexpr int64_t SHARE = TILE_ROWS * 32;  // pairs of one expert that meet a panel together
@@ -86,7 +87,10 @@ static inline vf gate_of(const ExpertArgs& a, vf gate, vf up) {
   return gate * sigmoid_of(splat(a.alpha) * gate) * (up + splat(1.0f));
 }
 
-// The rows that the tiles read: float32, or bfloat16 where the unit multiplies pairs of it. Values are rounded to T.
+// What the tiles read of an input: float32, pairs of bfloat16 where the unit multiplies them, or words of rounded inputs.
+enum class Fed { wide, pairs, words };
+
+// Values are rounded to T.
 template <class T, bool IS_PAIRS>
 static inline void put(uint32_t* row, int64_t i, vf x, int n) {
   T rounded[W];
@@ -100,11 +104,15 @@ static inline void put(uint32_t* row, int64_t i, vf x, int n) {
   }
 }
 
-template <bool IS_PAIRS>
-static inline void put_end(uint32_t* row, int64_t n, int64_t stride) {
-  constexpr int64_t SIZE = IS_PAIRS ? 2 : 4;
-  __builtin_memset(reinterpret_cast<char*>(row) + n * SIZE, 0, size_t(stride * 4 - n * SIZE));
-}
+// The inputs of one layer of all experts: pair p of a wave lies at row p.
+struct Inputs {
+  uint32_t* rows;
+  int64_t stride, padded;  // in words of 32 bits; inputs with the zeros after them
+  float* scales;           // [pairs, groups of the scales]
+  int32_t* totals;         // [pairs, groups]
+  int64_t groups_of_scales;
+  const LinearWeights* weights;  // of one expert: all have the same sizes
+};
 
 template <class T>
 static inline vf load_up_to(const T* p, int64_t left) {
@@ -119,23 +127,34 @@ static inline void store_up_to(T* p, vf x, int64_t left) {
 
 static inline int at_most_w(int64_t left) { return left < W ? int(left) : W; }
 
-template <class T, bool IS_PAIRS>
-static void gather_pair(const ExpertArgs& a, const Sorted& s, int64_t pair, uint32_t* row, int64_t stride) {
+// Writes `value(i)`, W of them at a time, as the inputs of one pair. `wide` [padded] is scratch.
+template <class T, Fed KIND, class Value>
+static inline void feed(const Inputs& to, int64_t pair, float* wide, const Value& value) {
+  constexpr bool IS_PAIRS = KIND == Fed::pairs;
+  const int64_t width = to.weights->num_inputs;
+  uint32_t* row = to.rows + pair * to.stride;
+  uint32_t* target = KIND == Fed::words ? reinterpret_cast<uint32_t*>(wide) : row;
+  for (int64_t i = 0; i < width; i += W) put<T, IS_PAIRS>(target, i, value(i), at_most_w(width - i));
+  constexpr int64_t SIZE = IS_PAIRS ? 2 : 4;
+  __builtin_memset(reinterpret_cast<char*>(target) + width * SIZE, 0, size_t((to.padded - width) * SIZE));
+  if constexpr (KIND == Fed::words)
+    round_row(*to.weights, wide, row, to.scales + pair * to.groups_of_scales, to.totals + pair * to.weights->num_groups);
+}
+
+template <class T, Fed KIND>
+static void gather_pair(const ExpertArgs& a, const Sorted& s, int64_t pair, const Inputs& to, int64_t place, float* wide) {
   const int64_t width = a.down->num_outputs;
   const T* x = static_cast<const T*>(a.x) + s.token[pair] * a.x_stride;
   const vf factor = splat(a.weighs_input ? s.share[pair] : 1.0f);
-  for (int64_t i = 0; i < width; i += W) put<T, IS_PAIRS>(row, i, load_up_to(x + i, width - i) * factor, at_most_w(width - i));
-  put_end<IS_PAIRS>(row, width, stride);
+  feed<T, KIND>(to, place, wide, [&](int64_t i) { return load_up_to(x + i, width - i) * factor; });
 }
 
-template <class T, bool IS_PAIRS>
-static void activate_pair(const ExpertArgs& a, const float* both, uint32_t* row, int64_t stride) {
+template <class T, Fed KIND>
+static void activate_pair(const ExpertArgs& a, const float* both, const Inputs& to, int64_t place, float* wide) {
   const int64_t width = a.down->num_inputs;
-  for (int64_t i = 0; i < width; i += W) {
-    const vf gate = load_up_to(both + i, width - i), up = load_up_to(both + width + i, width - i);
-    put<T, IS_PAIRS>(row, i, gate_of(a, gate, up), at_most_w(width - i));
-  }
-  put_end<IS_PAIRS>(row, width, stride);
+  feed<T, KIND>(to, place, wide, [&](int64_t i) {
+    return gate_of(a, load_up_to(both + i, width - i), load_up_to(both + width + i, width - i));
+  });
 }
 
 // Adds the pairs of a wave that ends at `end` to one token's sum.
@@ -159,41 +178,39 @@ struct Wave {
   int64_t begin, end;
   const Piece* pieces;
   int64_t num_pieces;
-  uint32_t *rows, *inner;
-  int64_t rows_stride, inner_stride;
+  Inputs x, inner;
   float *both, *results, *sums;
+  float* wide;  // [threads, wide_size]: scratch of rounding
+  int64_t wide_size;
 };
 
-// One layer of all experts: `from` [pairs, stride] times the weights gives `to` in float32.
+// One layer of all experts: its inputs times the weights give `to` in float32.
 template <class Kind>
-static void multiply_piece(const Wave& w, const LinearWeights* experts, const uint32_t* from, int64_t stride, float* to,
-                           int64_t unit) {
+static void multiply_piece(const Wave& w, const LinearWeights* experts, const Inputs& from, float* to, int64_t unit) {
   const int64_t panels = (experts->num_outputs + PANEL - 1) / PANEL;
   const Piece& piece = w.pieces[unit / panels];
   const LinearWeights& weights = experts[piece.expert];
   const LinearArgs product{&weights, DType::f32, nullptr, to, 0, 0, weights.num_outputs};
-  const Prepared prepared{from, stride, nullptr, nullptr, 1};
+  const Prepared prepared{from.rows, from.stride, from.scales, from.totals, from.groups_of_scales};
   panel_of_chunk<Kind, float>(product, prepared, piece.first - w.begin, piece.end - w.begin, unit % panels);
 }
 
-template <class Kind, class T, bool IS_PAIRS>
+template <class UpKind, class DownKind, class T, Fed KIND>
 static void run_wave(const ExpertArgs& a, const Sorted& s, const Wave& w, int threads) {
   const int64_t units_up = w.num_pieces * ((a.gate_up->num_outputs + PANEL - 1) / PANEL);
   const int64_t units_down = w.num_pieces * ((a.down->num_outputs + PANEL - 1) / PANEL);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    float* wide = w.wide + current_thread() * w.wide_size;
 #pragma omp for schedule(static)
-    for (int64_t p = w.begin; p < w.end; ++p)
-      gather_pair<T, IS_PAIRS>(a, s, p, w.rows + (p - w.begin) * w.rows_stride, w.rows_stride);
+    for (int64_t p = w.begin; p < w.end; ++p) gather_pair<T, KIND>(a, s, p, w.x, p - w.begin, wide);
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units_up; ++unit)
-      multiply_piece<Kind>(w, a.gate_up, w.rows, w.rows_stride, w.both, unit);
+    for (int64_t unit = 0; unit < units_up; ++unit) multiply_piece<UpKind>(w, a.gate_up, w.x, w.both, unit);
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < w.end - w.begin; ++p)
-      activate_pair<T, IS_PAIRS>(a, w.both + p * a.gate_up->num_outputs, w.inner + p * w.inner_stride, w.inner_stride);
+      activate_pair<T, KIND>(a, w.both + p * a.gate_up->num_outputs, w.inner, p, wide);
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units_down; ++unit)
-      multiply_piece<Kind>(w, a.down, w.inner, w.inner_stride, w.results, unit);
+    for (int64_t unit = 0; unit < units_down; ++unit) multiply_piece<DownKind>(w, a.down, w.inner, w.results, unit);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < a.tokens; ++t)
       add_pairs(a, s, t, w.begin, w.end, w.results, w.sums + t * a.down->num_outputs);
@@ -210,50 +227,110 @@ static void write_sums(const ExpertArgs& a, const float* sums) {
     }
 }
 
-template <class Kind, class T, bool IS_PAIRS>
+template <Fed KIND>
+static Inputs inputs_for(const LinearWeights& w) {
+  Inputs inputs{};
+  inputs.weights = &w;
+  inputs.padded = w.num_slots * inputs_of(w.format);
+  inputs.stride = KIND == Fed::words ? inputs.padded / 4 * Dots::WORDS : KIND == Fed::pairs ? inputs.padded / 2 : inputs.padded;
+  inputs.groups_of_scales = w.rounding == Rounding::by_group ? w.num_groups : 1;
+  return inputs;
+}
+
+// Hands out parts of a block from `next` on, each 64 bytes aligned. Begun at 0 it only counts.
+struct Cursor {
+  uintptr_t next;
+
+  template <class V>
+  V* take(int64_t count) {
+    V* taken = reinterpret_cast<V*>(next);
+    next += (size_t(count) * sizeof(V) + 63) & ~size_t(63);
+    return taken;
+  }
+};
+
+template <Fed KIND>
+static void place(Inputs& inputs, int64_t pairs, Cursor& block) {
+  inputs.rows = block.take<uint32_t>(pairs * inputs.stride);
+  if constexpr (KIND == Fed::words) {
+    inputs.scales = block.take<float>(pairs * inputs.groups_of_scales);
+    inputs.totals = block.take<int32_t>(pairs * inputs.weights->num_groups);
+  }
+}
+
+// Where everything of a wave of `most` pairs lies.
+template <Fed KIND>
+static void place(const ExpertArgs& a, Wave& w, int64_t most, int threads, Cursor& block) {
+  const int64_t width = a.down->num_outputs;
+  w.wide_size = KIND == Fed::words ? (w.x.padded > w.inner.padded ? w.x.padded : w.inner.padded) : 0;
+  w.both = block.take<float>(most * a.gate_up->num_outputs);
+  w.results = block.take<float>(most * width);
+  w.sums = block.take<float>(a.tokens * width);
+  w.wide = block.take<float>(threads * w.wide_size);
+  place<KIND>(w.x, most, block);
+  place<KIND>(w.inner, most, block);
+}
+
+template <class UpKind, class DownKind, class T, Fed KIND>
 static bool run_experts(const ExpertArgs& a) {
   Sorted s;
   if (!sort_pairs(a, s)) return false;
   const int64_t n = a.tokens * a.num_chosen, most = n < WAVE ? n : WAVE;
-  const int64_t per_word = IS_PAIRS ? 2 : 1, width = a.down->num_outputs;
+  const int64_t panels = (a.gate_up->num_outputs + PANEL - 1) / PANEL;
+  const int most_threads = threads_of(INT32_MAX, INT64_MAX / 2);
   Wave w{};
-  w.rows_stride = a.gate_up->num_slots * inputs_of(a.gate_up->format) / per_word;
-  w.inner_stride = a.down->num_slots * inputs_of(a.down->format) / per_word;
-  const int64_t words = most * (w.rows_stride + w.inner_stride + a.gate_up->num_outputs + width) + a.tokens * width;
-  const size_t pieces_bytes = size_t(a.num_experts + most / SHARE + 1) * sizeof(Piece);
-  char* block = static_cast<char*>(__builtin_malloc(pieces_bytes + size_t(words) * 4));
-  if (block) {
-    Piece* pieces = reinterpret_cast<Piece*>(block);
+  w.x = inputs_for<KIND>(*a.gate_up), w.inner = inputs_for<KIND>(*a.down);
+  const int64_t most_pieces = a.num_experts + most / SHARE + 1;
+  Cursor counted{0};
+  counted.take<Piece>(most_pieces);
+  place<KIND>(a, w, most, most_threads, counted);
+  void* memory = __builtin_malloc(counted.next + 64);
+  if (memory) {
+    Cursor block{(reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t(63)};
+    Piece* pieces = block.take<Piece>(most_pieces);
     w.pieces = pieces;
-    w.rows = reinterpret_cast<uint32_t*>(block + pieces_bytes);
-    w.inner = w.rows + most * w.rows_stride;
-    w.both = reinterpret_cast<float*>(w.inner + most * w.inner_stride);
-    w.results = w.both + most * a.gate_up->num_outputs;
-    w.sums = w.results + most * width;
-    __builtin_memset(w.sums, 0, size_t(a.tokens * width) * sizeof(float));
+    place<KIND>(a, w, most, most_threads, block);
+    __builtin_memset(w.sums, 0, size_t(a.tokens * a.down->num_outputs) * sizeof(float));
     for (w.begin = 0; w.begin < n; w.begin = w.end) {
       w.end = w.begin + WAVE < n ? w.begin + WAVE : n;
       w.num_pieces = list_pieces(a, s, w.begin, w.end, pieces);
-      const int64_t panels = (a.gate_up->num_outputs + PANEL - 1) / PANEL;
       const int64_t work = (w.end - w.begin) * a.gate_up->num_outputs * a.gate_up->num_inputs;
-      run_wave<Kind, T, IS_PAIRS>(a, s, w, threads_of(w.num_pieces * panels, work));
+      run_wave<UpKind, DownKind, T, KIND>(a, s, w, threads_of(w.num_pieces * panels, work));
     }
     write_sums<T>(a, w.sums);
-    __builtin_free(block);
+    __builtin_free(memory);
   }
   __builtin_free(s.block);
-  return block != nullptr;
+  return memory != nullptr;
+}
+
+// Both layers of codes of one size, or of two.
+template <class T, Fed KIND, template <Format> class Kind>
+static bool run_codes(const ExpertArgs& a) {
+  const bool up = a.gate_up->format == Format::u4, down = a.down->format == Format::u4;
+  if (up && down) return run_experts<Kind<Format::u4>, Kind<Format::u4>, T, KIND>(a);
+  if (up) return run_experts<Kind<Format::u4>, Kind<Format::u8>, T, KIND>(a);
+  if (down) return run_experts<Kind<Format::u8>, Kind<Format::u4>, T, KIND>(a);
+  return run_experts<Kind<Format::u8>, Kind<Format::u8>, T, KIND>(a);
+}
+
+template <class T, Format F>
+static bool experts_of(const ExpertArgs& a) {
+  if (a.gate_up->format == Format::u4 || a.gate_up->format == Format::u8) {
+    if (a.gate_up->rounding != Rounding::none) return run_codes<T, Fed::words, Codes>(a);
+    return run_codes<T, Fed::wide, Widened>(a);
+  }
+#if defined(__AVX512BF16__)
+  if constexpr (F == Format::bf16) return run_experts<Pairs, Pairs, T, Fed::pairs>(a);
+#endif
+  return run_experts<Widened<F>, Widened<F>, T, Fed::wide>(a);
 }
 
 static bool experts(const ExpertArgs& a) {
   if (a.tokens == 0) return true;
-  if (a.dtype == DType::f32) return run_experts<Widened<Format::f32>, float, false>(a);
-#if defined(__AVX512BF16__)
-  if (a.dtype == DType::bf16) return run_experts<Pairs, bf16, true>(a);
-#else
-  if (a.dtype == DType::bf16) return run_experts<Widened<Format::bf16>, bf16, false>(a);
-#endif
-  return run_experts<Widened<Format::f16>, f16, false>(a);
+  if (a.dtype == DType::f32) return experts_of<float, Format::f32>(a);
+  if (a.dtype == DType::bf16) return experts_of<bf16, Format::bf16>(a);
+  return experts_of<f16, Format::f16>(a);
 }
 
 // --- routing ---------------------------------------------------------------------------------------------------------

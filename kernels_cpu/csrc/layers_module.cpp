@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "levels.h"
+#include "linear_module.h"
 #include "linear_pack.h"
 
 namespace nb = nanobind;
@@ -65,8 +66,32 @@ std::vector<LinearWeights> layers_of(int format, uintptr_t lanes, uintptr_t bias
   return layers;
 }
 
+// The weights of E layers of codes, which differ in nothing else.
+std::vector<LinearWeights> layers_of(const std::vector<const Linear*>& linears) {
+  std::vector<LinearWeights> layers;
+  for (const Linear* linear : linears) layers.push_back(linear->weights());
+  if (layers.empty()) throw std::invalid_argument("no experts");
+  const LinearWeights& first = layers[0];
+  for (const LinearWeights& w : layers)
+    if (w.format != first.format || w.rounding != first.rounding || w.num_outputs != first.num_outputs ||
+        w.num_inputs != first.num_inputs || w.num_groups != first.num_groups)
+      throw std::invalid_argument("experts of one layer have one form");
+  return layers;
+}
+
 class Experts {
  public:
+  // Of codes: both layers' inputs are rounded, or neither's.
+  Experts(const std::vector<const Linear*>& gate_up, const std::vector<const Linear*>& down, int gate, float alpha,
+          float limit)
+      : gate_up_(layers_of(gate_up)), down_(layers_of(down)), gate_(ExpertGate(gate)), alpha_(alpha), limit_(limit) {
+    const LinearWeights &up = gate_up_[0], &back = down_[0];
+    const bool is_rounded = up.rounding != Rounding::none;
+    if (gate_up_.size() != down_.size() || up.num_outputs != 2 * back.num_inputs || up.num_inputs != back.num_outputs ||
+        is_rounded != (back.rounding != Rounding::none) || !up.scales || !back.scales)
+      throw std::invalid_argument("experts' layers do not fit each other");
+  }
+
   Experts(int format, uintptr_t gate_up, uintptr_t gate_up_bias, uintptr_t down, uintptr_t down_bias, int64_t count,
           int64_t hidden_size, int64_t inner_size, int gate, float alpha, float limit)
       : gate_up_(layers_of(format, gate_up, gate_up_bias, count, 2 * inner_size, hidden_size)),
@@ -228,6 +253,7 @@ void logprobs(uintptr_t logits, uintptr_t chosen, uintptr_t selected, uintptr_t 
 void bind_layers(nb::module_& m) {
   nb::class_<Experts>(m, "Experts")
       .def(nb::init<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int, float, float>())
+      .def(nb::init<const std::vector<const Linear*>&, const std::vector<const Linear*>&, int, float, float>())
       .def("run", &Experts::run);
   m.def("route_experts", &route);
   m.def("head_linear", &head_linear);

@@ -14,7 +14,9 @@ from quire.core.models.weights.quantization import quantize_int4
 from quire.core.worker.worker import DefaultWorker
 
 CLAIMS = {
-    "features": frozenset({"lora", "moe", "recurrent", "speculation", "state_slots"}),
+    "features": frozenset(
+        {"lora", "moe", "quantized_experts", "recurrent", "speculation", "state_slots"}
+    ),
     "quantizations": frozenset({"int8", "int4", "fp8"}),
     "attention_kinds": frozenset({"causal", "sliding_window", "chunked", "mla"}),
     "cache_dtypes": ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8"),
@@ -74,6 +76,12 @@ class SwapsGateAndUp(ReferenceOps):
     def pack_experts(self, weights):
         gate, up = weights.gate_up.chunk(2, dim=1)
         return super().pack_experts(replace(weights, gate_up=torch.cat((up, gate), dim=1)))
+
+
+class RoundsTheFirstInputsAlone(ReferenceOps):
+    def pack_quantized_experts(self, weights, dtype):
+        down = [replace(weight, activations="none") for weight in weights.down]
+        return super().pack_quantized_experts(replace(weights, down=down), dtype)
 
 
 class LooksAcrossSequences(ReferenceOps):
@@ -259,6 +267,11 @@ EXTENSION_SABOTEURS: tuple[Saboteur, ...] = (
     _ops(ForgetsRenormalising, f"{_ROUTE}-softmax-float32-large]", "route_experts"),
     _ops(DropsCrowdedTokens, "moe_numerics[experts-crowded-float32-normal]", "Every token's"),
     _ops(SwapsGateAndUp, "moe_numerics[experts-silu-bfloat16-normal]", "gate rows come before"),
+    _ops(
+        RoundsTheFirstInputsAlone,
+        "moe_experts_in_codes[float32]",
+        "The inputs of both products are rounded",
+    ),
     _ops(
         LooksAcrossSequences,
         "recurrent_numerics[causal_conv1d-mixed-float32-normal]",

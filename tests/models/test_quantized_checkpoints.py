@@ -120,14 +120,21 @@ def test_quantized_checkpoint_gives_the_tokens_of_what_it_means(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gptq", "float8-blocks"])
 def test_quantized_experts_give_the_tokens_of_what_they_mean(name, tmp_path):
-    """Experts are widened; a router that is stored plainly stays plain."""
+    """Experts are widened, or multiplied by codes; a router that is stored plainly stays plain."""
     directory, plain = make(tmp_path, name, "qwen3-moe")
-    assert tokens_of(load_tiny(directory)) == expected_tokens(plain)
+    expected = expected_tokens(plain)
+    assert tokens_of(load_tiny(directory)) == expected
+    device = CpuBackend().open(0)
+    try:
+        assert tokens_of(load_model(make_worker_config(directory), device)) == expected
+    finally:
+        device.close()
 
 
-def test_codes_stay_codes_where_the_device_multiplies_by_them(tmp_path):
-    """A model in 4 bits must not take the memory of 32."""
-    directory, plain = make(tmp_path, "gptq")
+@pytest.mark.parametrize("variant", ["llama", "qwen3-moe"])
+def test_codes_stay_codes_where_the_device_multiplies_by_them(variant, tmp_path):
+    """A model in 4 bits must not take the memory of 32, its experts neither."""
+    directory, plain = make(tmp_path, "gptq", variant)
     device = CpuBackend().open(0)
     try:
         packed = load_model(make_worker_config(directory), device)

@@ -7,8 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quire.core.interface.experts import ExpertWeights
+from quire.core.interface.experts import ExpertWeights, QuantizedExperts
+from quire.core.interface.ops import Ops
 from quire.core.models.decoder_spec import MixtureSpec
+from quire.core.models.weights.quantization import quantize
+from quire.core.models.weights.quantization_spec import QuantizationSpec
 from quire.core.models.weights.weight_layout import MixtureTensors, TensorShape
 
 
@@ -52,6 +55,19 @@ def read_experts(
         activation=mixture.activation,
         alpha=mixture.alpha,
         limit=mixture.limit,
+    )
+
+
+def quantize_experts(experts: ExpertWeights, spec: QuantizationSpec, ops: Ops) -> QuantizedExperts:
+    """Each expert's two layers as `spec` asks, like linear layers that stand alone."""
+    return QuantizedExperts(
+        gate_up=[quantize(weight, spec, ops=ops) for weight in experts.gate_up],
+        down=[quantize(weight, spec, ops=ops) for weight in experts.down],
+        gate_up_bias=experts.gate_up_bias,
+        down_bias=experts.down_bias,
+        activation=experts.activation,
+        alpha=experts.alpha,
+        limit=experts.limit,
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from quire.core.interface.ops import Ops
 from quire.core.interface.quantization import QuantizedWeight
 from quire.core.models.weights.quantization_spec import QuantizationSpec
-from quire.core.models.weights.weight_layout import LinearTensors
+from quire.core.models.weights.weight_layout import LinearTensors, MixtureTensors
 
 _MOST_INT8, _MOST_INT4 = 127, 15
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -38,6 +38,11 @@ def linear_inputs(tensors: object) -> Iterator[tuple[str, int]]:
     """
     if isinstance(tensors, LinearTensors):
         yield tensors.weights[0].name, tensors.weights[0].shape[1]
+    elif isinstance(tensors, MixtureTensors):
+        axis = -2 if tensors.is_merged and tensors.is_transposed else -1
+        for part in (tensors.gate_up[0], tensors.down[0]):
+            yield part.name, part.shape[axis]
+        yield from linear_inputs((tensors.shared, tensors.shared_gate))
     elif isinstance(tensors, tuple | list):
         for part in tensors:
             yield from linear_inputs(part)
