@@ -12,6 +12,8 @@ of weights, which is what tokens touch that choose their experts evenly; for one
 is chosen / experts, the active weights of a token. Tables that are only looked up do not count; an
 embedding table that is the head too counts once.
 
+With `--quantization` a weight counts as its codes with their scales and zeros, the head in 8 bits.
+
 Layers are as wide as those of a model with 1B parameters; there are few of them.
 
 python benchmarks/families.py --families qwen2,mixtral,mamba
@@ -143,6 +145,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """A row: `model_type`, and what differs from the base. A family more is a line more."""
 
 _LLAMA = "llama"
+_BITS = {"int8": 8.0, "int4": 4.0 + (16 + 8) / 64}
+"""Of a weight: of int4, groups of 64 have a scale of 16 bits and a zero of 8."""
 _EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
 
 
@@ -150,6 +154,7 @@ def main(
     families: Annotated[str, typer.Option(help="comma-separated; none: all")] = "",
     device: Annotated[str, typer.Option()] = "cpu",
     dtype: Annotated[str, typer.Option()] = "bfloat16",
+    quantization: Annotated[str | None, typer.Option(help="int8, int4; none: as made")] = None,
     prompt: Annotated[int, typer.Option(help="tokens of each prompt")] = 16,
     tokens: Annotated[int, typer.Option(help="output tokens of each")] = 32,
     rounds: Annotated[int, typer.Option()] = 5,
@@ -159,14 +164,21 @@ def main(
     """Decodes with each family and with Llama in turn; prints bytes a second."""
     names = [name for name in families.split(",") if name] or list(FAMILIES)
     record = Record(
-        name=f"families_{device}_{dtype}",
+        name=f"families_{device}_{quantization or dtype}",
         settings={
-            "families": names, "device": device, "dtype": dtype, "prompt": prompt,
-            "tokens": tokens, "rounds": rounds, "threads": threads,
+            "families": names, "device": device, "dtype": dtype, "quantization": quantization,
+            "prompt": prompt, "tokens": tokens, "rounds": rounds, "threads": threads,
         },
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        start = partial(_Subject, folder=Path(folder), device=device, dtype=dtype, threads=threads)
+        start = partial(
+            _Subject,
+            folder=Path(folder),
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            threads=threads,
+        )
         llama = start(_LLAMA)
         for name in names:
             if name == _LLAMA:
@@ -207,17 +219,25 @@ class _Subject:
     """A family's model with made-up weights, and what its figure needs."""
 
     def __init__(
-        self, name: str, folder: Path, *, device: str, dtype: str, threads: int | None
+        self,
+        name: str,
+        folder: Path,
+        *,
+        device: str,
+        dtype: str,
+        quantization: str | None,
+        threads: int | None,
     ) -> None:
         from quire import LLM
 
         self.name = name
         place = folder / name
         place.mkdir()
-        weights = _write_config(name, place, dtype)
+        weights = _write_config(name, place, dtype, quantization)
         self._weights = replace(weights, state_bytes=_state_bytes(place))
         self._llm: Any = LLM(
-            model=str(place), device=device, dtype=dtype, load_format="dummy",
+            model=str(place), device=device, dtype=dtype, quantization=quantization,
+            load_format="dummy",
             model_impl="native", max_num_seqs=8, max_model_len=256, num_threads=threads,
             enable_prefix_caching=False, cache_memory_bytes=1 << 30,
         )  # fmt: skip
@@ -284,7 +304,7 @@ def _compare(
     )
 
 
-def _write_config(name: str, place: Path, dtype: str) -> _Weights:
+def _write_config(name: str, place: Path, dtype: str, quantization: str | None = None) -> _Weights:
     """Writes config.json of a family; the sizes of its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -295,7 +315,8 @@ def _write_config(name: str, place: Path, dtype: str) -> _Weights:
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     settings = {**config.to_dict(), "architectures": [type(model).__name__], "dtype": dtype}
     (place / "config.json").write_text(json.dumps(settings))
-    return _weights_of(model, config, getattr(torch, dtype).itemsize)
+    bits = _BITS.get(quantization or "", getattr(torch, dtype).itemsize * 8)
+    return _weights_of(model, config, bits, 8 if quantization else bits)
 
 
 def _state_bytes(place: Path) -> int:
@@ -314,20 +335,22 @@ def _state_bytes(place: Path) -> int:
     )
 
 
-def _weights_of(model: Any, config: Any, item_size: int) -> _Weights:
+def _weights_of(model: Any, config: Any, bits: float, head_bits: float) -> _Weights:
     counts = (getattr(config, key, None) for key in _EXPERT_COUNTS)
     num_experts = next((count for count in counts if count), 1)
     table = model.get_input_embeddings().weight
-    is_head = model.get_output_embeddings().weight is table
-    expert_size = other_size = 0
+    head = model.get_output_embeddings().weight
+    expert_bits = other_bits = 0.0
     for key, parameter in model.named_parameters():
         if ".experts." in key:
-            expert_size += parameter.numel()
-        elif is_head or parameter is not table:
-            other_size += parameter.numel()
+            expert_bits += parameter.numel() * bits
+        elif parameter is head:
+            other_bits += parameter.numel() * head_bits
+        elif parameter is not table:
+            other_bits += parameter.numel() * bits
     return _Weights(
-        expert_bytes=expert_size * item_size,
-        other_bytes=other_size * item_size,
+        expert_bytes=int(expert_bits / 8),
+        other_bytes=int(other_bits / 8),
         chosen_share=getattr(config, "num_experts_per_tok", num_experts) / num_experts,
     )
 
