@@ -7,7 +7,7 @@ words, and every function raises that as a RuntimeError.
 from __future__ import annotations
 
 from quire.kernels_cpu.attention import paged_attention, write_cache
-from quire.kernels_cpu.decoder import DecoderChain, FusedDecoderLayer, Step
+from quire.kernels_cpu.decoder import DecoderChain, FusedDecoderLayer, FusedMlp, Step
 from quire.kernels_cpu.elementwise import (
     add_rms_norm,
     gated_activation,
@@ -26,6 +26,7 @@ from quire.kernels_cpu.experts import (
 )
 from quire.kernels_cpu.linear import PackedWeights, pack_codes, pack_dense, read_memory
 from quire.kernels_cpu.mixer import FusedMixer, Pieces
+from quire.kernels_cpu.mixture import FusedMixture
 from quire.kernels_cpu.native import (
     HAVE_NATIVE,
     WHY_NOT_NATIVE,
@@ -56,6 +57,8 @@ __all__ = [
     "DecoderChain",
     "FusedDecoderLayer",
     "FusedMixer",
+    "FusedMixture",
+    "FusedMlp",
     "PackedExpertCodes",
     "PackedExpertWeights",
     "PackedWeights",

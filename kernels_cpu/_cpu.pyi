@@ -287,6 +287,24 @@ class Step:
         sizes: Sequence[int],
     ) -> None: ...
 
+class Mixture:
+    def __init__(
+        self,
+        dtype: int,
+        router: Linear,
+        bias: int,
+        experts: Experts,
+        shared_gate_up: Linear | None,
+        shared_down: Linear | None,
+        gate: int,
+        sizes: Sequence[int],
+        scale: float,
+        is_sigmoid: bool,
+        is_renormalised: bool,
+        adds_two_best: bool,
+        /,
+    ) -> None: ...
+
 class DecoderLayer:
     def __init__(
         self,
@@ -294,8 +312,9 @@ class DecoderLayer:
         element_size: int,
         qkv: Linear,
         output: Linear,
-        gate_up: Linear,
-        down: Linear,
+        gate_up: Linear | None,
+        down: Linear | None,
+        mixture: Mixture | None,
         norms: Sequence[int],
         sinks: int,
         sizes: Sequence[int],

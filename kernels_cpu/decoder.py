@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quire.kernels_cpu import checks, native
 from quire.kernels_cpu.attention import check_scales, stored_as
 from quire.kernels_cpu.elementwise import GATES
 from quire.kernels_cpu.linear import PackedWeights
+from quire.kernels_cpu.mixture import FusedMixture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,12 +68,17 @@ class Step:
         return self._rotation
 
 
+FusedMlp = tuple[PackedWeights, PackedWeights] | FusedMixture
+"""Gate and up, stacked, and down; or a mixture of experts."""
+
+
 class FusedDecoderLayer:
     """The kernels of a layer's operators in their order, for a `DecoderChain` to call.
 
-    `norms` [H] (the last two [D], or over all heads): after attention, before the MLP, after the
-    MLP, of what follows, of queries, of keys; the second and the fourth are there, others may be
-    None. Query, key and value are stacked in `qkv`, gate and up in `gate_up`; `sinks` float32 [Hq].
+    `linears`: query, key and value, stacked, and the output of the attention; `norms` [H] (the last
+    two [D], or over all heads): after attention, before the MLP, after the MLP, of what follows, of
+    queries, of keys; the second and the fourth are there, others may be None. `sinks` float32 [Hq];
+    `gate` is that of an MLP which is no mixture.
     Raises: ValueError, TypeError for weights that do not fit each other.
     """
 
@@ -84,7 +90,8 @@ class FusedDecoderLayer:
     def __init__(
         self,
         dtype: torch.dtype,
-        linears: tuple[PackedWeights, PackedWeights, PackedWeights, PackedWeights],
+        linears: tuple[PackedWeights, PackedWeights],
+        mlp: FusedMlp,
         norms: Sequence[Tensor | None],
         *,
         num_heads: int,
@@ -102,9 +109,11 @@ class FusedDecoderLayer:
         is_norm_joint: bool = False,
     ) -> None:
         native.require_native()
-        qkv, output, gate_up, down = linears
+        qkv, output = linears
         hidden_size = qkv.num_inputs
-        _check_linears(linears, (num_heads, num_kv_heads, head_size))
+        _check_linears(linears, mlp, (num_heads, num_kv_heads, head_size))
+        if isinstance(mlp, FusedMixture) and mlp.dtype != dtype:
+            raise TypeError(f"the mixture takes rows of {mlp.dtype}, the layer {dtype}")
         norm_size = head_size if not is_norm_joint else 0
         widths = [hidden_size] * 4 + [norm_size or num_heads * head_size]
         _check_norms(dtype, norms, [*widths, norm_size or num_kv_heads * head_size])
@@ -119,14 +128,16 @@ class FusedDecoderLayer:
         self._dtype, self._hidden_size = dtype, hidden_size
         self._num_kv_heads, self._head_size, self._num_pairs = num_kv_heads, head_size, num_pairs
         self._cache: tuple[Tensor | None, ...] = ()
-        self._kept = (linears, tuple(norms), sinks)
+        self._kept = (linears, mlp, tuple(norms), sinks)
+        gate_up, down, mixture = _handles(mlp)
         self.handle = _cpu.DecoderLayer(
             checks.dtype_code(dtype),
             dtype.itemsize,
             qkv.handle,
             output.handle,
-            gate_up.handle,
-            down.handle,
+            gate_up,
+            down,
+            mixture,
             [_address(norm) for norm in norms],
             _address(sinks),
             (hidden_size, num_heads, num_kv_heads, head_size, num_pairs, window, chunk),
@@ -238,16 +249,30 @@ class DecoderChain:
         self._handle.run(handles, x.data_ptr(), residual.data_ptr(), rotations)
 
 
-def _check_linears(linears: tuple[PackedWeights, ...], heads: tuple[int, int, int]) -> None:
-    qkv, output, gate_up, down = linears
+def _handles(mlp: FusedMlp) -> tuple[Any, Any, Any]:
+    """Of gate and up, of down, and of a mixture; None where there is none."""
+    if isinstance(mlp, FusedMixture):
+        return None, None, mlp.handle
+    return mlp[0].handle, mlp[1].handle, None
+
+
+def _check_linears(
+    linears: tuple[PackedWeights, PackedWeights], mlp: FusedMlp, heads: tuple[int, int, int]
+) -> None:
+    qkv, output = linears
     num_heads, num_kv_heads, head_size = heads
-    hidden_size, inner_size = qkv.num_inputs, down.num_inputs
+    hidden_size = qkv.num_inputs
     expected = {
         "qkv": (qkv, (num_heads + 2 * num_kv_heads) * head_size, hidden_size),
         "output": (output, hidden_size, num_heads * head_size),
-        "gate_up": (gate_up, 2 * inner_size, hidden_size),
-        "down": (down, hidden_size, inner_size),
     }
+    if isinstance(mlp, FusedMixture):
+        if mlp.hidden_size != hidden_size:
+            raise ValueError(f"the mixture takes rows of {mlp.hidden_size}, qkv of {hidden_size}")
+    else:
+        gate_up, down = mlp
+        expected["gate_up"] = (gate_up, 2 * down.num_inputs, hidden_size)
+        expected["down"] = (down, hidden_size, down.num_inputs)
     for name, (linear, num_outputs, num_inputs) in expected.items():
         if (linear.num_outputs, linear.num_inputs) != (num_outputs, num_inputs):
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import is_not
 
+import torch
 from torch import Tensor
 
 from quire import kernels_cpu
@@ -20,21 +21,28 @@ from quire.core.interface import (
     FusedLayer,
     FusedLayers,
     LayerCache,
+    MixtureLayerParts,
     PackedLinear,
 )
+
+_Parts = DecoderLayerParts | MixtureLayerParts
 
 _ACTIVATIONS = frozenset({"silu", "gelu_tanh", "gelu"})
 
 
-def fuse(parts: DecoderLayerParts, attention: AttentionBackend) -> FusedLayer | None:
+def fuse(parts: _Parts, attention: AttentionBackend) -> FusedLayer | None:
     """One call for a layer; None where an operator of it is not one of the compiled kernels."""
     if type(attention) is not CpuAttention or not attention.provider().startswith("native"):
         return None
     spec = attention.spec
-    linears = _packed(parts)
+    linears = [_payload(parts.qkv), _payload(parts.output)]
+    mlp = _mlp_of(parts)
     is_plain = spec.kind in ("causal", "sliding_window", "chunked") and not spec.has_alibi
     is_plain = is_plain and spec.head_size == spec.v_head_size == parts.head_size
-    if linears is None or not is_plain or parts.activation not in _ACTIVATIONS:
+    qkv, output = linears
+    if qkv is None or output is None or mlp is None or not is_plain:
+        return None
+    if parts.activation not in _ACTIVATIONS:
         return None
     norms = _norms(parts)
     dtype = parts.following_norm.dtype
@@ -44,7 +52,8 @@ def fuse(parts: DecoderLayerParts, attention: AttentionBackend) -> FusedLayer | 
         return None
     layer = kernels_cpu.FusedDecoderLayer(
         dtype,
-        linears,
+        (qkv, output),
+        mlp,
         norms,
         num_heads=parts.num_heads,
         num_kv_heads=parts.num_kv_heads,
@@ -130,30 +139,52 @@ def _step_of(plan: AttentionPlan) -> kernels_cpu.Step:
     return plan.step
 
 
-def _packed(
-    parts: DecoderLayerParts,
-) -> (
-    tuple[
-        kernels_cpu.PackedWeights,
-        kernels_cpu.PackedWeights,
-        kernels_cpu.PackedWeights,
-        kernels_cpu.PackedWeights,
-    ]
-    | None
-):
-    """The linear layers, if the kernels multiply by all of them."""
-    qkv, output, gate_up, down = map(_payload, (parts.qkv, parts.output, parts.gate_up, parts.down))
-    if qkv is None or output is None or gate_up is None or down is None:
+def _mlp_of(parts: _Parts) -> kernels_cpu.FusedMlp | None:
+    """What follows attention, if the kernels multiply by all of it."""
+    if isinstance(parts, MixtureLayerParts):
+        return _mixture_of(parts)
+    gate_up, down = _payload(parts.gate_up), _payload(parts.down)
+    return None if gate_up is None or down is None else (gate_up, down)
+
+
+def _mixture_of(parts: MixtureLayerParts) -> kernels_cpu.FusedMixture | None:
+    dtype, routing, experts = parts.following_norm.dtype, parts.routing, parts.experts.payload
+    router, is_shared = _payload(parts.router), parts.shared_down is not None
+    shared_gate_up, shared_down = _payload(parts.shared_gate_up), _payload(parts.shared_down)
+    if router is None or dtype not in (torch.float32, torch.bfloat16):
         return None
-    return qkv, output, gate_up, down
+    if is_shared and (shared_gate_up is None or shared_down is None):
+        return None
+    if not isinstance(experts, kernels_cpu.PackedExpertWeights | kernels_cpu.PackedExpertCodes):
+        return None
+    if routing.score not in ("softmax", "sigmoid"):
+        return None
+    bias = parts.correction_bias
+    return kernels_cpu.FusedMixture(
+        dtype,
+        router,
+        experts,
+        bias=None if bias is None else bias.float().contiguous(),
+        shared=None
+        if shared_gate_up is None or shared_down is None
+        else (shared_gate_up, shared_down),
+        gate=parts.activation,
+        num_chosen=routing.num_chosen,
+        num_groups=routing.num_groups,
+        num_kept_groups=routing.num_kept_groups,
+        scale=routing.scale,
+        is_sigmoid=routing.score == "sigmoid",
+        is_renormalised=routing.is_renormalised,
+        adds_two_best=routing.group_score == "top2",
+    )
 
 
-def _payload(linear: PackedLinear) -> kernels_cpu.PackedWeights | None:
-    payload = linear.payload
+def _payload(linear: PackedLinear | None) -> kernels_cpu.PackedWeights | None:
+    payload = None if linear is None else linear.payload
     return payload if isinstance(payload, kernels_cpu.PackedWeights) else None
 
 
-def _norms(parts: DecoderLayerParts) -> tuple[Tensor | None, ...]:
+def _norms(parts: _Parts) -> tuple[Tensor | None, ...]:
     """In the order of `FusedDecoderLayer`."""
     norms = (
         parts.attention_output_norm,

@@ -28,6 +28,7 @@ from quire.core.interface import (
     FusedLayers,
     FusedMixer,
     MixerParts,
+    MixtureLayerParts,
     PackedExperts,
     PackedLinear,
     QuantizedExperts,
@@ -87,6 +88,12 @@ class CpuOps(ReferenceOps):
             # Slower than oneDNN with many rows, and the same whatever their number.
             return native_linear.pack_dense(weight, bias)
         return packed or super().pack_linear(weight, bias)
+
+    def pack_router(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        # A few microseconds where oneDNN takes tens, and as fast with many rows.
+        if not self._has_native or weight.dtype != torch.float32:
+            return self.pack_linear(weight, bias)
+        return native_linear.pack_dense(weight, bias)
 
     def pack_quantized_linear(
         self, weight: QuantizedWeight, bias: Tensor | None, dtype: str
@@ -157,6 +164,13 @@ class CpuOps(ReferenceOps):
         self, parts: DecoderLayerParts, attention: AttentionBackend
     ) -> FusedLayer | None:
         if type(self) is not CpuOps:  # a subclass may compute an operator in its own way
+            return None
+        return fused_layer.fuse(parts, attention)
+
+    def fuse_mixture_layer(
+        self, parts: MixtureLayerParts, attention: AttentionBackend
+    ) -> FusedLayer | None:
+        if type(self) is not CpuOps:
             return None
         return fused_layer.fuse(parts, attention)
 

@@ -42,6 +42,7 @@ from quire.core.interface.fusion import (
     FusedLayers,
     FusedMixer,
     MixerParts,
+    MixtureLayerParts,
     StatePieces,
 )
 from quire.core.interface.graphs import CapturedStep, GraphCapture
@@ -114,6 +115,7 @@ __all__ = [
     "LayerCache",
     "MemoryInfo",
     "MixerParts",
+    "MixtureLayerParts",
     "ModelInfo",
     "NewRequest",
     "OpSpec",

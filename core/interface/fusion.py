@@ -10,25 +10,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quire.core.interface.attention import AttentionPlan, LayerCache
+    from quire.core.interface.experts import PackedExperts, RoutingSpec
     from quire.core.interface.ops import PackedLinear
     from quire.core.interface.recurrence import StateSlots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DecoderLayerParts:
-    """A layer of attention and one MLP, in the order in which they are computed.
+class LayerParts:
+    """What layers have in common, in the order in which it is computed.
 
     With x normalised: qkv of x, norms of queries and keys, rotary, attention, `output`, its norm;
-    residual += that, `mlp_norm`; `gate_up`, the gated activation, `down`, its norm; residual +=
-    that, `following_norm`. Norms are RMS norms with `eps`.
+    residual += that, `mlp_norm`; what stands in the place of the MLP, its norm; residual += that,
+    `following_norm`. Norms are RMS norms with `eps`.
     """
 
     qkv: PackedLinear
     """Query, key and value, stacked: heads of `head_size`."""
     output: PackedLinear
-    gate_up: PackedLinear
-    """Gate and up, stacked."""
-    down: PackedLinear
     mlp_norm: Tensor
     """[H]."""
     following_norm: Tensor
@@ -52,6 +50,33 @@ class DecoderLayerParts:
     is_qk_norm_joint: bool = False
     sinks: Tensor | None = None
     """float32 [Hq]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DecoderLayerParts(LayerParts):
+    """A layer of attention and one MLP: `gate_up`, the gated activation, `down`."""
+
+    gate_up: PackedLinear
+    """Gate and up, stacked."""
+    down: PackedLinear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MixtureLayerParts(LayerParts):
+    """A layer of attention and a mixture of experts.
+
+    The router of x in float32, `Ops.route_experts`, `Ops.experts`, to which what the shared MLP
+    makes of x is added, if there is one.
+    """
+
+    router: PackedLinear
+    """From `Ops.pack_router`."""
+    routing: RoutingSpec
+    experts: PackedExperts
+    correction_bias: Tensor | None = None
+    """float32 [E]."""
+    shared_gate_up: PackedLinear | None = None
+    shared_down: PackedLinear | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

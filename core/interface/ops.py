@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         FusedLayers,
         FusedMixer,
         MixerParts,
+        MixtureLayerParts,
     )
     from quire.core.interface.quantization import QuantizedWeight
     from quire.core.interface.recurrence import Sequences
@@ -214,10 +215,16 @@ class Ops(ABC):
         """
         return None
 
+    def fuse_mixture_layer(
+        self, parts: MixtureLayerParts, attention: AttentionBackend
+    ) -> FusedLayer | None:
+        """The same for a layer with a mixture of experts in the place of its MLP."""
+        return None
+
     def chain_decoder_layers(
         self, layers: Sequence[FusedLayer], groups: Sequence[int], ropes: Sequence[int]
     ) -> FusedLayers | None:
-        """One call for layers that follow each other, all from `fuse_decoder_layer`.
+        """One call for layers that follow each other, all from the two calls above.
 
         groups, ropes: of each layer, which of a call's plans and angles are its own. Bit for bit
         the layers' result one by one. None: they are called one by one. Asked at load.
@@ -266,6 +273,10 @@ class Ops(ABC):
         is free.
         """
         raise NotImplementedError
+
+    def pack_router(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """As `pack_linear`, for float32 [E, H] of few outputs that every step multiplies by."""
+        return self.pack_linear(weight, bias)
 
     def pack_experts(self, weights: ExpertWeights) -> PackedExperts:
         """Packs the experts of a layer for `experts`, at load. Mutates nothing; may keep them."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from quire.core.interface.attention import AttentionBackend, AttentionPlan, LayerCache
-from quire.core.interface.fusion import DecoderLayerParts, FusedLayer
+from quire.core.interface.fusion import DecoderLayerParts, FusedLayer, MixtureLayerParts
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.gated_attention import GatedAttention
@@ -144,31 +145,44 @@ def _fuse(
     ops: Ops,
     attention: AttentionBackend,
 ) -> FusedLayer | None:
-    """The device's one call for a layer of plain heads and one MLP, if it has one."""
+    """The device's one call for a layer of plain heads, if it has one."""
     heads, mlp = weights.attention, weights.mlp
-    if not (isinstance(heads, HeadWeights) and isinstance(mlp, DenseWeights)):
+    if not isinstance(heads, HeadWeights):
         return None
     if rope is None or decoder.has_rotated_norm or decoder.has_attention_gate:
         return None
-    parts = DecoderLayerParts(
-        qkv=heads.qkv,
-        output=weights.output,
-        gate_up=mlp.gate_up,
-        down=mlp.down,
-        mlp_norm=weights.mlp_norm,
-        following_norm=following_norm,
-        num_heads=decoder.num_heads,
-        num_kv_heads=decoder.num_kv_heads,
-        head_size=decoder.head_size,
-        num_rotated=decoder.ropes[rope].rotary_size,
-        activation=decoder.activation,
-        eps=decoder.norm_eps,
-        is_rope_interleaved=decoder.is_rope_interleaved,
-        attention_output_norm=weights.attention_output_norm,
-        mlp_output_norm=weights.mlp_output_norm,
-        q_norm=heads.q_norm,
-        k_norm=heads.k_norm,
-        is_qk_norm_joint=decoder.is_qk_norm_joint,
-        sinks=heads.sinks,
+    common: dict[str, Any] = {
+        "qkv": heads.qkv,
+        "output": weights.output,
+        "mlp_norm": weights.mlp_norm,
+        "following_norm": following_norm,
+        "num_heads": decoder.num_heads,
+        "num_kv_heads": decoder.num_kv_heads,
+        "head_size": decoder.head_size,
+        "num_rotated": decoder.ropes[rope].rotary_size,
+        "activation": decoder.activation,
+        "eps": decoder.norm_eps,
+        "is_rope_interleaved": decoder.is_rope_interleaved,
+        "attention_output_norm": weights.attention_output_norm,
+        "mlp_output_norm": weights.mlp_output_norm,
+        "q_norm": heads.q_norm,
+        "k_norm": heads.k_norm,
+        "is_qk_norm_joint": decoder.is_qk_norm_joint,
+        "sinks": heads.sinks,
+    }
+    if isinstance(mlp, DenseWeights):
+        dense = DecoderLayerParts(**common, gate_up=mlp.gate_up, down=mlp.down)
+        return ops.fuse_decoder_layer(dense, attention)
+    mixture = decoder.mixture
+    if mixture is None or mixture.weighs_input or mlp.shared_gate is not None:
+        return None
+    parts = MixtureLayerParts(
+        **common,
+        router=mlp.router,
+        routing=mixture.routing,
+        experts=mlp.experts,
+        correction_bias=mlp.correction_bias,
+        shared_gate_up=None if mlp.shared is None else mlp.shared.gate_up,
+        shared_down=None if mlp.shared is None else mlp.shared.down,
     )
-    return ops.fuse_decoder_layer(parts, attention)
+    return ops.fuse_mixture_layer(parts, attention)

@@ -233,7 +233,7 @@ class WeightBuilder:
         correction = tensors.correction_bias
         gate = tensors.shared_gate
         return MixtureWeights(
-            router=self._ops.pack_linear(router[0], router[1] if len(router) > 1 else None),
+            router=self._ops.pack_router(router[0], router[1] if len(router) > 1 else None),
             correction_bias=None if correction is None else self._float32(correction),
             experts=packed,
             shared=None if tensors.shared is None else self._dense(tensors.shared),

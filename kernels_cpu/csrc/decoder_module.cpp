@@ -13,6 +13,7 @@
 
 #include "batch_checks.h"
 #include "buffers.h"
+#include "experts_module.h"
 #include "levels.h"
 #include "linear_module.h"
 
@@ -90,12 +91,14 @@ class DecoderLayer {
  public:
   // norms: after attention, before the MLP, after the MLP, of what follows; of queries, of keys; 0 where there is none.
   // sizes: hidden, query heads, key heads, head size, rotated pairs, window, chunk.
-  DecoderLayer(int dtype, int64_t element_size, const Linear& qkv, const Linear& output, const Linear& gate_up,
-               const Linear& down, const std::vector<uintptr_t>& norms, uintptr_t sinks, const Sizes& sizes, int gate,
+  // gate_up, down: null where `mixture` takes their place.
+  DecoderLayer(int dtype, int64_t element_size, const Linear& qkv, const Linear& output, const Linear* gate_up,
+               const Linear* down, const Mixture* mixture, const std::vector<uintptr_t>& norms, uintptr_t sinks, const Sizes& sizes, int gate,
                float eps, float scale, float soft_cap, bool is_interleaved, bool is_norm_joint)
       : dtype_(DType(dtype)), element_size_(element_size), qkv_(qkv), output_(output), gate_up_(gate_up), down_(down),
-        norms_(norms), gate_(Gate(gate)), eps_(eps), is_interleaved_(is_interleaved), is_norm_joint_(is_norm_joint) {
+        mixture_(mixture), norms_(norms), gate_(Gate(gate)), eps_(eps), is_interleaved_(is_interleaved), is_norm_joint_(is_norm_joint) {
     if (norms.size() != 6 || sizes.size() != 7) throw std::invalid_argument("six norms and seven sizes");
+    if (mixture ? gate_up || down : !gate_up || !down) throw std::invalid_argument("one MLP, or one mixture");
     hidden_ = sizes[0], pairs_ = sizes[4];
     attention_.dtype = dtype_;
     attention_.num_heads = sizes[1], attention_.num_kv_heads = sizes[2];
@@ -222,14 +225,15 @@ class DecoderLayer {
       a.q = heads, a.out = attended;
       if (!level.kernels->paged_attention(a)) throw std::bad_alloc();
       multiply(layer.output_, attended, sum, rows);
-      announce(team, ahead_of(layer.gate_up_.weights()));
+      if (layer.gate_up_) announce(team, ahead_of(layer.gate_up_->weights()));
       norm(sum, nullptr, 0, sum, rows, layer.hidden_, layer.hidden_);
       norm(sum, residual, 1, x, rows, layer.hidden_, layer.hidden_);
     }
 
-    // The MLP, some rows at a time: a row's bits do not depend on its company.
+    // The mixture, or the MLP some rows at a time: a row's bits do not depend on its company.
     void follow() const {
-      const int64_t hidden = layer.hidden_, inner = layer.down_.weights().num_inputs, size = layer.element_size_;
+      if (layer.mixture_) return mix();
+      const int64_t hidden = layer.hidden_, inner = layer.down_->weights().num_inputs, size = layer.element_size_;
       const int64_t most = rows < MLP_ROWS ? rows : MLP_ROWS;
       Buffers buffers(Buffers::padded(most * 2 * inner * size) + Buffers::padded(most * inner * size) +
                       Buffers::padded(most * hidden * size));
@@ -237,19 +241,30 @@ class DecoderLayer {
       char* sum = buffers.take(most * hidden * size);
       for (int64_t row = 0; row < rows; row += most) {
         const int64_t count = rows - row < most ? rows - row : most, offset = row * hidden * size;
-        multiply(layer.gate_up_, x + offset, both, count);
-        announce(team, ahead_of(layer.down_.weights()));
+        multiply(*layer.gate_up_, x + offset, both, count);
+        announce(team, ahead_of(layer.down_->weights()));
         level.kernels->gated_activation({layer.dtype_, layer.gate_, both, gated, count, inner, 2 * inner, inner});
-        multiply(layer.down_, gated, sum, count);
+        multiply(*layer.down_, gated, sum, count);
         norm(sum, nullptr, 2, sum, count, hidden, hidden);
         norm(sum, residual + offset, 3, x + offset, count, hidden, hidden);
       }
+    }
+
+    void mix() const {
+      const int64_t hidden = layer.hidden_, bytes = rows * hidden * layer.element_size_;
+      Buffers buffers(Buffers::padded(bytes));
+      char* sum = buffers.take(bytes);
+      layer.mixture_->run(level, x, sum, rows, team);
+      norm(sum, nullptr, 2, sum, rows, hidden, hidden);
+      norm(sum, residual, 3, x, rows, hidden, hidden);
     }
   };
 
   DType dtype_;
   int64_t element_size_;
-  const Linear &qkv_, &output_, &gate_up_, &down_;  // Python keeps them alive
+  const Linear &qkv_, &output_;  // Python keeps them and what follows alive
+  const Linear *gate_up_, *down_;
+  const Mixture* mixture_;
   std::vector<uintptr_t> norms_;
   Gate gate_;
   float eps_;
@@ -297,9 +312,11 @@ class DecoderChain {
 void bind_decoder(nb::module_& m) {
   nb::class_<Step>(m, "Step").def(nb::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, const Sizes&>());
   nb::class_<DecoderLayer>(m, "DecoderLayer")
-      .def(nb::init<int, int64_t, const Linear&, const Linear&, const Linear&, const Linear&,
+      .def(nb::init<int, int64_t, const Linear&, const Linear&, const Linear*, const Linear*, const Mixture*,
                     const std::vector<uintptr_t>&, uintptr_t, const Sizes&, int, float, float, float, bool, bool>(),
-           nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::keep_alive<1, 4>(),
+           nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>())
       .def("bind_cache", &DecoderLayer::bind_cache);
   nb::class_<DecoderChain>(m, "DecoderChain")
       .def(nb::init<std::vector<const DecoderLayer*>, std::vector<size_t>, std::vector<size_t>>())

@@ -195,25 +195,53 @@ static void multiply_piece(const Wave& w, const LinearWeights* experts, const In
   panel_of_chunk<Kind, float>(product, prepared, piece.first - w.begin, piece.end - w.begin, unit % panels);
 }
 
+// `work(i, thread)` for every i of `count`, whoever is free, by the team whose leader calls.
+template <class Work>
+static void share_out(Team* team, int threads, int64_t count, const Work& work) {
+  int64_t next = 0;
+  auto job = [&](int thread) {
+    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) work(i, thread);
+  };
+  spread(team, threads, job);
+}
+
 template <class UpKind, class DownKind, class T, Fed KIND>
 static void run_wave(const ExpertArgs& a, const Sorted& s, const Wave& w, int threads) {
   const int64_t units_up = w.num_pieces * ((a.gate_up->num_outputs + PANEL - 1) / PANEL);
   const int64_t units_down = w.num_pieces * ((a.down->num_outputs + PANEL - 1) / PANEL);
+  const auto gather = [&](int64_t p, int thread) {
+    gather_pair<T, KIND>(a, s, w.begin + p, w.x, p, w.wide + thread * w.wide_size);
+  };
+  const auto up = [&](int64_t unit, int) { multiply_piece<UpKind>(w, a.gate_up, w.x, w.both, unit); };
+  const auto activate = [&](int64_t p, int thread) {
+    activate_pair<T, KIND>(a, w.both + p * a.gate_up->num_outputs, w.inner, p, w.wide + thread * w.wide_size);
+  };
+  const auto down = [&](int64_t unit, int) { multiply_piece<DownKind>(w, a.down, w.inner, w.results, unit); };
+  const auto sum = [&](int64_t t, int) {
+    add_pairs(a, s, t, w.begin, w.end, w.results, w.sums + t * a.down->num_outputs);
+  };
+  const int64_t pairs = w.end - w.begin;
+  if (a.team) {
+    share_out(a.team, threads, pairs, gather);
+    share_out(a.team, threads, units_up, up);
+    share_out(a.team, threads, pairs, activate);
+    share_out(a.team, threads, units_down, down);
+    for (int64_t t = 0; t < a.tokens; ++t) sum(t, 0);
+    return;
+  }
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* wide = w.wide + current_thread() * w.wide_size;
+    const int thread = current_thread();
 #pragma omp for schedule(static)
-    for (int64_t p = w.begin; p < w.end; ++p) gather_pair<T, KIND>(a, s, p, w.x, p - w.begin, wide);
+    for (int64_t p = 0; p < pairs; ++p) gather(p, thread);
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units_up; ++unit) multiply_piece<UpKind>(w, a.gate_up, w.x, w.both, unit);
+    for (int64_t unit = 0; unit < units_up; ++unit) up(unit, thread);
 #pragma omp for schedule(static)
-    for (int64_t p = 0; p < w.end - w.begin; ++p)
-      activate_pair<T, KIND>(a, w.both + p * a.gate_up->num_outputs, w.inner, p, wide);
+    for (int64_t p = 0; p < pairs; ++p) activate(p, thread);
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units_down; ++unit) multiply_piece<DownKind>(w, a.down, w.inner, w.results, unit);
+    for (int64_t unit = 0; unit < units_down; ++unit) down(unit, thread);
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < a.tokens; ++t)
-      add_pairs(a, s, t, w.begin, w.end, w.results, w.sums + t * a.down->num_outputs);
+    for (int64_t t = 0; t < a.tokens; ++t) sum(t, thread);
   }
 }
 
@@ -277,7 +305,7 @@ static bool run_experts(const ExpertArgs& a) {
   if (!sort_pairs(a, s)) return false;
   const int64_t n = a.tokens * a.num_chosen, most = n < WAVE ? n : WAVE;
   const int64_t panels = (a.gate_up->num_outputs + PANEL - 1) / PANEL;
-  const int most_threads = threads_of(INT32_MAX, INT64_MAX / 2);
+  const int most_threads = a.team ? a.team->threads : threads_of(INT32_MAX, INT64_MAX / 2);
   Wave w{};
   w.x = inputs_for<KIND>(*a.gate_up), w.inner = inputs_for<KIND>(*a.down);
   const int64_t most_pieces = a.num_experts + most / SHARE + 1;
@@ -295,7 +323,8 @@ static bool run_experts(const ExpertArgs& a) {
       w.end = w.begin + WAVE < n ? w.begin + WAVE : n;
       w.num_pieces = list_pieces(a, s, w.begin, w.end, pieces);
       const int64_t work = (w.end - w.begin) * a.gate_up->num_outputs * a.gate_up->num_inputs;
-      run_wave<UpKind, DownKind, T, KIND>(a, s, w, threads_of(w.num_pieces * panels, work));
+      const int threads = threads_of(w.num_pieces * panels, work);
+      run_wave<UpKind, DownKind, T, KIND>(a, s, w, a.team && threads > 1 ? a.team->threads : threads);
     }
     write_sums<T>(a, w.sums);
     __builtin_free(memory);

@@ -24,6 +24,7 @@ struct ExpertArgs {
   void* out;              // [T, H]
   int64_t tokens, num_chosen, x_stride, out_stride;
   bool weighs_input;
+  Team* team = nullptr;  // whose leader calls
 };
 
 struct RouteArgs {

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "levels.h"
-#include "linear_module.h"
 #include "linear_pack.h"
 
 namespace nb = nanobind;
@@ -49,76 +48,6 @@ void check_count(const Sizes& sizes, size_t count) {
 }
 
 // --- experts ---------------------------------------------------------------------------------------------------------
-
-// The weights of E equal layers, one behind the other; biases [E, panels * PANEL] or 0.
-std::vector<LinearWeights> layers_of(int format, uintptr_t lanes, uintptr_t bias, int64_t count, int64_t num_outputs,
-                                     int64_t num_inputs) {
-  const int64_t size = num_lanes(Format(format), num_outputs, num_inputs);
-  const int64_t padded = (num_outputs + PANEL - 1) / PANEL * PANEL;
-  std::vector<LinearWeights> layers(static_cast<size_t>(count));
-  for (int64_t e = 0; e < count; ++e) {
-    LinearWeights& w = layers[size_t(e)];
-    w.format = Format(format), w.rounding = Rounding::none;
-    w.lanes = at<const uint32_t>(lanes) + e * size;
-    if (bias) w.bias = at<const float>(bias) + e * padded;
-    set_sizes(w, num_outputs, num_inputs, 0);
-  }
-  return layers;
-}
-
-// The weights of E layers of codes, which differ in nothing else.
-std::vector<LinearWeights> layers_of(const std::vector<const Linear*>& linears) {
-  std::vector<LinearWeights> layers;
-  for (const Linear* linear : linears) layers.push_back(linear->weights());
-  if (layers.empty()) throw std::invalid_argument("no experts");
-  const LinearWeights& first = layers[0];
-  for (const LinearWeights& w : layers)
-    if (w.format != first.format || w.rounding != first.rounding || w.num_outputs != first.num_outputs ||
-        w.num_inputs != first.num_inputs || w.num_groups != first.num_groups)
-      throw std::invalid_argument("experts of one layer have one form");
-  return layers;
-}
-
-class Experts {
- public:
-  // Of codes: both layers' inputs are rounded, or neither's.
-  Experts(const std::vector<const Linear*>& gate_up, const std::vector<const Linear*>& down, int gate, float alpha,
-          float limit)
-      : gate_up_(layers_of(gate_up)), down_(layers_of(down)), gate_(ExpertGate(gate)), alpha_(alpha), limit_(limit) {
-    const LinearWeights &up = gate_up_[0], &back = down_[0];
-    const bool is_rounded = up.rounding != Rounding::none;
-    if (gate_up_.size() != down_.size() || up.num_outputs != 2 * back.num_inputs || up.num_inputs != back.num_outputs ||
-        is_rounded != (back.rounding != Rounding::none) || !up.scales || !back.scales)
-      throw std::invalid_argument("experts' layers do not fit each other");
-  }
-
-  Experts(int format, uintptr_t gate_up, uintptr_t gate_up_bias, uintptr_t down, uintptr_t down_bias, int64_t count,
-          int64_t hidden_size, int64_t inner_size, int gate, float alpha, float limit)
-      : gate_up_(layers_of(format, gate_up, gate_up_bias, count, 2 * inner_size, hidden_size)),
-        down_(layers_of(format, down, down_bias, count, hidden_size, inner_size)),
-        gate_(ExpertGate(gate)), alpha_(alpha), limit_(limit) {}
-
-  void run(int dtype, uintptr_t x, uintptr_t shares, uintptr_t chosen, uintptr_t out, int64_t tokens, int64_t num_chosen,
-           int64_t x_stride, int64_t out_stride, bool weighs_input) const {
-    ExpertArgs a{};
-    a.gate_up = gate_up_.data(), a.down = down_.data(), a.num_experts = int64_t(gate_up_.size());
-    a.gate = gate_, a.alpha = alpha_, a.limit = limit_;
-    a.dtype = DType(dtype), a.x = at<const void>(x), a.shares = at<const float>(shares);
-    a.chosen = at<const int64_t>(chosen), a.out = at<void>(out);
-    a.tokens = tokens, a.num_chosen = num_chosen, a.x_stride = x_stride, a.out_stride = out_stride;
-    a.weighs_input = weighs_input;
-    for (int64_t i = 0; i < tokens * num_chosen; ++i)
-      if (a.chosen[i] < 0 || a.chosen[i] >= a.num_experts)
-        throw std::out_of_range("expert " + std::to_string(a.chosen[i]) + " was chosen; there are " +
-                                std::to_string(a.num_experts));
-    call(kernels().experts, a);
-  }
-
- private:
-  std::vector<LinearWeights> gate_up_, down_;
-  ExpertGate gate_;
-  float alpha_, limit_;
-};
 
 // sizes: tokens, experts, chosen, groups, kept groups, stride of the logits.
 void route(uintptr_t logits, uintptr_t bias, uintptr_t weights, uintptr_t ids, const Sizes& sizes, float scale,
@@ -251,10 +180,6 @@ void logprobs(uintptr_t logits, uintptr_t chosen, uintptr_t selected, uintptr_t 
 }  // namespace
 
 void bind_layers(nb::module_& m) {
-  nb::class_<Experts>(m, "Experts")
-      .def(nb::init<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int, float, float>())
-      .def(nb::init<const std::vector<const Linear*>&, const std::vector<const Linear*>&, int, float, float>())
-      .def("run", &Experts::run);
   m.def("route_experts", &route);
   m.def("head_linear", &head_linear);
   m.def("causal_conv1d", &conv);

@@ -11,6 +11,7 @@
 
 #include "batch_checks.h"
 #include "decoder_module.h"
+#include "experts_module.h"
 #include "layers_module.h"
 #include "levels.h"
 #include "linear_module.h"
@@ -145,6 +146,7 @@ NB_MODULE(_cpu, m) {
   m.def("rotary", &quire::rotary);
   quire::bind_linear(m);
   quire::bind_layers(m);
+  quire::bind_experts(m);
   quire::bind_decoder(m);
   quire::bind_mixer(m);
   quire::bind_quantize(m);

@@ -13,10 +13,18 @@ kernels = pytest.importorskip("quire.kernels_cpu")
 
 from quire.backends.cpu.attention import CpuAttention  # noqa: E402
 from quire.backends.cpu.ops import CpuOps  # noqa: E402
-from quire.core.interface import AttentionBatch, AttentionSpec, QuantizedWeight  # noqa: E402
+from quire.core.interface import (  # noqa: E402
+    AttentionBatch,
+    AttentionSpec,
+    ExpertWeights,
+    QuantizedExperts,
+    QuantizedWeight,
+    RoutingSpec,
+)
 from quire.core.models.layers import DecoderLayer, LayerWeights  # noqa: E402
-from quire.core.models.mlp import DenseWeights  # noqa: E402
+from quire.core.models.mlp import DenseWeights, MixtureWeights  # noqa: E402
 from quire.core.models.self_attention import HeadWeights  # noqa: E402
+from quire.core.models.weights.quantization import quantize_int8  # noqa: E402
 from quire.kernels_cpu import Step  # noqa: E402
 
 pytestmark = [
@@ -85,10 +93,60 @@ def make_weights(ops, p, generator):
         output=linear(hidden, heads * size),
         attention_output_norm=norm(hidden) if is_sandwich else None,
         mlp_norm=norm(hidden),
-        mlp=DenseWeights(gate_up=linear(2 * inner, hidden), down=linear(hidden, inner)),
+        mlp=make_mixture(ops, p, generator, linear)
+        if p["mixture"]
+        else DenseWeights(gate_up=linear(2 * inner, hidden), down=linear(hidden, inner)),
         mlp_output_norm=norm(hidden) if is_sandwich else None,
     )
     return weights, norm(hidden)
+
+
+def make_mixture(ops, p, generator, linear):
+    """Experts in plain numbers or in codes, with a shared MLP or without."""
+    mixture, hidden, inner = p["mixture"], p["hidden"], p["inner"]
+    count = mixture["num_experts"]
+    gate_up = draw(generator, count, 2 * inner, hidden) / hidden**0.5
+    down = draw(generator, count, hidden, inner) / inner**0.5
+    if p["precision"] == "plain":
+        experts = ops.pack_experts(
+            ExpertWeights(
+                gate_up=gate_up.to(p["dtype"]),
+                down=down.to(p["dtype"]),
+                gate_up_bias=draw(generator, count, 2 * inner).to(p["dtype"]),
+                activation=mixture["activation"],
+            )
+        )
+    else:
+        codes = QuantizedExperts(
+            gate_up=[quantize_int8(weight) for weight in gate_up],
+            down=[quantize_int8(weight) for weight in down],
+            activation=mixture["activation"],
+        )
+        experts = ops.pack_quantized_experts(codes, str(p["dtype"]).removeprefix("torch."))
+    has_shared, has_bias = mixture["has_shared"], mixture["has_bias"]
+    return MixtureWeights(
+        router=ops.pack_router(draw(generator, count, hidden), draw(generator, count)),
+        correction_bias=draw(generator, count) if has_bias else None,
+        experts=experts,
+        shared=DenseWeights(gate_up=linear(2 * inner, hidden), down=linear(hidden, inner))
+        if has_shared
+        else None,
+        shared_gate=None,
+    )
+
+
+def make_routing(mixture):
+    """How tokens choose."""
+    return RoutingSpec(
+        num_experts=mixture["num_experts"],
+        num_chosen=mixture["num_chosen"],
+        score=mixture["score"],
+        is_renormalised=mixture["has_bias"],
+        scale=1.5,
+        num_groups=2,
+        num_kept_groups=mixture["num_kept_groups"],
+        group_score="top2",
+    )
 
 
 def make_layer(ops_class, p):
@@ -121,6 +179,9 @@ def make_layer(ops_class, p):
         has_rotated_norm=False,
         has_attention_gate=False,
         position_table=lambda _layer: 0,
+        mixture=None
+        if p["mixture"] is None
+        else SimpleNamespace(routing=make_routing(p["mixture"]), weighs_input=False),
     )
     weights, following = make_weights(ops, p, generator)
     attention = CpuAttention(spec)
@@ -193,6 +254,7 @@ def assert_same_bits(p):
 BASE = {
     "dtype": torch.bfloat16,
     "precision": "plain",
+    "mixture": None,
     "hidden": 48,
     "inner": 40,
     "heads": 4,
@@ -249,6 +311,62 @@ def test_fused_layer_odd_shapes_has_the_bits_of_its_operators(
         "inner": 4 * inner,
     }
     assert_same_bits(BASE | sizes | changes | {"steps": steps})
+
+
+MIXTURE = {
+    "num_experts": 6,
+    "num_chosen": 2,
+    "num_kept_groups": 2,
+    "score": "softmax",
+    "has_bias": False,
+    "has_shared": False,
+    "activation": "silu",
+}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    hidden=st.integers(1, 20),
+    inner=st.integers(1, 20),
+    changes=st.fixed_dictionaries(
+        {
+            "precision": st.sampled_from(["plain", (8, 0)]),
+            "norms": st.sampled_from(["none", "each"]),
+            "is_sandwich": st.booleans(),
+            "activation": st.sampled_from(["silu", "gelu_tanh"]),
+            "seed": st.integers(0, 100),
+        }
+    ),
+    mixture=st.fixed_dictionaries(
+        {
+            "num_chosen": st.integers(1, 3),
+            "num_kept_groups": st.integers(1, 2),
+            "score": st.sampled_from(["softmax", "sigmoid"]),
+            "has_bias": st.booleans(),
+            "has_shared": st.booleans(),
+            "activation": st.sampled_from(["silu", "clamped_swiglu"]),
+        }
+    ),
+    steps=st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=2), min_size=1, max_size=3),
+)
+def test_fused_layer_with_a_mixture_has_the_bits_of_its_operators(
+    hidden, inner, changes, mixture, steps
+):
+    """Router, choice, experts and the shared MLP in one call, alone and by the team of threads."""
+    sizes = {"hidden": 4 * hidden, "inner": 4 * inner, "mixture": MIXTURE | mixture}
+    assert_same_bits(BASE | sizes | changes | {"steps": [*steps, [1, 1], [1, 0]]})
+
+
+def test_fused_layer_with_a_mixture_long_prompt_has_the_same_bits():
+    """Rows go through the router and the shared MLP in pieces, and experts in waves."""
+    mixture = MIXTURE | {"has_shared": True, "num_chosen": 3}
+    assert_same_bits(BASE | {"steps": [[520, 17]], "mixture": mixture})
+
+
+def test_mixture_in_float16_is_not_fused():
+    """Its router reads float32, which the chain makes of bfloat16 alone."""
+    layer, _ = make_layer(CpuOps, BASE | {"mixture": MIXTURE, "dtype": torch.float16})
+    assert layer.fused is None
 
 
 def test_fused_layer_more_rows_than_go_through_the_mlp_at_once_has_the_same_bits():
