@@ -112,8 +112,7 @@ class FusedDecoderLayer:
         qkv, output = linears
         hidden_size = qkv.num_inputs
         _check_linears(linears, mlp, (num_heads, num_kv_heads, head_size))
-        if isinstance(mlp, FusedMixture) and mlp.dtype != dtype:
-            raise TypeError(f"the mixture takes rows of {mlp.dtype}, the layer {dtype}")
+        _check_mixture(mlp, dtype, hidden_size)
         norm_size = head_size if not is_norm_joint else 0
         widths = [hidden_size] * 4 + [norm_size or num_heads * head_size]
         _check_norms(dtype, norms, [*widths, norm_size or num_kv_heads * head_size])
@@ -256,6 +255,13 @@ def _handles(mlp: FusedMlp) -> tuple[Any, Any, Any]:
     return mlp[0].handle, mlp[1].handle, None
 
 
+def _check_mixture(mlp: FusedMlp, dtype: torch.dtype, hidden_size: int) -> None:
+    if isinstance(mlp, FusedMixture) and mlp.dtype != dtype:
+        raise TypeError(f"the mixture takes rows of {mlp.dtype}, the layer {dtype}")
+    if isinstance(mlp, FusedMixture) and mlp.hidden_size != hidden_size:
+        raise ValueError(f"the mixture takes rows of {mlp.hidden_size}, qkv of {hidden_size}")
+
+
 def _check_linears(
     linears: tuple[PackedWeights, PackedWeights], mlp: FusedMlp, heads: tuple[int, int, int]
 ) -> None:
@@ -266,10 +272,7 @@ def _check_linears(
         "qkv": (qkv, (num_heads + 2 * num_kv_heads) * head_size, hidden_size),
         "output": (output, hidden_size, num_heads * head_size),
     }
-    if isinstance(mlp, FusedMixture):
-        if mlp.hidden_size != hidden_size:
-            raise ValueError(f"the mixture takes rows of {mlp.hidden_size}, qkv of {hidden_size}")
-    else:
+    if not isinstance(mlp, FusedMixture):
         gate_up, down = mlp
         expected["gate_up"] = (gate_up, 2 * down.num_inputs, hidden_size)
         expected["down"] = (down, hidden_size, down.num_inputs)
