@@ -326,7 +326,7 @@ def _memory(
     worker_config: WorkerConfig,
     device: Device,
 ) -> tuple[MemoryRow, ...]:
-    weights = _weight_bytes(description, config)
+    weights = _weight_bytes(description, config, device.capabilities)
     activations = _activation_bytes(description, config)
     rows = [
         MemoryRow(
@@ -345,14 +345,19 @@ def _memory(
     return tuple(rows)
 
 
-def _weight_bytes(description: ModelDescription, config: EngineConfig) -> int:
-    """Quantized: the embedding as it is, the head in 8 bits, and all the rest."""
+def _weight_bytes(description: ModelDescription, config: EngineConfig, claims: Capabilities) -> int:
+    """Quantized: the embedding as it is, the head in 8 bits, experts if they may, and the rest."""
     bits = _BITS.get(config.quantization or "")
     if bits is None:
         return description.weight_bytes(config.dtype)
     embedding = description.vocab_size * description.hidden_size
-    others = description.num_parameters - embedding
-    return int(embedding * (size_of_dtype(config.dtype) + 1) + others * bits / 8)
+    mixture = description.decoder.mixture if description.decoder else None
+    wide = 0
+    if mixture is not None and "quantized_experts" not in claims.features:
+        wide = mixture.num_expert_weights(description.hidden_size)
+    others = description.num_parameters - embedding - wide
+    size = size_of_dtype(config.dtype)
+    return int(embedding * (size + 1) + wide * size + others * bits / 8)
 
 
 def _activation_bytes(description: ModelDescription, config: EngineConfig) -> int:

@@ -55,6 +55,11 @@ class MixtureSpec:
     """What an expert is given is multiplied by its weight, not what it answers; chosen are those of
     the largest logits, and their sigmoids weigh."""
 
+    def num_expert_weights(self, hidden_size: int) -> int:
+        """Of the experts of all layers, without biases."""
+        of_one = 3 * hidden_size * self.intermediate_size
+        return len(self.layers) * self.routing.num_experts * of_one
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemperatureSpec:

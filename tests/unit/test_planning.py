@@ -141,3 +141,25 @@ def test_plan_cache_shrinks_to_what_memory_allows(directory: Path) -> None:
     small = plan(directory, free_bytes=8 << 20, max_num_batched_tokens=64, max_num_seqs=4)
     large = plan(directory, free_bytes=8 << 30, max_num_batched_tokens=64, max_num_seqs=4)
     assert cache_bytes(small) <= cache_bytes(large) < 1 << 30
+
+
+def test_plan_of_a_quantized_mixture_counts_experts_as_the_device_keeps_them(
+    tmp_path: Path,
+) -> None:
+    """Nine tenths of a mixture are its experts: in codes, or wide where a device has no such codes."""
+    settings = {
+        **GEMMA2, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
+        "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    able = replace(ABLE, features=frozenset({"moe"}), quantizations=frozenset({"int8"}))
+    both = replace(able, features=frozenset({"moe", "quantized_experts"}))
+    wide, codes = (
+        next(
+            row.size_bytes
+            for row in plan(tmp_path, claims, quantization="int8").memory
+            if row.tag == "weights"
+        )
+        for claims in (able, both)
+    )
+    assert wide - codes == 3 * (2 * 8 * 3 * 64 * 128)
