@@ -43,7 +43,7 @@ class AudioFeatures:
 
         Raises: RequestError for what is no sound, or has none.
         """
-        samples = _checked(clip)
+        samples = checked_samples(clip)
         return resample(samples, int(clip.sample_rate), self.sample_rate)
 
     def make_feature(self, clip: AudioClip) -> Feature:
@@ -81,8 +81,8 @@ def _load_extractor(directory: str) -> Any:
         ) from error
 
 
-def _checked(clip: AudioClip) -> npt.NDArray[np.float32]:
-    """Raises: RequestError for what cannot be heard."""
+def checked_samples(clip: AudioClip) -> npt.NDArray[np.float32]:
+    """The samples as float32 [n]. Raises: RequestError for what cannot be heard."""
     try:
         samples = np.asarray(clip.samples, dtype=np.float32)
     except (TypeError, ValueError) as error:

@@ -54,7 +54,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     encoder_input: str | None = None
     """What every request must bring for the model's encoder: `tokens`, `audio`; None: nothing."""
     accepts: list[str] = []
-    """What a prompt may bring besides text: `image`."""
+    """What a prompt may bring besides text: `image`, `audio`."""
     max_source_tokens: int = 0
     """The most tokens that the encoder makes of what a request brings."""
     labels: list[str] = []

@@ -15,6 +15,7 @@ from quire.core.engine.image_reader import make_image_reader
 from quire.core.engine.input_processor import InputProcessor, ModelLimits
 from quire.core.engine.output_processor import OutputProcessor
 from quire.core.engine.pooling_desk import PoolingDesk
+from quire.core.engine.sound_reader import make_sound_reader
 from quire.core.engine.tokenizer import TextCodec, load_codec
 from quire.core.engine.transcription import TIMESTAMP_RULE
 from quire.core.sampling_params import SamplingParams
@@ -68,7 +69,9 @@ def make_front(
         defaults=read_generation_defaults(facts.model_directory),
         seed=config.seed,
         name_function=name_function,
-        reader=make_reader(facts) or make_image_reader(config, facts),
+        reader=make_reader(facts)
+        or make_image_reader(config, facts)
+        or make_sound_reader(config, facts),
     )
     return Front(
         codec=codec,

@@ -62,7 +62,7 @@ class ModelDescription:
     encoder_input: str | None = None
     """What a request must bring for its encoder: `tokens`, `audio`; None: it has none."""
     accepts: tuple[str, ...] = ()
-    """What a prompt may bring besides text: `image`."""
+    """What a prompt may bring besides text: `image`, `audio`."""
     needs_whole_prompts: bool = False
     """Whether a prompt may not be cut into chunks, since tokens see later ones."""
     sees_whole_prompts: bool = False

@@ -22,6 +22,7 @@ from quire.core.models.transformers_adapter.checkpoint import (
     model_class_of,
     read_config,
 )
+from quire.core.models.transformers_adapter.hearing import hearing_of
 from quire.core.models.transformers_adapter.paged import paged_groups
 from quire.core.models.transformers_adapter.probing import Probe, probe
 from quire.core.models.transformers_adapter.recomputed import recomputed_groups
@@ -129,11 +130,20 @@ def describe_way(
         row_elements=24 * hidden_size + (vocab_size if not text_model.is_parted else 0),
         implementation=IMPLEMENTATION,
         notes=(way.note,) if way.note else (),
-        accepts=() if sight is None else ("image",),
+        accepts=_accepted(config, way),
         needs_whole_prompts=sight is not None
         and (sight.is_bidirectional or sight.sees_whole_prompt),
         sees_whole_prompts=sight is not None and sight.sees_whole_prompt,
     )
+
+
+def _accepted(config: Any, way: Way) -> tuple[str, ...]:
+    """What prompts may bring besides text."""
+    if way.name != "paged":
+        return ()
+    if sight_of(config) is not None:
+        return ("image",)
+    return () if hearing_of(config) is None else ("audio",)
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:

@@ -18,10 +18,10 @@ from quire.core.models.description import ModelDescription
 from quire.core.models.step_context import StepContext
 from quire.core.models.transformers_adapter.adapted_model import AdaptedModel, layers_in_order
 from quire.core.models.transformers_adapter.both_ways import Span, attend_both_ways
+from quire.core.models.transformers_adapter.hearing import senses_of
 from quire.core.models.transformers_adapter.probing import AttentionCall, Probe
 from quire.core.models.transformers_adapter.seeing import (
     Eyes,
-    sight_of,
     spans_of,
     use_text_attention,
 )
@@ -52,9 +52,9 @@ class PagedModel(AdaptedModel):
         register_attention()
         use_attention(text_model.model, NAME)
         self._eyes: Eyes | None = None
-        sight = sight_of(text_model.model.config) if description.accepts else None
+        make, sight = senses_of(text_model.model.config, description.accepts)
         if sight is not None:
-            self._eyes = Eyes(text_model, sight)
+            self._eyes = make(text_model, sight)
             self._attention.eyes = self._eyes
             use_attention(text_model.model, self._own_attention)
             use_text_attention(text_model, sight, NAME)

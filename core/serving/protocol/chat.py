@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from quire.core.engine.chat_images import image_of, is_image_part
+from quire.core.engine.chat_sounds import is_sound_part
 from quire.core.errors import RequestError
 from quire.core.sampling_params import SamplingParams
 from quire.core.serving.protocol.base import Count, RequestBody, ResponseBody
@@ -24,7 +25,7 @@ from quire.core.serving.protocol.usage import Usage
 
 
 class TextPart(RequestBody):
-    """A piece of a message. Images stand beside it; audio and files are refused by their type."""
+    """A piece of a message. Images and sound stand beside it; files are refused by their type."""
 
     type: str
     text: str
@@ -71,13 +72,16 @@ class ChatMessage(RequestBody):
         parts = self.content if isinstance(self.content, list) else ()
         return [image_of(part) for part in parts if is_image_part(part)]
 
+    @property
+    def sounds(self) -> list[dict[str, Any]]:
+        """The parts of the message that are sound."""
+        parts = self.content if isinstance(self.content, list) else ()
+        return [part for part in parts if is_sound_part(part)]
+
     def _parts(self) -> list[dict[str, Any]]:
-        """Text and images in their order, as templates of models that see take them."""
+        """Text, images and sound in their order, as templates that know them take them."""
         assert isinstance(self.content, list), self.content
-        return [
-            {"type": "image"} if is_image_part(part) else {"type": "text", "text": _text_of(part)}
-            for part in self.content
-        ]
+        return [_shown(part) for part in self.content]
 
     def to_template(self) -> dict[str, Any]:
         """The message as chat templates take it; `developer` means `system`, which they know.
@@ -86,7 +90,7 @@ class ChatMessage(RequestBody):
         """
         self._check()
         role = "system" if self.role == "developer" else self.role
-        content = self._parts() if self.images else self.text
+        content = self._parts() if self.images or self.sounds else self.text
         message: dict[str, Any] = {"role": role, "content": content}
         thoughts = self.reasoning_content or self.reasoning
         optional = {
@@ -133,6 +137,11 @@ class TemplateFields(RequestBody):
         Raises: RequestError for an image part without one.
         """
         return [image for message in self.messages for image in message.images]
+
+    @property
+    def sounds(self) -> list[dict[str, Any]]:
+        """The parts of all messages that are sound, in their order."""
+        return [sound for message in self.messages for sound in message.sounds]
 
     @property
     def adds_generation_prompt(self) -> bool:
@@ -314,12 +323,19 @@ class ChatChunk(ResponseBody):
     prompt_token_ids: list[int] | None = None
 
 
+def _shown(part: dict[str, Any]) -> dict[str, Any]:
+    """A part as templates take it: what is no text stands for itself."""
+    if is_image_part(part):
+        return {"type": "image"}
+    return {"type": "audio"} if is_sound_part(part) else {"type": "text", "text": _text_of(part)}
+
+
 def _text_of(part: dict[str, Any]) -> str:
     kind = part.get("type")
     if kind != "text":
         raise RequestError(
             f"a content part of type {str(kind)[:40]!r} is not supported; "
-            "this server takes text and images",
+            "this server takes text, images and sound",
             param="messages",
         )
     return TextPart.model_validate(part).text

@@ -12,6 +12,7 @@ from quire.core.serving.answers.answers import AnswerHead
 from quire.core.serving.answers.chat_answers import ChatWriter
 from quire.core.serving.answers.generation import Generation
 from quire.core.serving.answers.token_bytes import TokenBytes
+from quire.core.serving.chat_audio import hear
 from quire.core.serving.http.bodies import read_body
 from quire.core.serving.http.disconnect import run_while_connected
 from quire.core.serving.http.limits import check_limits
@@ -59,8 +60,9 @@ async def begin_chat(body: ChatRequest, server: ServerState, names: Names) -> Ch
     plan = plan_answer(body, server)
     prompt = await render(body, server)
     plan.apply(params, prompt)
-    images = body.images
-    shown = {"prompt": prompt, "multi_modal_data": {"image": images}} if images else prompt
+    data = {"image": body.images, "audio": await hear(body.sounds, server.engine.config)}
+    brought = {kind: given for kind, given in data.items() if given}
+    shown = {"prompt": prompt, "multi_modal_data": brought} if brought else prompt
     generation = await Generation.begin(
         server.engine,
         server.metrics,
@@ -139,6 +141,11 @@ async def render(body: TemplateFields, server: ServerState) -> str:
     if body.images and "image" not in server.engine.facts.accepts:
         raise RequestError(
             f"the messages show images and {server.model_name!r} takes text alone",
+            param="messages",
+        )
+    if body.sounds and "audio" not in server.engine.facts.accepts:
+        raise RequestError(
+            f"the messages bring sound and {server.model_name!r} takes none among its tokens",
             param="messages",
         )
     return await server.engine.render_chat(
