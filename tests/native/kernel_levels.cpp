@@ -1,6 +1,7 @@
 // Runs the kernels of one ISA level over random odd shapes, every array exactly as long as it must be, and holds what
 // is short to write down against loops in double: for sanitizers, and for machines that are only emulated here.
 // Compiled with kernels_cpu/csrc/{kernels,layers}.cpp and the same -DQUIRE_ISA; prints what failed, returns how much.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -36,9 +37,10 @@ static std::vector<float> rates(int64_t n, float sign) {
   return values;
 }
 
-static void expect(const char* what, const std::vector<float>& out, const std::vector<double>& wanted) {
+static void expect(const char* what, const std::vector<float>& out, const std::vector<double>& wanted,
+                   double tolerance = 1e-4) {
   for (size_t i = 0; i < out.size(); ++i)
-    if (!(std::fabs(out[i] - wanted[i]) <= 1e-4 * (1 + std::fabs(wanted[i])))) {
+    if (!(std::fabs(out[i] - wanted[i]) <= tolerance * (1 + std::fabs(wanted[i])))) {
       std::printf("%s: entry %zu is %g, expected %g\n", what, i, out[i], wanted[i]);
       ++num_failed;
       return;
@@ -153,6 +155,88 @@ struct Packed {
   }
 };
 
+// Experts of codes, and what they mean in double: of weights [n, k] of each.
+struct PackedCodes {
+  std::vector<std::vector<uint32_t>> lanes;
+  std::vector<std::vector<float>> scales;
+  std::vector<LinearWeights> layers;
+  std::vector<double> meant;  // [E, n, k]
+  PackedCodes(Format format, Rounding rounding, int64_t count, int64_t n, int64_t k, int64_t group) {
+    const int bits = format == Format::u8 ? 8 : 4;
+    const int64_t row_bytes = (k * bits + 7) / 8;
+    for (int64_t e = 0; e < count; ++e) {
+      LinearWeights w{};
+      w.format = format, w.rounding = rounding, w.zero = 1 << (bits - 1);
+      set_sizes(w, n, k, group);
+      std::vector<uint8_t> codes(static_cast<size_t>(n * row_bytes));
+      for (uint8_t& v : codes) v = uint8_t(rng());
+      lanes.emplace_back(static_cast<size_t>(num_lanes(format, n, k)));
+      pack_lanes(format, codes.data(), row_bytes, n, k, lanes.back().data());
+      scales.emplace_back(static_cast<size_t>((n + PANEL - 1) / PANEL * w.num_groups * PANEL));
+      for (float& v : scales.back()) v = (bits == 8 ? 0.001f : 0.02f) * (1 + std::fabs(draw(1)[0]));
+      w.lanes = lanes.back().data(), w.scale_dtype = DType::f32, w.scales = scales.back().data();
+      layers.push_back(w);
+      for (int64_t o = 0; o < n; ++o)
+        for (int64_t i = 0; i < k; ++i) {
+          const uint8_t byte = codes[size_t(o * row_bytes + (bits == 8 ? i : i / 2))];
+          const int code = bits == 8 ? byte : byte >> (4 * (i % 2)) & 15;
+          const int64_t panel = o / PANEL * w.num_groups + i / w.group_size;
+          meant.push_back((code - w.zero) * double(scales.back()[size_t(panel * PANEL + o % PANEL)]));
+        }
+    }
+  }
+};
+
+// A row as its products read it.
+static std::vector<double> rounded(const std::vector<double>& row, const LinearWeights& w) {
+  std::vector<double> out = row;
+  const size_t size = w.rounding == Rounding::by_group ? size_t(w.group_size) : row.size();
+  for (size_t first = 0; w.rounding != Rounding::none && first < row.size(); first += size) {
+    const size_t end = std::min(row.size(), first + size);
+    float most = 0;
+    for (size_t i = first; i < end; ++i) most = std::max(most, std::fabs(float(row[i])));
+    const float scale = most / 127.0f;
+    for (size_t i = first; i < end; ++i) out[i] = scale > 0 ? std::nearbyint(float(row[i]) / scale) * double(scale) : 0.0;
+  }
+  return out;
+}
+
+static void try_expert_codes(Format format, Rounding rounding, int64_t group) {
+  const bool is_grouped = group > 0;
+  const int64_t T = pick(0, 12), E = pick(2, 4), k = 2;
+  const int64_t H = is_grouped ? group * pick(1, 3) : pick(1, 80), I = is_grouped ? group * pick(1, 3) : pick(1, 80);
+  const PackedCodes up(format, rounding, E, 2 * I, H, group), down(format, rounding, E, H, I, group);
+  const auto x = draw(T * H), shares = draw(T * k);
+  std::vector<int64_t> chosen;
+  for (int64_t t = 0; t < T; ++t) chosen.push_back(pick(0, E - 2)), chosen.push_back(E - 1);
+  std::vector<float> out(static_cast<size_t>(T * H));
+  ExpertArgs a{};
+  a.gate_up = up.layers.data(), a.down = down.layers.data(), a.num_experts = E;
+  a.x = x.data(), a.shares = shares.data(), a.chosen = chosen.data(), a.out = out.data();
+  a.tokens = T, a.num_chosen = k, a.x_stride = H, a.out_stride = H;
+  layers.experts(a);
+  std::vector<double> wanted(static_cast<size_t>(T * H));
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t e = chosen[t * k + j];
+      const auto read = rounded({x.begin() + t * H, x.begin() + t * H + H}, up.layers[0]);
+      std::vector<double> inner;
+      for (int64_t i = 0; i < I; ++i) {
+        double gate = 0, other = 0;
+        for (int64_t n = 0; n < H; ++n) {
+          gate += up.meant[(e * 2 * I + i) * H + n] * read[n];
+          other += up.meant[(e * 2 * I + I + i) * H + n] * read[n];
+        }
+        inner.push_back(gate / (1 + std::exp(-gate)) * other);
+      }
+      inner = rounded(inner, down.layers[0]);
+      for (int64_t n = 0; n < H; ++n)
+        for (int64_t i = 0; i < I; ++i) wanted[t * H + n] += shares[t * k + j] * inner[i] * down.meant[(e * H + n) * I + i];
+    }
+  // Another order of a sum may round an activation to the next code.
+  expect("experts of codes", out, wanted, rounding == Rounding::none ? 1e-4 : 3e-2);
+}
+
 static void try_experts() {
   const int64_t T = pick(0, 20), E = pick(2, 5), H = pick(1, 80), I = pick(1, 80), k = 2;
   const auto up = draw(E * 2 * I * H, 0.2f), down = draw(E * H * I, 0.2f), x = draw(T * H), shares = draw(T * k);
@@ -255,6 +339,10 @@ int main(int argc, char** argv) {
     try_scans();
     try_gates();
     try_experts();
+    for (const Rounding rounding : {Rounding::none, Rounding::by_token, Rounding::by_group}) {
+      try_expert_codes(Format::u8, rounding, 0);
+      try_expert_codes(Format::u4, rounding, 16 * pick(1, 2));
+    }
     try_vocabulary();
     for (const Stored stored : {Stored::plain, Stored::int8, Stored::e4m3, Stored::e5m2}) try_attention(stored);
   }
