@@ -88,7 +88,11 @@ class SoundReader:
         text = " ".join([str(self._processor.audio_token)] * len(samples))
         try:
             return self._processor(
-                text=[text], audio=samples, add_special_tokens=False, return_tensors="pt"
+                text=[text],
+                audio=samples,
+                sampling_rate=self._rate,
+                add_special_tokens=False,
+                return_tensors="pt",
             )
         # The processor refuses lengths in errors of its own.
         except Exception as error:

@@ -113,6 +113,8 @@ def make_processor(family: str, model: Any) -> Any:
         extractor_class(**sizes)
     )
     marks = {"audio_token": MARK, **_AROUND}
+    if "chat_template" in parameters:
+        named["chat_template"] = _TEMPLATE
     named |= {key: mark for key, mark in marks.items() if key in parameters}
     return made(**named)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from quire.core.models.transformers_adapter.text_model import TextModel
 
 _CACHE_BYTES = 512 << 20
-HEARS = frozenset({"qwen2_audio"})
+HEARS = frozenset({"audioflamingo3", "glmasr", "musicflamingo", "qwen2_audio", "qwen3_asr"})
 """By `model_type`: the families whose sound was held against transformers' own generation."""
 
 
