@@ -22,7 +22,10 @@ from quire.core.models.transformers_adapter.checkpoint import (
     model_class_of,
     read_config,
 )
-from quire.core.models.transformers_adapter.hearing import hearing_of
+from quire.core.models.transformers_adapter.hearing import (
+    hearing_of,
+    refuse_sound_at_each_token,
+)
 from quire.core.models.transformers_adapter.paged import paged_groups
 from quire.core.models.transformers_adapter.probing import Probe, probe
 from quire.core.models.transformers_adapter.recomputed import recomputed_groups
@@ -78,6 +81,7 @@ def find_ways(
     settings: dict[str, Any] = {
         "dtype": dtype, "cache_dtype": cache_dtype, "block_size": block_size,
     }  # fmt: skip
+    refuse_sound_at_each_token(text_model.model)
     found = probe(text_model)
     refuse_unseen_selection(text_model.model, found.selections)
     ways = []

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.core.errors import QuireError
+from quire.core.errors import QuireError, Reason, UnsupportedError
 from quire.core.models.encoder_cache import EncodedImage, EncoderCache
 from quire.core.models.step_images import feature_tensor
 from quire.core.models.transformers_adapter.seeing import Eyes, Sight, sight_of
@@ -36,6 +36,20 @@ def hearing_of(config: Any) -> Sight | None:
         # An adapter that speaks for sound alone would be needed in some steps and not in others.
         return None
     return None if getattr(config, "audio_token_id", None) is None else Sight()
+
+
+def refuse_sound_at_each_token(model: Any) -> None:
+    """Raises UnsupportedError if a model adds a piece of sound to every token that it makes."""
+    takes = inspect.signature(model.forward).parameters
+    if "encoder_inputs_embeds" not in takes or getattr(model.config, "is_encoder_decoder", False):
+        return
+    reason = Reason(
+        code="model.sound",
+        need=f"{type(model).__name__} adds sound to every token, its own output included",
+        have="sound that stands for tokens of the prompt; no text without sound is its own",
+        remedy="use a model that hears its prompt",
+    )
+    raise UnsupportedError([reason], what=f"running {type(model).__name__}")
 
 
 def senses_of(config: Any, accepts: Sequence[str]) -> tuple[type[Eyes], Sight | None]:
