@@ -20,7 +20,10 @@ import model_matrix
 from matrix_pages import refusal, refused
 from model_matrix import compare
 
-LABELS = {**model_matrix.LABELS, "elsewhere": "no encoder-decoder; tried on [a page of its own](hearing.md)"}
+LABELS = {
+    **model_matrix.LABELS,
+    "elsewhere": "no encoder-decoder; tried on [a page of its own](hearing.md)",
+}
 NUM_TOKENS = 40
 CACHES = (3, 4, 5, 6, 7, 8, 10, 12, 16)
 """Sizes of a scarce cache in blocks, the smallest first."""
