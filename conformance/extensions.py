@@ -24,8 +24,8 @@ GRANTED, FAILED, NOT_CLAIMED, NOT_TRIED, NOT_CERTIFIABLE = (
 _LEVEL_KINDS = frozenset({"causal", "sliding_window", "chunked"})
 _LEVEL_FEATURES = frozenset({"soft_cap", "sinks", "alibi"})
 """What the levels try of attention where it is claimed."""
-_PARTS_OF_EXTENSIONS = frozenset({"quantized_experts", "state_slots"})
-"""Features that another extension's checks try where they are claimed: `moe`, `recurrent`."""
+_PARTS_OF_EXTENSIONS = frozenset({"cache_rows", "quantized_experts", "state_slots"})
+"""What the checks of other extensions try where it is claimed: `mla`, `moe`, `recurrent`."""
 _HELD_QUANTIZATIONS = frozenset({"int8", "int4"})
 """The extension `quantization`."""
 _FLOATS = frozenset({"float32", "bfloat16", "float16"})

@@ -128,6 +128,31 @@ class PagedRun:
         empty = inputs["q"].new_empty((0, *shape[1:]))
         return [next(outputs) if r in active else empty for r in range(len(ranges))]
 
+    def write(self, ranges: Ranges) -> list[int]:
+        """Writes the keys and values of `ranges` apart from attention. Returns their slots."""
+        slots = [slot for r, span in enumerate(ranges) for slot in self._slots(r, *span)]
+        new = {
+            name: torch.cat(
+                [getattr(self.paged, name)[r][slice(*ranges[r])] for r in range(len(ranges))]
+            )
+            for name in ("k", "v")
+        }
+        guarded = guard_all(new, self._where)
+        where = torch.tensor(slots, dtype=torch.int64).to(self._where)
+        self.attention.write(guarded["k"].view, guarded["v"].view, self.cache, where)
+        self._trial.device.synchronize()
+        check_all(guarded, writes=set())
+        return slots
+
+    def read_keys(self, slots: Sequence[int]) -> Tensor:
+        """The keys in these slots, on the host: [n, Hk, D]."""
+        where = torch.tensor(slots, dtype=torch.int64).to(self._where)
+        return self.attention.read_keys(self.cache, where).cpu()
+
+    def _slots(self, request: int, begin: int, end: int) -> list[int]:
+        blocks, size = self.paged.tables[request], self.paged.spec.block_size
+        return [blocks[t // size] * size + t % size for t in range(begin, end)]
+
     def _batch(self, ranges: Ranges, active: Sequence[int]) -> AttentionBatch:
         size = self.paged.spec.block_size
         counts = [ranges[r][1] - ranges[r][0] for r in active]
@@ -142,7 +167,7 @@ class PagedRun:
             used = math.ceil(ranges[r][1] / size)
             gone = self._blocks_before_window(ranges[r][0])
             table[row, gone:used] = torch.tensor(blocks[gone:used])
-            slots += [blocks[t // size] * size + t % size for t in range(*ranges[r])]
+            slots += self._slots(r, *ranges[r])
         index_dtype = getattr(torch, self._trial.capabilities.index_dtype)
         return AttentionBatch(
             query_start_loc=torch.tensor(starts, dtype=torch.int32).to(self._where),

@@ -54,6 +54,21 @@ class CpuAttention(ReferenceAttention):
         )
         return NativePlan(*tensors, kernels_cpu.Step(*tensors))
 
+    def write(self, k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+        if not self._is_native:
+            super().write(k, v, cache, slot_mapping)
+            return
+        tensors = cache.tensors
+        kernels_cpu.write_cache(
+            k,
+            v,
+            tensors["k"],
+            tensors.get("v"),
+            slot_mapping,
+            k_scales=tensors.get("k_scale"),
+            v_scales=tensors.get("v_scale"),
+        )
+
     def forward(
         self,
         q: Tensor,
@@ -70,18 +85,10 @@ class CpuAttention(ReferenceAttention):
             return super().forward(
                 q, k, v, cache, plan, out, sinks=sinks, alibi_slopes=alibi_slopes
             )
+        self.write(k, v, cache, plan.slot_mapping)
         tensors = cache.tensors
         k_cache, k_scales = tensors["k"], tensors.get("k_scale")
         v_cache, v_scales = tensors.get("v"), tensors.get("v_scale")
-        kernels_cpu.write_cache(
-            k,
-            v,
-            k_cache,
-            v_cache,
-            plan.slot_mapping,
-            k_scales=k_scales,
-            v_scales=v_scales,
-        )
         if v_cache is None:  # the latent alone: its first features are the values
             v_cache, v_scales = k_cache[..., : self.spec.v_head_size], k_scales
         kernels_cpu.paged_attention(

@@ -137,7 +137,15 @@ def _capabilities() -> Capabilities:
         block_sizes=_BLOCK_SIZES,
         attention_kinds=frozenset({"causal", "sliding_window", "chunked", "mla"}),
         features=frozenset(
-            {"lora", "moe", "quantized_experts", "recurrent", "speculation", "state_slots"}
+            {
+                "lora",
+                "moe",
+                "quantized_experts",
+                "recurrent",
+                "speculation",
+                "state_slots",
+                "cache_rows",
+            }
         ),
         attention_features=frozenset({"soft_cap", "sinks", "alibi"}),
         quantizations=frozenset({"int8", "int4"}),

@@ -51,7 +51,9 @@ class FaultsDevice(TorchDevice):
                 cache_dtypes=_DTYPES,
                 block_sizes=(16, 4, 8, 32),
                 attention_kinds=frozenset({"causal", "sliding_window", "chunked", "mla"}),
-                features=frozenset({"lora", "moe", "recurrent", "speculation", "state_slots"}),
+                features=frozenset(
+                    {"lora", "moe", "recurrent", "speculation", "state_slots", "cache_rows"}
+                ),
                 attention_features=frozenset({"soft_cap", "sinks", "alibi"}),
                 is_asynchronous=is_asynchronous,
                 copy_mode="asynchronous" if is_asynchronous else "synchronous",

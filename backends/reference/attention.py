@@ -96,16 +96,31 @@ class ReferenceAttention(AttentionBackend):
                 )
                 for tensor in layout.tensors
             }
+        except torch.AcceleratorError:  # the device failed; memory was not short
+            raise
         except (
             RuntimeError
         ) as error:  # torch.OutOfMemoryError is one; the host's allocator raises it bare
             raise DeviceOutOfMemory(
                 f"one layer's {num_blocks} blocks of {layout.bytes_per_block} bytes do not fit on "
-                f" {self._torch_device}: {error}; give the cache less memory",
+                f"{self._torch_device}: {error}; lower device_memory_fraction or "
+                "cache_memory_bytes, or free the device of other processes",
                 requested_bytes=num_blocks * layout.bytes_per_block,
                 tag="cache",
             ) from error
         return LayerCache(tensors=tensors, block_size=self.spec.block_size)
+
+    def write(self, k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+        for name, new in (("k", k), ("v", v)):
+            if name in cache.tensors:
+                self._codec.write(cache.tensors, name, slot_mapping, new)
+
+    def read_keys(self, cache: LayerCache, slots: Tensor) -> Tensor:
+        spec = self.spec
+        heads = torch.arange(spec.num_kv_heads, device=slots.device)
+        rows = (slots.unsqueeze(-1) * spec.num_kv_heads + heads).flatten()
+        wide = self._codec.read(cache.tensors, "k", rows, self._compute_dtype)
+        return wide.view(len(slots), spec.num_kv_heads, -1).to(getattr(torch, spec.dtype))
 
     def copy_blocks(self, cache: LayerCache, source: Sequence[int], target: Sequence[int]) -> None:
         from_ids, to_ids = self._index(source), self._index(target)
@@ -157,9 +172,7 @@ class ReferenceAttention(AttentionBackend):
         alibi_slopes: Tensor | None = None,
     ) -> Tensor:
         assert isinstance(plan, ReferencePlan), plan
-        for name, new in (("k", k), ("v", v)):
-            if name in cache.tensors:
-                self._codec.write(cache.tensors, name, plan.slot_mapping, new)
+        self.write(k, v, cache, plan.slot_mapping)
         for group in plan.groups:
             self._attend(q, cache, group, out, sinks, alibi_slopes)
         out[plan.num_tokens :] = 0

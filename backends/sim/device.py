@@ -24,7 +24,9 @@ class SimDevice(TorchDevice):
                 cache_dtypes=_DTYPES,
                 block_sizes=(16, 4, 8, 32),
                 attention_kinds=frozenset({"causal", "sliding_window", "chunked", "mla"}),
-                features=frozenset({"lora", "moe", "recurrent", "speculation", "state_slots"}),
+                features=frozenset(
+                    {"lora", "moe", "recurrent", "speculation", "state_slots", "cache_rows"}
+                ),
                 attention_features=frozenset({"soft_cap", "sinks", "alibi"}),
                 is_asynchronous=True,
                 copy_mode="asynchronous",

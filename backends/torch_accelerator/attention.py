@@ -132,6 +132,10 @@ class TritonAttention(ReferenceAttention):
             return self.spec.num_kv_heads
         return latent_tiles(self._launcher, self._shape)
 
+    def write(self, k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+        new_values = k if self.spec.kind == "mla" else v
+        write_cache(self._launcher, k, new_values, _paged(cache), slot_mapping)
+
     def forward(
         self,
         q: Tensor,
@@ -145,9 +149,8 @@ class TritonAttention(ReferenceAttention):
         alibi_slopes: Tensor | None = None,
     ) -> Tensor:
         assert isinstance(plan, TritonPlan), plan
+        self.write(k, v, cache, plan.slot_mapping)
         paged = _paged(cache)
-        new_values = k if self.spec.kind == "mla" else v
-        write_cache(self._launcher, k, new_values, paged, plan.slot_mapping)
         if self.spec.kind == "mla":
             latent_attention(self._launcher, self._shape, plan.step, q, paged, out)
         else:

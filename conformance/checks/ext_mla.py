@@ -92,6 +92,34 @@ def keeps_the_latent_alone(trial: Trial, *, shape: tuple[int, int, int], dtype: 
     )
 
 
+@check(
+    level=1,
+    op="paged_attention",
+    over=product(_SHAPES, dtypes()),
+    on_torch=True,
+    needs=needs_claim("features", "cache_rows"),
+)
+def rows_without_attention(trial: Trial, *, shape: tuple[int, int, int], dtype: str) -> None:
+    """Keys that are written apart from attention count in later steps, and can be read back."""
+    paged = _paged(trial, shape, dtype, [49, 33, 70])
+    run = PagedRun(trial, paged)
+    ends = (48, 17, 40)
+    slots = run.write([(0, end) for end in ends])
+    wanted = torch.cat([k[:end] for k, end in zip(paged.k, ends, strict=True)])
+    order = torch.from_numpy(trial.rng.permutation(len(slots)))
+    trial.require(
+        torch.equal(run.read_keys([slots[i] for i in order]), wanted[order]),
+        "read_keys does not give the keys that were written to these slots, in the order asked",
+    )
+    nobody = run.attention.export_blocks(run.cache, [0, paged.num_blocks - 1])
+    trial.require(
+        bool(nobody.isnan().all()),
+        "write changed slots that were not in slot_mapping: blocks of nobody hold numbers now",
+    )
+    ranges = [(end, len(k)) for k, end in zip(paged.k, ends, strict=True)]
+    run.measure(ranges, run.step(ranges), "latent attention after rows were written", _HINT)
+
+
 @check(level=1, op="", over=l1_ops.numeric_cases("mla"), needs=_NEEDS)
 def numerics(trial: Trial, *, op: str, variant: str, dtype: str, scale: str) -> None:
     """Projections of single heads are the formula's, as near as honest rounding allows."""

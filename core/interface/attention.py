@@ -189,6 +189,21 @@ class AttentionBackend(ABC):
         Source: Vaswani et al. 2017, eq. 1; block-wise softmax: Milakov & Gimelshein 2018.
         """
 
+    def write(self, k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+        """Writes keys and values as `forward` does, and attends nothing; claimed as `cache_rows`.
+
+        k [n, Hk, D], v [n, Hk, Dv] (views with a dense last dimension; `mla` reads no `v`), of
+        spec.dtype; slot_mapping int64 [n], each slot once. Mutates those slots alone.
+        """
+        raise NotImplementedError
+
+    def read_keys(self, cache: LayerCache, slots: Tensor) -> Tensor:
+        """Keys as attention sees them; claimed as `cache_rows`.
+
+        slots int64 [n], in any order. Returns [n, Hk, D] of spec.dtype. Mutates nothing.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def copy_blocks(self, cache: LayerCache, source: Sequence[int], target: Sequence[int]) -> None:
         """Copies whole blocks within one layer's cache, bit for bit.

@@ -33,7 +33,7 @@ class Capabilities:
     """Of `soft_cap`, `sinks`, `alibi`, `vendor:name`."""
     features: frozenset[str] = frozenset()
     """Extensions of the contract that the device serves: `moe`, `quantized_experts`, `recurrent`,
-    `state_slots`, `lora`, `speculation`, `vendor:name`."""
+    `state_slots`, `cache_rows`, `lora`, `speculation`, `vendor:name`."""
     quantizations: frozenset[str] = frozenset()
     """Weight formats beyond the plain dtypes: `int8`, `int4`, `fp8`, `vendor:name`."""
     token_buckets: tuple[int, ...] = ()

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from quire.core.interface.attention import AttentionSpec, CacheTensor
-from quire.core.models.decoder_spec import DecoderSpec
+from quire.core.models.decoder_spec import DecoderSpec, LatentSpec
+
+_HEADS_AT_ONCE = 16
+"""More would make keys and values of a long context too large to hold beside the cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,4 +110,24 @@ def _spec_of(
         window=window,
         soft_cap=decoder.attention_soft_cap,
         has_sinks=decoder.has_sinks,
+    )
+
+
+def heads_at_once(num_heads: int) -> int:
+    """Into groups of so many heads they are expanded: the most that divide them evenly."""
+    most = min(num_heads, _HEADS_AT_ONCE)
+    return next(size for size in range(most, 0, -1) if num_heads % size == 0)
+
+
+def expanded_spec(spec: AttentionSpec, sizes: LatentSpec) -> AttentionSpec:
+    """Causal attention of one group of heads with keys and values of their own."""
+    count = heads_at_once(spec.num_heads)
+    return replace(
+        spec,
+        kind="causal",
+        num_heads=count,
+        num_kv_heads=count,
+        head_size=sizes.plain_size + sizes.rotary_size,
+        v_head_size=sizes.value_size,
+        cache_dtype=spec.dtype,
     )

@@ -6,7 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quire.core.interface.op_specs import OP_SPECS
-from quire.core.models.attention_groups import AttentionGroup, attention_groups_of
+from quire.core.models.attention_groups import (
+    AttentionGroup,
+    attention_groups_of,
+    heads_at_once,
+)
 from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.families import Family
 from quire.core.models.model_config import ModelConfig, read_model_config
@@ -144,7 +148,10 @@ def row_elements_of(decoder: DecoderSpec) -> int:
         inner = max(inner, chosen + decoder.mixture.shared_size)
     heads = 2 * sum(decoder.qkv_sizes)
     if decoder.latent is not None:
-        heads += 2 * decoder.num_heads * decoder.latent.cached_size
+        latent, at_once = decoder.latent, heads_at_once(decoder.num_heads)
+        heads += 2 * decoder.num_heads * latent.cached_size
+        # Of a prompt: keys and values of some heads as they are made, parted, and in the cache.
+        heads += at_once * (3 * (latent.plain_size + latent.value_size) + 2 * latent.rotary_size)
     return 4 * decoder.hidden_size + heads + 4 * inner
 
 

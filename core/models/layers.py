@@ -12,13 +12,12 @@ from quire.core.interface.fusion import DecoderLayerParts, FusedLayer, MixtureLa
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.gated_attention import GatedAttention
+from quire.core.models.latent_attention import LatentAttention, LatentWeights
 from quire.core.models.mixed_rope_attention import MixedRopeAttention
 from quire.core.models.mlp import DenseMlp, DenseWeights, MixtureMlp, MixtureWeights, Mlp
 from quire.core.models.self_attention import (
     HeadAttention,
     HeadWeights,
-    LatentAttention,
-    LatentWeights,
     SelfAttention,
 )
 

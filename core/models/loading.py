@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quire.core.errors import DeviceOutOfMemory, Reason, UnsupportedError
+from quire.core.interface.attention import AttentionBackend
 from quire.core.interface.backend import Device
 from quire.core.interface.experts import PackedExperts, QuantizedExperts
 from quire.core.interface.ops import PackedLinear
@@ -23,10 +24,12 @@ from quire.core.models.decoder_spec import MixtureSpec
 from quire.core.models.description import ModelDescription, describe_config
 from quire.core.models.families import Family
 from quire.core.models.gated_attention import gates_last
+from quire.core.models.latent_attention import LatentWeights
+from quire.core.models.latent_prompts import PromptExpansion, expand_prompts
 from quire.core.models.layers import LayerWeights
 from quire.core.models.mlp import DenseWeights, MixtureWeights
 from quire.core.models.model_config import ModelConfig, read_model_config
-from quire.core.models.self_attention import HeadWeights, LatentWeights
+from quire.core.models.self_attention import HeadWeights
 from quire.core.models.weights.checkpoint_files import CheckpointFiles
 from quire.core.models.weights.dummy_weights import DummyWeights
 from quire.core.models.weights.expert_loading import (
@@ -91,14 +94,39 @@ def load_model(config: WorkerConfig, device: Device, family: Family | None = Non
         block_size=config.block_size,
     )
     assert description.decoder is not None, f"{config.model} has no native decoder"
-    backends = make_attention_backends(description, device)
+    backends = _attention_of(description, device, config)
     tensors = lay_out(description.decoder, model_config.family.names)
     if quantization is not None:
         check_group_size(quantization, linear_inputs(tensors))
     source = _open_source(config, model_config, tensors)
     with _memory_errors(description):
-        weights = WeightBuilder(source, description, device, quantization).build(tensors)
+        builder = WeightBuilder(source, description, device, quantization)
+        builder.heads_at_once = _heads_at_once(backends)
+        weights = builder.build(tensors)
         return CausalLM(description, weights, device, backends, max_model_len=config.max_model_len)
+
+
+def _attention_of(
+    description: ModelDescription, device: Device, config: WorkerConfig
+) -> list[AttentionBackend]:
+    """The attention of each group, prompts over a latent expanded.
+
+    Not where logits must depend on no chunk: the two forms round differently.
+    """
+    backends = make_attention_backends(description, device)
+    latent = None if description.decoder is None else description.decoder.latent
+    if latent is None or config.deterministic:
+        return backends
+    limits = {
+        "max_step_tokens": config.max_num_batched_tokens,
+        "max_model_len": config.max_model_len,
+    }
+    return [expand_prompts(backend, latent, device, **limits) for backend in backends]
+
+
+def _heads_at_once(backends: Sequence[AttentionBackend]) -> int | None:
+    found = [backend for backend in backends if isinstance(backend, PromptExpansion)]
+    return found[0].heads.spec.num_heads if found else None
 
 
 def _open_source(
@@ -149,6 +177,8 @@ class WeightBuilder:
         self._size_bytes = 0
         self._embedding: Tensor | None = None
         self._staging = Staging()
+        self.heads_at_once: int | None = None
+        """In groups of so many heads keys and values are made of a latent; None: they are not."""
 
     def build(self, tensors: DecoderTensors) -> DecoderWeights:
         """All weights; a progress bar on a terminal if the model is large."""
@@ -219,7 +249,19 @@ class WeightBuilder:
             kv_norm=self._norm(tensors.kv_norm),
             key_up=key_up.transpose(1, 2).contiguous(),
             value_up=value_up.contiguous(),
+            heads_up=self._heads_up(kv_up),
         )
+
+    def _heads_up(self, kv_up: Tensor) -> tuple[PackedLinear, ...]:
+        """kv_up [Hq, plain + value, R] once more, as products that give all of some heads."""
+        if self.heads_at_once is None:
+            return ()
+        groups = [group.flatten(0, 1).clone() for group in torch.split(kv_up, self.heads_at_once)]
+        packed = tuple(self._ops.pack_linear(group, None) for group in groups)
+        self._size_bytes += sum(
+            one.size_bytes or group.nbytes for one, group in zip(packed, groups, strict=True)
+        )
+        return packed
 
     def _dense(self, tensors: DenseTensors) -> DenseWeights:
         return DenseWeights(gate_up=self._linear(tensors.gate_up), down=self._linear(tensors.down))

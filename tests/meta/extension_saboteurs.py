@@ -15,7 +15,15 @@ from quire.core.worker.worker import DefaultWorker
 
 CLAIMS = {
     "features": frozenset(
-        {"lora", "moe", "quantized_experts", "recurrent", "speculation", "state_slots"}
+        {
+            "lora",
+            "moe",
+            "quantized_experts",
+            "recurrent",
+            "speculation",
+            "state_slots",
+            "cache_rows",
+        }
     ),
     "quantizations": frozenset({"int8", "int4", "fp8"}),
     "attention_kinds": frozenset({"causal", "sliding_window", "chunked", "mla"}),
@@ -136,6 +144,17 @@ class ScalesByTheLatent(ReferenceAttention):
         is_latent = spec.kind == "mla"
         scale = spec.v_head_size**-0.5 if is_latent else spec.scale
         super().__init__(replace(spec, scale=scale), torch_device)
+
+
+class WritesOneSlotOn(ReferenceAttention):
+    def write(self, k, v, cache, slot_mapping):
+        is_last = slot_mapping == slot_mapping.max()
+        super().write(k, v, cache, torch.where(is_last, slot_mapping + 1, slot_mapping))
+
+
+class ReadsInTheOrderOfSlots(ReferenceAttention):
+    def read_keys(self, cache, slots):
+        return super().read_keys(cache, slots.sort().values)
 
 
 class SwapsNibbles(ReferenceOps):
@@ -306,6 +325,18 @@ EXTENSION_SABOTEURS: tuple[Saboteur, ...] = (
         device=lambda: make_device(attention=ScalesByTheLatent, **CLAIMS),
         test=f"{_EXT}mla_mixed_batch[r32-p16-float32]",
         words="all of it is multiplied by the query",
+    ),
+    Saboteur(
+        name="WritesOneSlotOn",
+        device=lambda: make_device(attention=WritesOneSlotOn, **CLAIMS),
+        test=f"{_EXT}mla_rows_without_attention[r32-p16-float32]",
+        words="does not give the keys that were written",
+    ),
+    Saboteur(
+        name="ReadsInTheOrderOfSlots",
+        device=lambda: make_device(attention=ReadsInTheOrderOfSlots, **CLAIMS),
+        test=f"{_EXT}mla_rows_without_attention[r32-p16-float32]",
+        words="in the order asked",
     ),
     Saboteur(
         name="WrapsAround",
