@@ -9,6 +9,7 @@ and has forgotten which distribution an entry point came from.
 from __future__ import annotations
 
 import importlib
+import logging
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ NAMESPACE = "quire.backends"
 _INSPECTION_S = 120
 """Longer than any driver needs to say what devices there are."""
 _NUM_INSPECTIONS = 4
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,11 @@ class BackendReport:
     def is_usable(self) -> bool:
         """Whether it has a device to open."""
         return self.probe is not None and self.probe.is_usable
+
+    @property
+    def is_left_unused(self) -> bool:
+        """Whether it found a device that it would prefer and cannot use: it says why."""
+        return self.probe is not None and not self.probe.is_usable and self.probe.priority > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +279,8 @@ def _choose_best() -> ChosenDevice:
     usable = [r for r in reports if r.is_usable and r.probe is not None and r.probe.priority >= 0]
     if not usable:
         raise ConfigError(f"no usable device was found:{_reasons(reports)}")
+    for unused in (r for r in reports if r.is_left_unused):
+        _LOGGER.warning("%s is left unused: %s", unused.entry.name, _why_unusable(unused))
     best = max(usable, key=lambda r: (r.probe.priority if r.probe else 0, r.entry.name))
     assert best.backend is not None, best
     assert best.probe is not None, best
@@ -316,15 +325,18 @@ def _device_of(
     )
 
 
+def _why_unusable(report: BackendReport) -> str:
+    assert report.probe is not None, report
+    return f"{report.probe.problem or 'no device'}. {report.probe.remedy}".rstrip()
+
+
 def _reasons(reports: Sequence[BackendReport]) -> str:
     lines = []
     for report in reports:
         if report.error:
             lines.append(f"\n  {report.entry.name}: {report.error}")
-        elif report.probe is not None and not report.probe.is_usable:
-            lines.append(
-                f"\n  {report.entry.name}: {report.probe.problem} {report.probe.remedy}".rstrip()
-            )
+        elif not report.is_usable:
+            lines.append(f"\n  {report.entry.name}: {_why_unusable(report)}")
         else:
             lines.append(f"\n  {report.entry.name}: for tests; ask for it by name")
     return "".join(lines) or '\n  no package offers one; pip install "quire[cpu]"'

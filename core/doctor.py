@@ -369,6 +369,8 @@ def _finding_of(report: BackendReport) -> Finding:
             remedy=f"repair or uninstall {report.entry.distribution}",
         )
     devices = ", ".join(device.name for device in probe.devices)
+    if report.is_left_unused:
+        return Finding(status=WARNING, subject=subject, found=probe.problem, remedy=probe.remedy)
     if not probe.is_usable:
         return Finding(
             status=NOTE,

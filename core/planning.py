@@ -425,3 +425,7 @@ def _notes(chosen: ChosenDevice, kernels: dict[str, str]) -> Iterator[str]:
     for report in chosen.considered:
         if report.error:
             yield f"backend {report.entry.name} is broken: {report.error}"
+        elif report.is_left_unused:
+            assert report.probe is not None, report
+            name, probe = report.entry.name, report.probe
+            yield f"backend {name} is left unused: {probe.problem}; {probe.remedy}"

@@ -48,7 +48,12 @@ class AcceleratorBackend(Backend):
             problem, remedy = "torch is not installed", self._vendor.install
         if problem:
             names = ", ".join(device.name for device in found.devices)
-            return Probe(problem=f"{names}: {problem}", remedy=remedy)
+            # The priority that it would have: who looks knows that something is left unused.
+            return Probe(
+                problem=f"{names}: {problem}",
+                remedy=remedy,
+                priority=_INTERPRETED_PRIORITY if interprets else _PRIORITY,
+            )
         if interprets:
             return Probe(devices=found.devices, problem=INTERPRETED, priority=_INTERPRETED_PRIORITY)
         return Probe(devices=self._detailed(build, found), priority=_PRIORITY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from quire.backends.reference import ReferenceAttention, TorchDevice
 from quire.backends.torch_accelerator.attention import TritonAttention
-from quire.backends.torch_accelerator.errors import device_errors
+from quire.backends.torch_accelerator.errors import device_errors, opening_errors
 from quire.backends.torch_accelerator.graphs import ReplayedCalls, TorchGraphs
 from quire.backends.torch_accelerator.ops import TritonOps
 from quire.backends.torch_accelerator.providers.catalog import TRITON, find_provider
@@ -23,8 +24,10 @@ from quire.core.interface import (
     Communicator,
     DeviceError,
     DeviceInfo,
+    DeviceLost,
     GraphCapture,
     ImmediateQueue,
+    MemoryInfo,
     Ops,
     Queue,
     Reason,
@@ -38,7 +41,7 @@ from quire.kernels_triton.launch import TABLES, DeviceLauncher, LaunchTable, rea
 _BLOCK_SIZES = (16, 32, 64, 128, 256, 8)
 _HALVES = ("bfloat16", "float16")
 _WIDE = "float32"
-_FEATURES = frozenset({"moe", "recurrent", "state_slots"})
+_FEATURES = frozenset({"moe", "recurrent", "state_slots", "cache_rows"})
 _QUANTIZATIONS = frozenset({"int8", "int4", "fp8"})
 
 
@@ -47,8 +50,8 @@ def open_device(
 ) -> AcceleratorDevice:
     """Opens a device, and with it the driver's context.
 
-    Raises: DeviceError with the remedy where the driver refuses; DeviceOutOfMemory where the device
-    has no memory left for a context.
+    Raises: DeviceError with the remedy where the driver refuses or torch has no code for the
+    device; DeviceOutOfMemory where it has no memory left for a context; DeviceLost.
     """
     if is_interpreted:
         from quire.kernels_triton import interpreter
@@ -63,15 +66,12 @@ def open_device(
         claims = _interpreted_claims(vendor, info)
         return AcceleratorDevice(vendor, info, "cpu", claims, table)
     torch_device = f"{vendor.torch_type}:{info.index}"
-    try:
-        with device_errors("context"):
-            torch.empty(1, device=torch_device)
-            torch.get_device_module(torch_device).set_device(torch_device)
-    except (RuntimeError, AssertionError) as error:
-        raise DeviceError(
-            f"{vendor.name}:{info.index} ({info.name}) cannot be opened: {error}; "
-            f"{vendor.driver_remedy}"
-        ) from error
+    with opening_errors(f"{vendor.name}:{info.index} ({info.name})", vendor.driver_remedy):
+        # A kernel, and waiting for it: a build of torch without code for this device fails here.
+        torch.zeros(1, device=torch_device)
+        module = torch.get_device_module(torch_device)
+        module.set_device(torch_device)
+        module.synchronize(torch_device)
     path = vendor.read_tables(info.architecture) or TABLES / "portable.json"
     return AcceleratorDevice(
         vendor, info, torch_device, _claims(vendor, info, num_devices), read_table(path)
@@ -153,6 +153,19 @@ class AcceleratorDevice(TorchDevice):
         with device_errors("staging"):
             return torch.empty(tuple(shape), dtype=getattr(torch, dtype), pin_memory=pins)
 
+    def memory(self) -> MemoryInfo:
+        if self._is_interpreted:
+            return super().memory()
+        with device_errors("memory"):
+            module = torch.get_device_module(self.torch_device)
+            free_bytes, total_bytes = module.mem_get_info(self.torch_device)
+        return MemoryInfo(total_bytes=total_bytes, free_bytes=free_bytes)
+
+    def synchronize(self) -> None:
+        if not self._is_interpreted:
+            with device_errors("step"):
+                torch.get_device_module(self.torch_device).synchronize(self.torch_device)
+
     def measure_peak_bytes(self, work: Callable[[], None]) -> int:
         """By the allocator's own count: what it keeps between steps is not lost."""
         if self._is_interpreted:
@@ -188,8 +201,10 @@ class AcceleratorDevice(TorchDevice):
         return partial(tune_device, self, self._launcher.table, fp8_units=units)
 
     def close(self) -> None:
-        """Gives what torch's allocator keeps back to the driver."""
-        if not self._is_interpreted:
+        """Gives what torch's allocator keeps back to the driver; a lost device takes nothing."""
+        if self._is_interpreted:
+            return
+        with suppress(DeviceLost), device_errors("cache"):
             torch.get_device_module(self.torch_device).empty_cache()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from quire.backends.torch_accelerator.vendor import Copies
 from quire.core.interface import (
     CapturedStep,
     DeviceError,
+    DeviceLost,
+    DeviceOutOfMemory,
     GraphCapture,
     Reason,
     UnsupportedError,
@@ -48,16 +51,12 @@ class TorchGraphs(GraphCapture):
                     for _ in range(_WARM_UPS):
                         step()
                     stream.synchronize()
-                    graph.capture_begin(pool=self._pool)
-                    try:
-                        step()
-                    finally:
-                        graph.capture_end()
+                    _record(graph, self._pool, step)
                 self._module.current_stream().wait_stream(stream)
-        except DeviceError:
+        except (DeviceLost, DeviceOutOfMemory):
             raise
-        except RuntimeError as error:
-            raise _refusal(key, str(error)) from error
+        except (DeviceError, RuntimeError) as error:
+            raise _refusal(key, str(error.__cause__ or error)) from error
         self._pool = graph.pool()
         self._captured.append(graph)
         return _TorchGraph(graph)
@@ -80,9 +79,9 @@ class TorchGraphs(GraphCapture):
         try:
             with device_errors("graphs"):
                 self._copies = open_copies()
-        except DeviceError:
+        except (DeviceLost, DeviceOutOfMemory):
             raise
-        except RuntimeError as error:
+        except (DeviceError, RuntimeError) as error:
             _LOGGER.warning("the arrays of replayed steps are copied one by one: %s", error)
 
     def _new_graph(self, key: str) -> Any:
@@ -91,6 +90,21 @@ class TorchGraphs(GraphCapture):
             if graph_class is not None:
                 return graph_class()
         raise _refusal(key, f"torch {torch.__version__} has no graphs for {self._device}")
+
+
+def _record(graph: Any, pool: Any, step: Callable[[], None]) -> None:
+    """Records a step, and ends the recording also where the step fails.
+
+    Ending one that has failed fails too; what is told is why.
+    """
+    graph.capture_begin(pool=pool)
+    try:
+        step()
+    except BaseException:
+        with suppress(RuntimeError):
+            graph.capture_end()
+        raise
+    graph.capture_end()
 
 
 class _TorchGraph(CapturedStep):

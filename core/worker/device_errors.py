@@ -10,7 +10,12 @@ import torch
 
 from quire.core.errors import DeviceLost, DeviceOutOfMemory, QuireError
 
-_REFUSED = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_REFUSED = re.compile(
+    r"out[ _]of[ _](\w+_)?memory|out_of_resources|can't allocate memory|not enough memory"
+    r"|alloc_failed",
+    re.IGNORECASE,
+)
+_LOST = re.compile(r"device[ _]lost", re.IGNORECASE)
 _NUM_BYTES = re.compile(r"tried to allocate ([\d.]+) *(bytes|KiB|MiB|GiB)?", re.IGNORECASE)
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -30,21 +35,25 @@ def device_errors(tag: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or _REFUSED.search(str(error)):
             raise _out_of_memory(error, tag) from error
-        if isinstance(error, torch.AcceleratorError):
+        if isinstance(error, torch.AcceleratorError) or _LOST.search(str(error)):
             raise DeviceLost(
-                f"the device failed in a step and its memory is lost: {error}; restart the worker"
+                f"the device failed ({tag}) and its memory is lost: {_first_line(error)}; restart "
+                "the engine, and if it fails again reset the device"
             ) from error
         raise
 
 
 def _out_of_memory(error: Exception, tag: str) -> DeviceOutOfMemory:
-    text = str(error).partition("\n")[0] or type(error).__name__
     return DeviceOutOfMemory(
-        f"the device refused memory for {tag}: {text}; lower device_memory_fraction, "
+        f"the device refused memory for {tag}: {_first_line(error)}; lower device_memory_fraction, "
         "max_num_batched_tokens or max_num_seqs",
         requested_bytes=_requested_bytes(str(error)),
         tag=tag,
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _requested_bytes(text: str) -> int | None:

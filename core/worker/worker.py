@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
 
-from quire.core.errors import QuireError, Reason, UnsupportedError
+from quire.core.errors import DeviceLost, QuireError, Reason, UnsupportedError
 from quire.core.interface import (
     CacheGroup,
     CachePlan,
@@ -219,9 +220,10 @@ class DefaultWorker(Worker):
         }
 
     def close(self) -> None:
-        """Waits for the device and drops everything."""
+        """Waits for the device, unless it is lost, and drops everything."""
         if self._runner is not None:
-            self._device.synchronize()
+            with suppress(DeviceLost), device_errors("step"):
+                self._device.synchronize()
             self._runner.release()
         self._runner, self._model, self._caches = None, None, []
 

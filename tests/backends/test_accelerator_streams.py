@@ -121,6 +121,10 @@ def module(monkeypatch):
     return stand_in
 
 
+ADVICE = "\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+"""torch ends every error of CUDA with it."""
+
+
 def lost():
     return torch.AcceleratorError("an illegal memory access was encountered\nmore")
 
@@ -145,7 +149,9 @@ def test_device_lost_in_mid_step_is_told_where_the_step_is_awaited(module, ask):
     """Asynchronous failures surface at the event, with one line and the remedy."""
     event = StreamQueue("cpu").record()
     module.error = lost()
-    with pytest.raises(DeviceLost, match=r"step.*illegal memory access was encountered; restart"):
+    with pytest.raises(
+        DeviceLost, match=r"step.*illegal memory access was encountered; restart the engine"
+    ):
         getattr(event, ask)()
 
 
@@ -179,15 +185,31 @@ def test_memory_refused_at_capture_is_typed_and_the_recording_is_ended(module):
     assert module.log[module.log.index("begin") + 1] == "end"
 
 
-def test_step_that_cannot_be_recorded_is_refused_with_its_reason(module):
+@pytest.mark.parametrize("error", [RuntimeError, torch.AcceleratorError])
+def test_step_that_cannot_be_recorded_is_refused_with_its_reason(module, error):
     """An operation that a recording forbids is no lost device: the step runs eagerly."""
 
     def step():
         if "begin" in module.log:
-            raise RuntimeError("operation not permitted when stream is capturing\nat x.cu")
+            raise error("operation not permitted when stream is capturing" + ADVICE)
 
     with pytest.raises(UnsupportedError, match="not permitted when stream is capturing"):
         TorchGraphs("cpu").capture("decode of 1", step)
+
+
+def test_recording_that_cannot_even_be_ended_tells_why_it_failed(module, monkeypatch):
+    """torch asks the driver to end a recording that is broken; its answer hides no cause."""
+
+    def capture_end(graph):
+        raise torch.AcceleratorError("operation failed due to a previous error during capture")
+
+    def step():
+        if "begin" in module.log:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Graph, "capture_end", capture_end)
+    with pytest.raises(DeviceOutOfMemory, match="graphs: CUDA out of memory"):
+        TorchGraphs("cpu").capture("decode of 64", step)
 
 
 def test_torch_without_graphs_is_refused(monkeypatch):
@@ -245,7 +267,7 @@ def test_device_lost_while_the_copies_are_opened_is_no_reason_to_go_without(modu
     def open_copies():
         raise RuntimeError("CUDA error: an illegal memory access was encountered (cuLaunch: 700)")
 
-    with pytest.raises(DeviceLost, match="restart the worker"):
+    with pytest.raises(DeviceLost, match="restart the engine"):
         TorchGraphs("cpu", open_copies).capture("decode of 1", lambda: None)
 
 
@@ -271,7 +293,13 @@ def test_device_lost_before_the_copies_of_a_replay_is_told(module):
             DeviceLost,
         ),
         (lost(), DeviceLost),
+        (torch.AcceleratorError("CUDA error: unknown error" + ADVICE), DeviceLost),
+        (torch.AcceleratorError("CUDA error: invalid argument" + ADVICE), DeviceError),
+        (torch.AcceleratorError("HIP error: invalid device function" + ADVICE), DeviceError),
+        (RuntimeError("Triton Error [CUDA]: no kernel image is available"), DeviceError),
         (RuntimeError("Triton Error [CUDA]: invalid argument"), RuntimeError),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling x"), torch.OutOfMemoryError),
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
         (DeviceOutOfMemory("no memory", tag="cache"), DeviceOutOfMemory),
     ],
@@ -299,6 +327,7 @@ def test_replayed_call_calls_again():
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"), DeviceOutOfMemory),
         (RuntimeError("UR_RESULT_ERROR: out of memory"), DeviceOutOfMemory),
+        (RuntimeError("failed with 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"), DeviceOutOfMemory),
         (lost(), DeviceLost),
         (RuntimeError("shapes do not fit"), RuntimeError),
     ],
@@ -311,24 +340,36 @@ def test_errors_of_torch_become_typed_ones(error, kind):
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"),
+    ("error", "kind", "remedy"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), DeviceOutOfMemory),
-        (lost(), DeviceLost),
-        (RuntimeError("no driver"), DeviceError),
+        (torch.OutOfMemoryError("CUDA out of memory"), DeviceOutOfMemory, "end the processes"),
+        (lost(), DeviceLost, "reset the device"),
+        (RuntimeError("no driver"), DeviceError, "update NVIDIA's driver"),
+        (AssertionError("Torch not compiled with CUDA enabled"), DeviceError, "driver"),
+        (
+            torch.AcceleratorError("CUDA error: driver version is insufficient" + ADVICE),
+            DeviceError,
+            "update NVIDIA's driver",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: no kernel image is available" + ADVICE),
+            DeviceError,
+            "a build of torch that is made for this device",
+        ),
     ],
 )
-def test_device_that_refuses_to_open_is_a_typed_error(monkeypatch, error, kind):
+def test_device_that_refuses_to_open_is_a_typed_error(monkeypatch, error, kind, remedy):
     """No memory for a context, a dead device, a driver that refuses: each by its name."""
-    real = torch.empty
+    real = torch.zeros
 
-    def empty(*shape, **named):
+    def zeros(*shape, **named):
         if str(named.get("device", "")).startswith("cuda"):
             raise error
         return real(*shape, **named)
 
-    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "zeros", zeros)
     info = DeviceInfo(index=0, name="H200", architecture="sm_90")
-    with pytest.raises(kind) as caught:
+    with pytest.raises(kind, match=remedy) as caught:
         accelerator.open_device(CUDA, info, num_devices=1, is_interpreted=False)
-    assert isinstance(caught.value, DeviceError)
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)

@@ -52,10 +52,18 @@ def test_refused_allocation_becomes_out_of_memory_with_its_tag(error, requested)
     assert caught.value.__cause__ is error
 
 
-def test_dead_accelerator_becomes_device_lost():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("unspecified launch failure\nadvice"),
+        RuntimeError("backend failed with 20 (RESULT_ERROR_DEVICE_LOST)"),
+    ],
+)
+def test_dead_accelerator_becomes_device_lost(error):
     """An error of the accelerator that is no lack of memory costs the worker."""
-    with pytest.raises(DeviceLost, match="unspecified launch failure"), device_errors("x"):
-        raise torch.AcceleratorError("unspecified launch failure")
+    said = str(error).partition("\n")[0][-10:].strip("()")
+    with pytest.raises(DeviceLost, match=f"{said}.*restart the engine"), device_errors("x"):
+        raise error
 
 
 def test_errors_of_other_kinds_pass_as_they_are():
