@@ -6,6 +6,7 @@ Every image is processed alone, so that its arrays and its hash do not depend on
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import logging
@@ -230,10 +231,11 @@ def load_processor(directory: Path, tokenizer: str | None = None) -> Any:
 
     Raises: CheckpointError if it cannot be made.
     """
-    import transformers
     from transformers import AutoConfig, AutoTokenizer
 
-    loader: Any = transformers.AutoImageProcessor
+    # By its module: some versions hide the name itself where torchvision is missing.
+    module: Any = importlib.import_module("transformers.models.auto.image_processing_auto")
+    loader = module.AutoImageProcessor
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         processor_class = processor_class_of(config.model_type)

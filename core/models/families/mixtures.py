@@ -130,8 +130,9 @@ def describe_gpt_oss(config: Any) -> DecoderSpec:
         ),
         intermediate_size=config.intermediate_size,
         activation="clamped_swiglu",
-        alpha=config.swiglu_alpha,
-        limit=config.swiglu_limit,
+        # Of the published models, where the configuration of an older transformers says nothing.
+        alpha=getattr(config, "swiglu_alpha", 1.702),
+        limit=getattr(config, "swiglu_limit", 7.0),
         has_router_bias=True,
         has_expert_bias=True,
     )
