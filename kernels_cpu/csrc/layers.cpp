@@ -28,6 +28,8 @@ namespace {
 #include "gemm_tiles.h"
 #include "gemm.h"
 #include "experts_run.h"
+#include "recurrence_rows.h"
+#include "recurrence_steps.h"
 #include "recurrence_run.h"
 #include "mixer_run.h"
 #include "vocabulary_run.h"

@@ -1,53 +1,10 @@
 // Convolutions and scans over sequences. Only for layers.cpp to include.
 //
 // Each scan is one pass in time with its state in registers and the first cache, vector lanes along channels, threads
-// along sequences, heads and channels. The chunked forms of the papers turn the pass into matrix products, but their
-// sums depend on where a chunk begins; here every step of time is computed alone, so a token's result is bitwise the
-// same however its prompt was cut. Holding a tile of the state in registers over many steps costs three operations for
-// each of its numbers and step, which is what the products of a chunked form take too.
-
-static inline vf load_operand(const Operand& o, int64_t index, int64_t left) {
-  if (o.dtype == DType::bf16) return load_up_to(static_cast<const bf16*>(o.data) + index, left);
-  if (o.dtype == DType::f16) return load_up_to(static_cast<const f16*>(o.data) + index, left);
-  return load_up_to(static_cast<const float*>(o.data) + index, left);
-}
-
-// A token of an operand [T, groups, size] in float32, padded by zeros: [groups, padded].
-static inline void widen_operand(const Operand& o, int64_t token, int64_t groups, int64_t size, int64_t padded, float* to) {
-  for (int64_t g = 0; g < groups; ++g)
-    for (int64_t i = 0; i < padded; i += W) {
-      const int64_t left = size - i;
-      store(to + g * padded + i, left > 0 ? load_operand(o, token * o.stride + g * size + i, left) : vf{});
-    }
-}
-
-static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// All rows from the first of a sequence to the last of one.
-struct Extent {
-  int64_t first, count;
-};
-
-static inline Extent extent_of(const Rows& rows) {
-  int64_t first = 0, end = 0;
-  for (int64_t s = 0; s < rows.num_sequences; ++s) {
-    if (s == 0 || rows.starts[s] < first) first = rows.starts[s];
-    if (rows.ends[s] > end) end = rows.ends[s];
-  }
-  return {first, end > first ? end - first : 0};
-}
-
-// The state before a sequence; null: zeros.
-template <class T>
-static inline const T* state_before(const Rows& rows, const T* states, int64_t sequence) {
-  const int64_t from = rows.sources ? rows.sources[sequence] : sequence;
-  return from < 0 ? nullptr : states + from * rows.state_stride;
-}
-
-template <class T>
-static inline T* state_after(const Rows& rows, T* states, int64_t sequence) {
-  return states + (rows.targets ? rows.targets[sequence] : sequence) * rows.state_stride;
-}
+// along sequences, heads and channels; a single step is recurrence_steps.h's, to the same bits. The chunked forms of the
+// papers turn the pass into matrix products, but their sums depend on where a chunk begins; here every step of time is
+// computed alone, so a token's result is bitwise the same however its prompt was cut. Holding a tile of the state in
+// registers over many steps costs little more for each of its numbers and step than the products of a chunked form take.
 
 // --- convolution -----------------------------------------------------------------------------------------------------
 
@@ -150,24 +107,35 @@ static void selective_lanes(const SelectiveArgs& a, int64_t first, const float* 
                             int64_t padded, float* memory) {
   const int64_t left = a.channels - first;
   const int lanes = at_most_w(left);
-  float *rates = memory, *h = memory + a.size * W;
+  float *rates = memory, *h = memory + padded * W;
   take_lanes(a.a + first * a.size, a.size, a.size, lanes, rates);
+  for (int64_t i = a.size * W; i < padded * W; i += W) store(rates + i, vf{});
   const vf d = a.d ? load_up_to(a.d + first, left) : vf{};
   for (int64_t s = 0; s < a.rows.num_sequences; ++s) {
+    if (lanes == W && a.size % W == 0 && is_step(a.rows, s)) {
+      selective_step<T>(a, s, first, b, c, first_row, padded);
+      continue;
+    }
     const float* old = state_before(a.rows, static_cast<const float*>(a.states), s);
     take_lanes(old ? old + first * a.size : nullptr, a.size, a.size, lanes, h);
+    for (int64_t i = a.size * W; i < padded * W; i += W) store(h + i, vf{});
     for (int64_t t = a.rows.starts[s]; t < a.rows.ends[s]; ++t) {
       const vf x = load_up_to(static_cast<const T*>(a.x) + t * a.x_stride + first, left);
       const vf dt = load_up_to(a.dt + t * a.dt_stride + first, left);
       const vf added = dt * x;
-      vf out = d * x;
+      vf sum{};
       const float *adds = b + (t - first_row) * padded, *asks = c + (t - first_row) * padded;
-      for (int64_t n = 0; n < a.size; ++n) {
-        const vf next = exp_of(dt * load(rates + n * W)) * load(h + n * W) + added * splat(adds[n]);
-        store(h + n * W, next);
-        out += next * splat(asks[n]);
+      for (int64_t begin = 0; begin < padded; begin += W) {
+        vf next[W];
+#pragma GCC unroll 16
+        for (int n = 0; n < W; ++n) {
+          float* number = h + (begin + n) * W;
+          next[n] = fma_of(exp_of(dt * load(rates + (begin + n) * W)), load(number), added * splat(adds[begin + n]));
+          store(number, next[n]);
+        }
+        sum = sum + asked_of_lanes(next, asks + begin);
       }
-      store_up_to(static_cast<T*>(a.out) + t * a.channels + first, out, left);
+      store_up_to(static_cast<T*>(a.out) + t * a.channels + first, fma_of(d, x, sum), left);
     }
     give_lanes(h, a.size, a.size, lanes, state_after(a.rows, a.states, s) + first * a.size);
   }
@@ -184,7 +152,7 @@ static bool selective_of(const SelectiveArgs& a) {
   bool has_memory = true;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : has_memory)
   {
-    float* memory = static_cast<float*>(__builtin_malloc(size_t(2 * a.size * W) * sizeof(float)));
+    float* memory = static_cast<float*>(__builtin_malloc(size_t(2 * padded * W) * sizeof(float)));
     has_memory = memory != nullptr;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; ++t) {
@@ -208,27 +176,22 @@ static bool selective_scan(const SelectiveArgs& a) {
 
 // --- Mamba-2 ---------------------------------------------------------------------------------------------------------
 
-constexpr int HELD = W == 16 ? 16 : 8;  // numbers of a lane's state in registers at a time
-constexpr int64_t TIMES = 32;           // steps for which they stay there
+constexpr int64_t TIMES = 32;  // steps for which W numbers of each lane's state stay in registers
 
-// Steps [0, times) of HELD numbers of each lane's state: h is read and written, out[t] is added to.
+// Steps [0, times) of W numbers of each lane's state: h is read and written, sums[t] is added to.
 static inline void hold_state(float* h, const float* b, const float* c, int64_t step, const float* decay,
-                              const float* added, float* out, int64_t times) {
-  vf held[HELD];
+                              const float* added, float* sums, int64_t times) {
+  vf held[W];
 #pragma GCC unroll 16
-  for (int n = 0; n < HELD; ++n) held[n] = load(h + n * W);
+  for (int n = 0; n < W; ++n) held[n] = load(h + n * W);
   for (int64_t t = 0; t < times; ++t, b += step, c += step) {
     const vf keep = splat(decay[t]), add = load(added + t * W);
-    vf sums[2] = {};
 #pragma GCC unroll 16
-    for (int n = 0; n < HELD; ++n) {
-      held[n] = keep * held[n] + add * splat(b[n]);
-      sums[n & 1] += held[n] * splat(c[n]);
-    }
-    store(out + t * W, load(out + t * W) + (sums[0] + sums[1]));
+    for (int n = 0; n < W; ++n) held[n] = fma_of(keep, held[n], add * splat(b[n]));
+    store(sums + t * W, load(sums + t * W) + asked_of_lanes(held, c));
   }
 #pragma GCC unroll 16
-  for (int n = 0; n < HELD; ++n) store(h + n * W, held[n]);
+  for (int n = 0; n < W; ++n) store(h + n * W, held[n]);
 }
 
 static void decays_of(const SsdArgs& a, int64_t head, int64_t begin, int64_t times, float* decay) {
@@ -240,9 +203,11 @@ static void decays_of(const SsdArgs& a, int64_t head, int64_t begin, int64_t tim
 template <class T>
 static void ssd_unit(const SsdArgs& a, int64_t sequence, int64_t head, int64_t first, const float* b, const float* c,
                      int64_t first_row, int64_t padded, float* memory) {
+  if (a.channels - first >= W && a.size % W == 0 && is_step(a.rows, sequence))
+    return ssd_step<T>(a, sequence, head, first, b, c, first_row, padded);
   const int64_t left = a.channels - first, group = head / (a.heads / a.groups);
   const int lanes = at_most_w(left);
-  float *h = memory, *added = h + padded * W, *out = added + TIMES * W, *decay = out + TIMES * W;
+  float *h = memory, *added = h + padded * W, *sums = added + TIMES * W, *decay = sums + TIMES * W;
   const int64_t at = (head * a.channels + first) * a.size;
   const float* old = state_before(a.rows, static_cast<const float*>(a.states), sequence);
   take_lanes(old ? old + at : nullptr, a.size, a.size, lanes, h);
@@ -256,14 +221,17 @@ static void ssd_unit(const SsdArgs& a, int64_t sequence, int64_t head, int64_t f
       const T* row = static_cast<const T*>(a.x) + (begin + t) * a.x_stride + head * a.channels + first;
       const vf x = load_up_to(row, left);
       store(added + t * W, x * splat(a.dt[(begin + t) * a.dt_stride + head]));
-      store(out + t * W, d * x);
+      store(sums + t * W, vf{});
     }
-    for (int64_t n = 0; n < padded; n += HELD) {
+    for (int64_t n = 0; n < padded; n += W) {
       const int64_t operand = ((begin - first_row) * a.groups + group) * padded + n;
-      hold_state(h + n * W, b + operand, c + operand, a.groups * padded, decay, added, out, times);
+      hold_state(h + n * W, b + operand, c + operand, a.groups * padded, decay, added, sums, times);
     }
-    for (int64_t t = 0; t < times; ++t)
-      store_up_to(static_cast<T*>(a.out) + ((begin + t) * a.heads + head) * a.channels + first, load(out + t * W), left);
+    for (int64_t t = 0; t < times; ++t) {
+      const int64_t row = begin + t, offset = head * a.channels + first;
+      const vf x = load_up_to(static_cast<const T*>(a.x) + row * a.x_stride + offset, left);
+      store_up_to(static_cast<T*>(a.out) + row * a.heads * a.channels + offset, fma_of(d, x, load(sums + t * W)), left);
+    }
   }
   give_lanes(h, a.size, a.size, lanes, state_after(a.rows, a.states, sequence) + at);
 }
@@ -271,9 +239,10 @@ static void ssd_unit(const SsdArgs& a, int64_t sequence, int64_t head, int64_t f
 template <class T>
 static bool ssd_of(const SsdArgs& a) {
   const auto [first_row, tokens] = extent_of(a.rows);
-  const int64_t padded = round_up(a.size, HELD > W ? HELD : W);
+  const int64_t padded = round_up(a.size, W);
   const int64_t blocks = (a.channels + W - 1) / W, units = a.rows.num_sequences * a.heads * blocks;
   const int threads = threads_of(units, tokens * a.heads * a.channels * a.size);
+  const int64_t grain = grain_of(a.rows, units, threads);
   const int64_t width = a.groups * padded;
   float* b = static_cast<float*>(__builtin_malloc(size_t(2 * tokens * width) * sizeof(float)));
   if (!b) return false;
@@ -289,7 +258,7 @@ static bool ssd_of(const SsdArgs& a) {
       widen_operand(a.b, first_row + t, a.groups, a.size, padded, b + t * width);
       widen_operand(a.c, first_row + t, a.groups, a.size, padded, c + t * width);
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, grain)
     for (int64_t unit = 0; unit < units; ++unit)
       if (memory)
         ssd_unit<T>(a, unit / blocks / a.heads, unit / blocks % a.heads, unit % blocks * W, b, c, first_row, padded,
@@ -313,6 +282,8 @@ static bool ssd_scan(const SsdArgs& a) {
 template <class T, int VECS>
 static void delta_unit(const DeltaArgs& a, int64_t sequence, int64_t head, int64_t first, const float* q, const float* k,
                        const float* dots, int64_t first_row, int64_t padded, float* h) {
+  if (a.v_size - first >= VECS * W && is_step(a.rows, sequence))
+    return delta_step<T, VECS>(a, sequence, head, first, q, k, dots, first_row, padded);
   const int64_t group = head / (a.heads / a.groups);
   const int64_t offset = head * a.size * a.v_size + first;
   const float* old = state_before(a.rows, static_cast<const float*>(a.states), sequence);
@@ -334,8 +305,8 @@ static void delta_unit(const DeltaArgs& a, int64_t sequence, int64_t head, int64
 #pragma GCC unroll 4
         for (int v = 0; v < VECS; ++v) {
           const vf value = load(h + ((i + j) * VECS + v) * W);
-          recalled[j][v] += value * splat(key[i + j]);
-          asked[j][v] += value * splat(query[i + j]);
+          recalled[j][v] = fma_of(value, splat(key[i + j]), recalled[j][v]);
+          asked[j][v] = fma_of(value, splat(query[i + j]), asked[j][v]);
         }
     vf change[VECS];
     for (int v = 0; v < VECS; ++v) {
@@ -345,15 +316,15 @@ static void delta_unit(const DeltaArgs& a, int64_t sequence, int64_t head, int64
         continue;
       }
       const T* value = static_cast<const T*>(a.v) + t * a.v_stride + head * a.v_size + first + v * W;
-      change[v] = rate * (load_up_to(value, left) - keep * (recalled[0][v] + recalled[1][v]));
+      change[v] = change_of(load_up_to(value, left), rate, keep, recalled[0][v] + recalled[1][v]);
       T* out = static_cast<T*>(a.out) + (t * a.heads + head) * a.v_size + first + v * W;
-      store_up_to(out, keep * (asked[0][v] + asked[1][v]) + dot * change[v], left);
+      store_up_to(out, fma_of(dot, change[v], keep * (asked[0][v] + asked[1][v])), left);
     }
     for (int64_t i = 0; i < a.size; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < VECS; ++v) {
         float* at = h + (i * VECS + v) * W;
-        store(at, keep * load(at) + splat(key[i]) * change[v]);
+        store(at, fma_of(splat(key[i]), change[v], keep * load(at)));
       }
   }
   float* state = state_after(a.rows, a.states, sequence) + offset;
@@ -377,6 +348,7 @@ static bool delta_of(const DeltaArgs& a) {
   const int64_t padded = round_up(a.size, W), width = a.groups * padded;
   const int64_t blocks = (a.v_size + VECS * W - 1) / (VECS * W), units = a.rows.num_sequences * a.heads * blocks;
   const int threads = threads_of(units, tokens * a.heads * a.v_size * a.size * 2);
+  const int64_t grain = grain_of(a.rows, units, threads);
   float* q = static_cast<float*>(__builtin_malloc(size_t(tokens * (2 * width + a.groups)) * sizeof(float)));
   if (!q) return false;
   float *k = q + tokens * width, *dots = k + tokens * width;
@@ -392,7 +364,7 @@ static bool delta_of(const DeltaArgs& a) {
       for (int64_t g = 0; g < a.groups; ++g)
         dots[t * a.groups + g] = dot_of(q + t * width + g * padded, k + t * width + g * padded, padded);
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, grain)
     for (int64_t unit = 0; unit < units; ++unit)
       if (h)
         delta_unit<T, VECS>(a, unit / blocks / a.heads, unit / blocks % a.heads, unit % blocks * VECS * W, q, k, dots,

@@ -25,6 +25,21 @@ struct f16 {
 
 static inline vf splat(float x) { return x - vf{}; }
 static inline vi splat_int(int32_t x) { return x - vi{}; }
+// a * b + c, rounded once where the level can: the same wherever it is written, as a sum of products is not.
+static inline vf fma_of(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+  vf out;
+#pragma GCC unroll 4
+  for (int i = 0; i < W; ++i) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return out;
+#else
+  return a * b + c;
+#endif
+}
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 
 static inline vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }

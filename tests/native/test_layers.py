@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -328,6 +330,57 @@ def test_scans_of_a_prompt_cut_anywhere_are_bitwise_the_same(ops, torch_rng):
     whole = run([(0, total)])
     cut = run([(0, 7), (7, 40), (40, 41), (41, total)])
     assert all(torch.equal(one, other) for one, other in zip(whole, cut, strict=True))
+
+
+@settings(SETTINGS, max_examples=30)
+@given(
+    size=st.sampled_from([4, 8, 16, 20, 32, 128]),
+    channels=st.sampled_from([1, 8, 16, 20, 32, 64, 72]),
+    dtype=st.sampled_from(FLOATS),
+    has_d=st.booleans(),
+    is_new=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_steps_alone_are_bitwise_those_of_a_prompt(ops, size, channels, dtype, has_d, is_new, seed):
+    """Each token decoded for itself, states as they lie in memory, is what a pass over all gives."""
+    rng = torch.Generator().manual_seed(seed)
+    total, heads = 9, 2
+    x = torch.randn(total, heads, channels, generator=rng).to(dtype)
+    k, q = (t.to(dtype) for t in torch.randn(2, total, 1, size, generator=rng))
+    dt = torch.rand(total, heads * channels, generator=rng)
+    rates = -torch.rand(heads * channels, size, generator=rng)
+    d = torch.randn(heads * channels, generator=rng) if has_d else None
+
+    def run(step):
+        make = torch.zeros if is_new else partial(torch.randn, generator=_seeded(seed))
+        states = {
+            "sel": make(1, heads * channels, size),
+            "ssd": make(1, heads, channels, size),
+            "delta": make(1, heads, size, channels),
+        }
+        parts = []
+        for begin in range(0, total, step):
+            rows = slice(begin, min(begin + step, total))
+            where = sequences_of([rows.stop - begin])
+            times = dt[rows]
+            flat, b, c = x[rows].flatten(1), k[rows].squeeze(1), q[rows].squeeze(1)
+            selected = ops.selective_scan(flat, times, rates, b, c, d, states["sel"], where)
+            head_d = None if d is None else d[:heads]
+            times = times[:, :heads].contiguous()
+            steps = (times, rates[:heads, 0].contiguous(), k[rows], q[rows], head_d)
+            scanned = ops.ssd_scan(x[rows], *steps, states["ssd"], where)
+            recalled = ops.gated_delta_rule(
+                q[rows], k[rows], x[rows], -times, times, states["delta"], where
+            )
+            parts.append(torch.cat([selected, scanned.flatten(1), recalled.flatten(1)], dim=1))
+        return [torch.cat(parts), *states.values()]
+
+    for whole, alone in zip(run(total), run(1), strict=True):
+        assert torch.equal(whole, alone)
+
+
+def _seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 # --- vocabulary -----------------------------------------------------------------------------------
