@@ -231,18 +231,19 @@ def route_experts(
 def head_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """out[t, m] = weight[m] @ x[t, m]. x [T, M, K], weight [M, N, K], out [T, M, N] contiguous.
 
-    One dtype, on the CPU, the last dimension dense; sums in float32, each in one order.
-    Raises: ValueError, TypeError.
+    One dtype, on the CPU, the last dimension dense, of weights the last or the one before; sums in
+    float32, each in one order, another in each of the two layouts. Raises: ValueError, TypeError.
     """
     x_strides = checks.check_dense("x", x, x.dtype, 3)
-    weight_strides = checks.check_dense("weight", weight, x.dtype, 3)
+    is_dense = weight.stride(-1) == 1
+    checks.check_dense("weight", weight if is_dense else weight.mT, x.dtype, 3)
     heads, num_outputs, num_inputs = weight.shape
     checks.check_shape("x", x, (x.shape[0], heads, num_inputs))
     checks.check_dense("out", out, x.dtype, 3)
     checks.check_shape("out", out, (x.shape[0], heads, num_outputs))
     if not out.is_contiguous():
         raise ValueError("out is not contiguous")
-    sizes = (x.shape[0], heads, num_outputs, num_inputs, *x_strides[:2], *weight_strides[:2])
+    sizes = (x.shape[0], heads, num_outputs, num_inputs, *x_strides[:2], *weight.stride())
     _cpu.head_linear(
         checks.dtype_code(x.dtype), x.data_ptr(), weight.data_ptr(), out.data_ptr(), sizes
     )

@@ -116,7 +116,8 @@ def experts(
 def head_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`Ops.head_linear`."""
     out = x.new_empty((x.shape[0], weight.shape[0], weight.shape[1]))
-    kernels_cpu.head_linear(x, weight if weight.stride(-1) == 1 else weight.contiguous(), out)
+    is_dense = 1 in weight.stride()[1:]
+    kernels_cpu.head_linear(x, weight if is_dense else weight.contiguous(), out)
     return out
 
 

@@ -247,8 +247,8 @@ class WeightBuilder:
             q_up=self._linear(tensors.q_up),
             kv_down=self._linear(tensors.kv_down),
             kv_norm=self._norm(tensors.kv_norm),
-            key_up=key_up.transpose(1, 2).contiguous(),
-            value_up=value_up.contiguous(),
+            key_up=key_up.transpose(1, 2),
+            value_up=value_up,
             heads_up=self._heads_up(kv_up),
         )
 

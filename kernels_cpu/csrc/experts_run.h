@@ -467,9 +467,51 @@ static void dot_rows(const HeadLinearArgs& a, const T* x, const T* weight, T* ou
   for (; n < end; ++n) dot_tile<T, ROWS, 1>(a, x, weight + n * a.weight_row_stride, out + n);
 }
 
+// ROWS tokens times VECS vectors of outputs of one head, whose weights lie with outputs beside one another.
+template <class T, int ROWS, int VECS>
+static inline void outer_tile(const HeadLinearArgs& a, const T* x, const T* weight, T* out, int64_t left) {
+  constexpr int64_t INPUTS = 128;
+  float inputs[ROWS][INPUTS];
+  vf sums[ROWS][VECS] = {};
+  for (int64_t begin = 0; begin < a.num_inputs; begin += INPUTS) {
+    const int64_t count = a.num_inputs - begin < INPUTS ? a.num_inputs - begin : INPUTS;
+    for (int m = 0; m < ROWS; ++m)
+      for (int64_t i = 0; i < count; i += W)
+        store(inputs[m] + i, load_up_to(x + m * a.x_token_stride + begin + i, count - i));
+    for (int64_t i = 0; i < count; ++i) {
+      const T* row = weight + (begin + i) * a.weight_column_stride;
+      vf columns[VECS];
+#pragma GCC unroll 4
+      for (int n = 0; n < VECS; ++n) columns[n] = load_up_to(row + n * W, left - n * W);
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < VECS; ++n) sums[m][n] = fma_of(splat(inputs[m][i]), columns[n], sums[m][n]);
+    }
+  }
+  for (int m = 0; m < ROWS; ++m)
+    for (int n = 0; n < VECS; ++n) store_up_to(out + m * a.heads * a.num_outputs + n * W, sums[m][n], left - n * W);
+}
+
+template <class T, int ROWS>
+static void outer_rows(const HeadLinearArgs& a, const T* x, const T* weight, T* out, int64_t first, int64_t end) {
+  constexpr int VECS = W == 16 ? 4 : 2;
+  int64_t n = first;
+  for (; n + VECS * W <= end; n += VECS * W) outer_tile<T, ROWS, VECS>(a, x, weight + n, out + n, end - n);
+  for (; n < end; n += W) outer_tile<T, ROWS, 1>(a, x, weight + n, out + n, end - n);
+}
+
+template <class T, int ROWS>
+static void rows_of(const HeadLinearArgs& a, const T* x, const T* weight, T* out, int64_t first, int64_t end) {
+  if (a.weight_column_stride == 1)
+    dot_rows<T, ROWS>(a, x, weight, out, first, end);
+  else
+    outer_rows<T, ROWS>(a, x, weight, out, first, end);
+}
+
 template <class T>
 static void head_linear_of(const HeadLinearArgs& a) {
-  constexpr int64_t STEP = 32;  // outputs of a unit of work
+  constexpr int64_t STEP = 64;  // outputs of a unit of work
   const int64_t steps = (a.num_outputs + STEP - 1) / STEP;
   const int threads = threads_of(a.heads * steps, a.tokens * a.heads * a.num_outputs * a.num_inputs);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -481,9 +523,9 @@ static void head_linear_of(const HeadLinearArgs& a) {
     T* out = static_cast<T*>(a.out) + head * a.num_outputs;
     int64_t t = 0;
     for (; t + 4 <= a.tokens; t += 4)
-      dot_rows<T, 4>(a, x + t * a.x_token_stride, weight, out + t * a.heads * a.num_outputs, first, end);
+      rows_of<T, 4>(a, x + t * a.x_token_stride, weight, out + t * a.heads * a.num_outputs, first, end);
     for (; t < a.tokens; ++t)
-      dot_rows<T, 1>(a, x + t * a.x_token_stride, weight, out + t * a.heads * a.num_outputs, first, end);
+      rows_of<T, 1>(a, x + t * a.x_token_stride, weight, out + t * a.heads * a.num_outputs, first, end);
   }
 }
 

@@ -43,7 +43,8 @@ struct HeadLinearArgs {
   const void* weight;  // [M, N, K]
   void* out;           // [T, M, N], contiguous
   int64_t tokens, heads, num_outputs, num_inputs;
-  int64_t x_token_stride, x_head_stride, weight_head_stride, weight_row_stride;
+  int64_t x_token_stride, x_head_stride, weight_head_stride;
+  int64_t weight_row_stride, weight_column_stride;  // of outputs and of inputs; one of them is 1
 };
 
 // --- recurrences -----------------------------------------------------------------------------------------------------

@@ -172,16 +172,23 @@ def test_route_experts_equals_reference(
     tokens=st.integers(0, 9),
     heads=st.integers(1, 4),
     num_outputs=st.integers(1, 70),
-    num_inputs=st.integers(1, 70),
+    num_inputs=st.one_of(st.integers(1, 70), st.integers(120, 140)),
+    is_transposed=st.booleans(),
     seed=st.integers(0, 99),
 )
 @SETTINGS
-def test_head_linear_equals_float64(ops, dtype, tokens, heads, num_outputs, num_inputs, seed):
-    """Each head by its own weights, from a view of wider rows."""
+def test_head_linear_equals_float64(
+    ops, dtype, tokens, heads, num_outputs, num_inputs, is_transposed, seed
+):
+    """Each head by its own weights, which lie either way, from a view of wider rows."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, heads, num_inputs + 3, generator=rng).to(dtype)[..., 1:-2]
     weight = torch.randn(heads, num_outputs, num_inputs, generator=rng).to(dtype)
-    near(ops.head_linear(x, weight), TRUTH.head_linear(x.double(), weight.double()), dtype)
+    lies = weight.mT.contiguous().mT if is_transposed else weight
+    out = ops.head_linear(x, lies)
+    near(out, TRUTH.head_linear(x.double(), weight.double()), dtype)
+    for token in range(tokens):  # alone and in a batch: the same bits
+        assert torch.equal(ops.head_linear(x[token : token + 1], lies), out[token : token + 1])
 
 
 # --- recurrence -----------------------------------------------------------------------------------
