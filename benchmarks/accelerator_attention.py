@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,41 +20,43 @@ Work = Callable[[], Any]
 _BLOCK_SIZE = 16
 
 
-def measure_attention(
-    backend: str, device: Device, sizes: Sizes, ceiling: Ceiling, *, is_dry: bool
-) -> tuple[list[Measurement], list[str]]:
-    """Decoding as a fraction of the copy bandwidth and a prompt as one of the matrix rate.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSubject:
+    """Who attends."""
 
-    Returns with the measurements what could not be measured, each with its reason.
-    """
-    requests, context, length = sizes.decode_requests, sizes.decode_context, sizes.prefill
-    num_bytes = requests * context * 2 * sizes.heads[1] * sizes.heads[2] * 2
-    flops = 2 * length * length * sizes.heads[0] * sizes.heads[2]  # the half under the diagonal
-    measured: list[Measurement] = []
-    missing: list[str] = []
-    for subject, make in _subjects(backend, device, sizes, is_dry=is_dry):
-        try:
-            seconds = seconds_of(device, make([1] * requests, context), sizes.rounds)
-            name = f"decode attention, {requests} of {context}"
-            measured.append(by_bytes(name, subject, seconds, num_bytes, ceiling))
-            seconds = seconds_of(device, make([length], length), sizes.rounds)
-            rates = tuple(flops / s / ceiling.flops for s in seconds)
-            name = f"prefill attention of {length}"
-            measured.append(
-                Measurement(work=name, subject=subject, unit="of matrix rate", values=rates)
-            )
-        # A library of another project may fail on a device in any way; the others are measured.
-        except Exception as error:
-            if subject == "quire":
-                raise
-            missing.append(f"attention of {subject}: {type(error).__name__}: {error}"[:300])
-    return measured, missing
+    name: str
+    make: Callable[[list[int], int], Work]
+    """The work of requests with so many new tokens each and so long a context."""
+
+    def measure(self, device: Device, sizes: Sizes, ceiling: Ceiling) -> list[Measurement]:
+        """Decoding as a fraction of the copy bandwidth and a prompt as one of the matrix rate.
+
+        Raises: whatever a library raises on a device that it does not serve.
+        """
+        requests, context, length = sizes.decode_requests, sizes.decode_context, sizes.prefill
+        num_bytes = requests * context * 2 * sizes.heads[1] * sizes.heads[2] * 2
+        flops = 2 * length * length * sizes.heads[0] * sizes.heads[2]  # half: under the diagonal
+        name = f"decode attention, {requests} of {context}"
+        seconds = seconds_of(device, self.make([1] * requests, context), sizes.rounds)
+        decoding = by_bytes(name, self.name, seconds, num_bytes, ceiling)
+        seconds = seconds_of(device, self.make([length], length), sizes.rounds)
+        rates = tuple(flops / s / ceiling.flops for s in seconds)
+        name = f"prefill attention of {length}"
+        prompt = Measurement(work=name, subject=self.name, unit="of matrix rate", values=rates)
+        return [decoding, prompt]
+
+
+def attention_subjects(
+    backend: str, device: Device, sizes: Sizes, *, is_dry: bool
+) -> Iterator[AttentionSubject]:
+    """Quire, torch, and the libraries that are installed."""
+    for name, make in _subjects(backend, device, sizes, is_dry=is_dry):
+        yield AttentionSubject(name=name, make=make)
 
 
 def _subjects(
     backend: str, device: Device, sizes: Sizes, *, is_dry: bool
 ) -> Iterator[tuple[str, Callable[[list[int], int], Work]]]:
-    """Names, and what makes the work of requests with so many new tokens and so long a context."""
     yield "quire", partial(_paged, device, sizes, size=_BLOCK_SIZE)
     yield "torch sdpa", partial(_dense, device, sizes)
     yield "torch flex", partial(_flex, device, sizes, is_dry=is_dry)

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("quire", "torch", "transformers", "tokenizers", "numpy")
+_PACKAGES = ("quire", "torch", "transformers", "tokenizers", "numpy", "triton")
+_WIDTH = 160
+"""Of tables that no terminal shows: wide enough that no name is cut."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +67,14 @@ class Record:
 
     def show(self) -> None:
         """Prints the figures."""
-        console = Console()
+        console = make_console()
         console.print(_measurement_table(self.name, self.measurements))
         if self.ratios:
             console.print(_ratio_table(self.ratios))
         for name, value in self.facts.items():
-            console.print(f"{name}: {value}")
+            lines = value if isinstance(value, list) else [value]
+            for line in lines:
+                console.print(f"{name}: {line}", soft_wrap=True, markup=False)
 
     def write(self, path: Path | None) -> Path:
         """Writes the record as JSON; None: under benchmarks/results, named after the benchmark."""
@@ -89,6 +93,12 @@ class Record:
         }
         target.write_text(json.dumps(document, indent=1, default=str) + "\n")
         return target
+
+
+def make_console() -> Console:
+    """Where tables are printed."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH)
 
 
 def paired_ratio(work: str, better: Measurement, worse: Measurement) -> Ratio:

@@ -15,6 +15,8 @@ import typer
 from quire.benchmarks.recording import RESULTS
 
 PAGE = RESULTS.parent.parent / "docs" / "performance.md"
+_LISTS = frozenset({"left_out", "not_measured"})
+"""Facts that are told line by line."""
 HEAD = """\
 # Performance
 
@@ -83,7 +85,9 @@ def _notes(record: dict[str, Any]) -> Iterator[str]:
         f"- {m['work']}, {m['subject']}: {m['note']}" for m in record["measurements"] if m["note"]
     ]
     # Who did not take part, and why.
-    notes += [f"- {name}: {value}" for name, value in record["facts"].items() if _is_said(value)]
+    for name, value in record["facts"].items():
+        lines = value if name in _LISTS else [value]
+        notes += [f"- {name}: {line}" for line in lines if _is_said(line)]
     if notes:
         yield from [*notes, ""]
 
