@@ -16,11 +16,11 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama-cpu", "gemma2-cpu", "gemma2-sim"])
+@pytest.fixture(scope="module", params=["llama-cpu", "gemma2-cpu", "gemma2-sim", "deepseek-v3-cpu"])
 def pair(request, tmp_path_factory):
     """The same tiny model in both engines; on the simulated device steps overlap."""
     transformers = pytest.importorskip("transformers")
-    variant, _, device = request.param.partition("-")
+    variant, _, device = request.param.rpartition("-")
     build_core = build_sim_core if device == "sim" else build_cpu_core
     directory = make_tiny_model(variant, tmp_path_factory.mktemp("models"))
     # Eagerly: torch's fused attention knows no soft cap, and some versions choose it all the same.
