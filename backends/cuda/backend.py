@@ -35,7 +35,7 @@ CUDA = Vendor(
     torch_type="cuda",
     collectives="nccl",
     build_field="cuda",
-    install='pip install "quire[cuda]" with torch from https://download.pytorch.org/whl/cu128',
+    torch_index="https://download.pytorch.org/whl/cu128",
     driver_remedy="update NVIDIA's driver",
     architectures={
         "sm_7": Architecture(has_bfloat16=False),
@@ -48,6 +48,7 @@ CUDA = Vendor(
     },
     read_tables=kernels_cuda.table_path,
     interpreted_architecture="sm_90",
+    oldest_runtime=(12, 0),
     open_copies=_open_copies,
 )
 

@@ -16,7 +16,7 @@ ROCM = Vendor(
     torch_type="cuda",
     collectives="nccl",
     build_field="hip",
-    install='pip install "quire[rocm]" with torch from https://download.pytorch.org/whl/rocm6.4',
+    torch_index="https://download.pytorch.org/whl/rocm6.4",
     driver_remedy="install or update AMD's amdgpu driver",
     architectures={
         "gfx90a": Architecture(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from dataclasses import replace
 
 from quire.backends.torch_accelerator.environment import is_interpreting
@@ -47,7 +48,8 @@ class AcceleratorBackend(Backend):
         if not build.version:
             problem, remedy = "torch is not installed", self._vendor.install
         if problem:
-            names = ", ".join(device.name for device in found.devices)
+            counts = Counter(device.name for device in found.devices)
+            names = ", ".join(f"{n} x {name}" if n > 1 else name for name, n in counts.items())
             # The priority that it would have: who looks knows that something is left unused.
             return Probe(
                 problem=f"{names}: {problem}",
@@ -63,15 +65,13 @@ class AcceleratorBackend(Backend):
         vendor = self._vendor
         wanted = build.runtime(vendor.build_field)
         if wanted is None:
-            return (
-                f"torch {build.version} was built without {vendor.title}",
-                f"{vendor.install}",
-            )
+            return f"torch {build.version} was built without {vendor.title}", vendor.install
         if found.runtime is not None and found.runtime[0] < wanted[0]:
             have, need = (".".join(map(str, pair)) for pair in (found.runtime, wanted))
+            is_served = found.runtime >= vendor.oldest_runtime
             return (
                 f"the driver serves {vendor.title} {have} and torch {build.version} needs {need}",
-                f"{vendor.driver_remedy}, or install a torch for {vendor.title} {have}",
+                vendor.driver_remedy + (f", or {vendor.install}" if is_served else ""),
             )
         return "", ""
 

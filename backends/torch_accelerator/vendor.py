@@ -45,8 +45,8 @@ class Vendor:
     """torch.distributed's backend: `nccl`, `xccl`."""
     build_field: str
     """The field of torch's version module that says whether the build is for this vendor."""
-    install: str
-    """The command that installs torch for this vendor."""
+    torch_index: str
+    """Where pip finds torch for this vendor."""
     driver_remedy: str
     """What to do where the driver is too old or missing."""
     architectures: Mapping[str, Architecture]
@@ -55,10 +55,17 @@ class Vendor:
     """The launch table of an architecture; None: the portable one."""
     interpreted_architecture: str
     """Whose claims the interpreter makes."""
+    oldest_runtime: tuple[int, int] = (0, 0)
+    """Of the builds of torch at `torch_index`, where drivers say what they serve."""
     open_copies: Callable[[str, str], Copies] | None = None
     """Of (architecture, torch's device, whose context is there): copies by one launch. None: torch
     copies, one after the other. Raises: RuntimeError with the cause where it cannot be had.
     """
+
+    @property
+    def install(self) -> str:
+        """The command that puts torch for this vendor in the place of another."""
+        return f"pip install --force-reinstall torch --index-url {self.torch_index}"
 
     def architecture(self, name: str) -> Architecture:
         """What devices of architecture `name` can do; conservative for unknown ones."""

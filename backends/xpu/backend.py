@@ -20,7 +20,7 @@ XPU = Vendor(
     torch_type="xpu",
     collectives="xccl",
     build_field="xpu",
-    install='pip install "quire[xpu]" with torch from https://download.pytorch.org/whl/xpu',
+    torch_index="https://download.pytorch.org/whl/xpu",
     driver_remedy="install or update Intel's GPU driver and Level Zero",
     architectures={"xe": Architecture(has_graphs=False)},
     read_tables=_no_table,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from stand_in_machines import FakeNvml, make_drm, make_kfd
 
 from quire.backends.cuda.backend import CUDA, CudaBackend
 from quire.backends.cuda.nvml import find_devices as find_cuda
@@ -32,54 +33,6 @@ def _nothing_is_hidden(monkeypatch):
         "HIP_VISIBLE_DEVICES",
     ):
         monkeypatch.delenv(name, raising=False)
-
-
-class FakeNvml:
-    """NVML with two H200s. Arguments are as ctypes passes them."""
-
-    def __init__(self, status=0, cuda=12080):
-        self.status, self.cuda, self.is_open = status, cuda, False
-
-    def nvmlInit_v2(self):
-        self.is_open = not self.status
-        return self.status
-
-    def nvmlShutdown(self):
-        self.is_open = False
-
-    def _put(self, target, value):
-        target._obj.value = value
-        return 0
-
-    def _write(self, buffer, text):
-        buffer.value = text
-        return 0
-
-    def nvmlSystemGetDriverVersion(self, buffer, size):
-        return self._write(buffer, b"570.1")
-
-    def nvmlSystemGetCudaDriverVersion_v2(self, out):
-        return self._put(out, self.cuda)
-
-    def nvmlDeviceGetCount_v2(self, out):
-        return self._put(out, 2)
-
-    def nvmlDeviceGetHandleByIndex_v2(self, index, out):
-        return self._put(out, 1000 + index.value)
-
-    def nvmlDeviceGetCudaComputeCapability(self, handle, major, minor):
-        self._put(major, 9)
-        return self._put(minor, 0)
-
-    def nvmlDeviceGetMemoryInfo(self, handle, out):
-        out._obj.total = 141 << 30
-        return 0
-
-    def nvmlDeviceGetName(self, handle, buffer, size):
-        return self._write(buffer, b"NVIDIA H200")
-
-    def nvmlDeviceGetUUID(self, handle, buffer, size):
-        return self._write(buffer, b"GPU-aaaa" if handle.value == 1000 else b"GPU-bbbb")
 
 
 def test_cuda_devices_are_described_by_nvml():
@@ -116,20 +69,6 @@ def test_cuda_driver_that_does_not_answer_is_told_with_its_error():
     assert "restart" in found.remedy
 
 
-def make_kfd(root):
-    """One CPU node and one MI300X."""
-    nodes = root / "sys/class/kfd/kfd/topology/nodes"
-    for name, text in (
-        ("0", "simd_count 0\ngfx_target_version 0\n"),
-        ("1", "simd_count 1216\ngfx_target_version 90402\nunique_id 255\n"),
-    ):
-        (nodes / name / "mem_banks" / "0").mkdir(parents=True)
-        (nodes / name / "properties").write_text(text)
-        (nodes / name / "mem_banks" / "0" / "properties").write_text("size_in_bytes 206141652992\n")
-    (root / "dev").mkdir()
-    (root / "dev" / "kfd").write_text("")
-
-
 def test_rocm_devices_are_read_from_the_topology(tmp_path):
     """GPU nodes alone, with architecture and memory."""
     make_kfd(tmp_path)
@@ -158,17 +97,7 @@ def test_rocm_without_rights_says_which_groups(tmp_path):
 
 def test_xpu_devices_are_discrete_ones_of_intel(tmp_path):
     """Integrated graphics and other vendors are left out."""
-    for number, (vendor, device) in enumerate(
-        [("0x8086", "0xe20b"), ("0x8086", "0x4680"), ("0x10de", "0x2330")]
-    ):
-        card = tmp_path / "sys/class/drm" / f"renderD{128 + number}" / "device"
-        (card / "xe").mkdir(parents=True)
-        (card / "vendor").write_text(vendor + "\n")
-        (card / "device").write_text(device + "\n")
-        (card / "driver").symlink_to(card / "xe")
-        node = tmp_path / "dev/dri" / f"renderD{128 + number}"
-        node.parent.mkdir(parents=True, exist_ok=True)
-        node.write_text("")
+    make_drm(tmp_path, [("0x8086", "0xe20b"), ("0x8086", "0x4680"), ("0x10de", "0x2330")])
     found = find_xpu(tmp_path)
     assert [d.architecture for d in found.devices] == ["xe2_hpg"]
 

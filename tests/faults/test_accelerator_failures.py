@@ -35,7 +35,7 @@ VENDORS = tuple(KINDS)
 RECORDING = ("cuda", "rocm")
 """Devices of the third record nothing yet."""
 DRIVER = {"cuda": "update NVIDIA's driver", "rocm": "amdgpu driver", "xpu": "Intel's GPU driver"}
-INSTALL = {"cuda": "quire[cuda]", "rocm": "quire[rocm]", "xpu": "quire[xpu]"}
+INSTALL = {"cuda": "whl/cu128", "rocm": "whl/rocm6.4", "xpu": "whl/xpu"}
 
 
 @pytest.fixture(scope="module")

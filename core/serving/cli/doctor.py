@@ -14,7 +14,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Say what is installed, what mismatches and what to do. Ends with 1 if something is wrong."""
-    from quire.core.doctor import diagnose, is_healthy
+    from quire.core.doctor import WARNING, diagnose, is_healthy
 
     findings = diagnose()
     healthy = is_healthy(findings)
@@ -23,6 +23,8 @@ def doctor(
     else:
         rows = [(f.status, f.subject, f.found, f.remedy) for f in findings]
         out().print(table("Diagnosis", ("", "what", "found", "what to do"), rows))
-        typer.echo("Nothing is wrong." if healthy else "Something is wrong: see above.")
+        warned = any(finding.status == WARNING for finding in findings)
+        fine = "Nothing is wrong; see the warnings above." if warned else "Nothing is wrong."
+        typer.echo(fine if healthy else "Something is wrong: see above.")
     if not healthy:
         raise typer.Exit(1)
