@@ -122,7 +122,10 @@ class Machine:
 
     def __init__(self, kind: Kind, fault: Fault) -> None:
         self.kind, self.fault = kind, fault
-        self.num_launches = self.num_pinned = self.num_events = self.taken_bytes = 0
+        self.num_asked = self.num_launches = self.num_events = self.taken_bytes = 0
+        self.pinned: list[torch.Tensor] = []
+        self.log: list[str] = []
+        """Copies as they are queued, and events as they are recorded and awaited: `record 3`."""
         self.num_graphs, self.num_replays = 0, 0
         self.is_lost = self.is_capturing = self.has_failed_capture = False
         self.recorded: Any = None
@@ -131,6 +134,7 @@ class Machine:
 
     def ask(self) -> None:
         """Everything goes to the driver, which tells of what happened before."""
+        self.num_asked += 1
         if self.is_lost:
             raise self.kind.lost
 
@@ -217,11 +221,13 @@ class _Stream:
 
 class _Event:
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+        self._machine, self._number = machine, 0
 
     def record(self, stream: object) -> None:
         self._machine.ask()
         self._machine.num_events += 1
+        self._number = self._machine.num_events
+        self._machine.log.append(f"record {self._number}")
 
     def query(self) -> bool:
         self._machine.ask()
@@ -229,6 +235,7 @@ class _Event:
 
     def synchronize(self) -> None:
         self._machine.ask()
+        self._machine.log.append(f"wait {self._number}")
 
 
 class _Graph:
@@ -334,6 +341,7 @@ class StandIn:
             (torch, "get_device_module", lambda device=None: self.machine),
             (torch, "zeros", self._opening(torch.zeros)),
             (torch, "empty", self._allocating(torch.empty)),
+            (torch.Tensor, "copy_", self._copying(torch.Tensor.copy_)),
             (torch.Tensor, "to", self._moving(torch.Tensor.to)),
             (TorchGraphs, "capture", self._recording(TorchGraphs.capture)),
         ):
@@ -351,13 +359,25 @@ class StandIn:
 
     def _allocating(self, real: Any) -> Any:
         def make(*shape: Any, **named: Any) -> Any:
-            self.machine.num_pinned += bool(named.pop("pin_memory", False))
+            is_pinned = named.pop("pin_memory", False)
             made = real(*shape, **named)
+            if is_pinned:
+                self.machine.pinned.append(made)
             if named.get("device") == "cpu:0":
                 self.machine.allocate(made.nbytes)
             return made
 
         return make
+
+    def _copying(self, real: Any) -> Any:
+        def copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
+            if non_blocking:
+                places = {tensor.untyped_storage().data_ptr() for tensor in self.machine.pinned}
+                ends = [t.untyped_storage().data_ptr() in places for t in (source, target)]
+                self.machine.log.append(f"copy, {sum(ends)} end pinned")
+            return real(target, source)
+
+        return copy
 
     def _moving(self, real: Any) -> Any:
         def to(tensor: Any, *where: Any, **named: Any) -> Any:

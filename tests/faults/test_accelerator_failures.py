@@ -64,7 +64,6 @@ def test_stand_in_that_does_not_fail_serves_the_tokens_of_the_cpu(
         assert tokens_of(run(llm)) == expected
         llm.warm_up()
         assert tokens_of(run(llm)) == expected
-        assert machine.num_pinned > 0
         assert (machine.num_replays > 0) == (name in RECORDING)
 
 
