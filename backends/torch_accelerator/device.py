@@ -14,7 +14,13 @@ from quire.backends.torch_accelerator.attention import TritonAttention
 from quire.backends.torch_accelerator.errors import device_errors, opening_errors
 from quire.backends.torch_accelerator.graphs import ReplayedCalls, TorchGraphs
 from quire.backends.torch_accelerator.ops import TritonOps
-from quire.backends.torch_accelerator.providers.catalog import TRITON, find_provider
+from quire.backends.torch_accelerator.providers.catalog import (
+    ATTENTION,
+    OPS,
+    TRITON,
+    Provider,
+    find_provider,
+)
 from quire.backends.torch_accelerator.queue import StreamQueue
 from quire.backends.torch_accelerator.vendor import Vendor
 from quire.core.interface import (
@@ -90,7 +96,8 @@ class AcceleratorDevice(TorchDevice):
         table: LaunchTable,
     ) -> None:
         self._vendor = vendor
-        self.option_names = (self._attention_option,)
+        self._wants = {what: f"{vendor.name}.{what}" for what in (ATTENTION, OPS)}
+        self.option_names = tuple(self._wants.values())
         self._launcher = DeviceLauncher(table)
         self._chosen_attention: type[TritonAttention] = TritonAttention
         super().__init__(info=info, torch_device=torch_device, capabilities=capabilities)
@@ -111,27 +118,30 @@ class AcceleratorDevice(TorchDevice):
         return self._chosen_attention(spec, self.torch_device, self._launcher)
 
     def reasons_against(self, worker_config: WorkerConfig) -> Sequence[Reason]:
-        """An attention that is asked for and not there is refused, never replaced silently."""
-        name = worker_config.options.get(self._attention_option, TRITON)
-        found = None if name == TRITON else find_provider(self._vendor.name, name)
-        return [found] if isinstance(found, Reason) else []
+        """A library that is asked for and not there is refused, never replaced silently."""
+        found = [self._find(what, worker_config) for what in self._wants]
+        return [reason for reason in found if isinstance(reason, Reason)]
 
     def make_worker(self, config: WorkerConfig) -> Worker | None:
-        """Takes the attention that was asked for, and leaves the work to the core's worker.
+        """Takes the libraries that were asked for, and leaves the work to the core's worker.
 
-        Raises: UnsupportedError if it is not there; ImportError if it is and does not load.
+        Raises: UnsupportedError if one is not there; ImportError if it is and does not load.
         """
-        name = config.options.get(self._attention_option, TRITON)
-        if name != TRITON:
-            found = find_provider(self._vendor.name, name)
-            if isinstance(found, Reason):
-                raise UnsupportedError([found], what=f"attention on {self.info.name}")
-            self._chosen_attention = found.load()
+        reasons = self.reasons_against(config)
+        if reasons:
+            raise UnsupportedError(reasons, what=f"a library on {self.info.name}")
+        attention, ops = (self._find(what, config) for what in (ATTENTION, OPS))
+        if isinstance(attention, Provider):
+            self._chosen_attention = attention.load()
+        if isinstance(ops, Provider) and ops.load_ops is not None:
+            units = self._vendor.architecture(self.info.architecture).fp8_units
+            self._ops = ops.load_ops()(self._launcher, units)
         return None
 
-    @property
-    def _attention_option(self) -> str:
-        return f"{self._vendor.name}.attention"
+    def _find(self, what: str, config: WorkerConfig) -> Provider | Reason | None:
+        """Who is to serve `what`; None: Triton."""
+        name = config.options.get(self._wants[what], TRITON)
+        return None if name == TRITON else find_provider(self._vendor.name, name, what)
 
     def queue(self) -> Queue:
         return self._queue

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 from quire.core.interface import Reason
 
 if TYPE_CHECKING:
+    from quire.backends.torch_accelerator.ops import TritonOps
     from quire.backends.torch_accelerator.providers.library_attention import LibraryAttention
 
 TRITON = "triton"
-"""What serves attention where nobody asks for another."""
+"""What serves where nobody asks for another."""
+ATTENTION, OPS = "attention", "ops"
+"""What may be asked of another: options are `xpu.attention`, `xpu.ops`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,8 @@ class Provider:
     """Whose devices it runs on."""
     install: str
     load: Callable[[], type[LibraryAttention]]
+    load_ops: Callable[[], type[TritonOps]] | None = None
+    """Its fused operators; None: it is asked for attention alone."""
 
     @property
     def is_installed(self) -> bool:
@@ -59,6 +64,12 @@ def _ipex() -> type[LibraryAttention]:
     return IpexAttention
 
 
+def _ipex_ops() -> type[TritonOps]:
+    from quire.backends.torch_accelerator.providers.ipex_ops import IpexOps
+
+    return IpexOps
+
+
 PROVIDERS = (
     Provider(
         name="flash_attn",
@@ -87,14 +98,19 @@ PROVIDERS = (
         backends=("xpu",),
         install='pip install "quire[ipex]"',
         load=_ipex,
+        load_ops=_ipex_ops,
     ),
 )
 
 
-def find_provider(backend: str, name: str) -> Provider | Reason:
-    """The library of that name for a backend's devices, or why it cannot serve."""
-    fitting = [provider for provider in PROVIDERS if backend in provider.backends]
-    code, need = f"options.{backend}.attention", f"attention by {name}"
+def find_provider(backend: str, name: str, what: str = ATTENTION) -> Provider | Reason:
+    """The library of that name for a backend's devices, or why it cannot serve `what`."""
+    fitting = [
+        provider
+        for provider in PROVIDERS
+        if backend in provider.backends and (what == ATTENTION or provider.load_ops is not None)
+    ]
+    code, need = f"options.{backend}.{what}", f"{what} by {name}"
     chosen = next((provider for provider in fitting if provider.name == name), None)
     if chosen is None:
         names = ", ".join((TRITON, *(provider.name for provider in fitting)))
@@ -104,6 +120,6 @@ def find_provider(backend: str, name: str) -> Provider | Reason:
             code=code,
             need=need,
             have=f"no module {chosen.module} in this environment",
-            remedy=f"{chosen.install}, or leave {backend}.attention out for {TRITON}",
+            remedy=f"{chosen.install}, or leave {backend}.{what} out for {TRITON}",
         )
     return chosen

@@ -16,7 +16,7 @@ import torch
 
 from quire.backends.reference import ReferenceAttention
 from quire.backends.torch_accelerator.providers import PROVIDERS
-from quire.core.interface import AttentionBatch, AttentionSpec, Reason
+from quire.core.interface import AttentionBatch, AttentionSpec, Reason, WorkerConfig
 
 MIX = [(1, 37), (5, 5), (1, 1), (17, 40), (1, 60)]
 """(new tokens, context with them)."""
@@ -129,6 +129,29 @@ def ipex_varlen(
     )
 
 
+def ipex_rms_norm(hidden_states, weight, eps):
+    assert hidden_states.dtype == weight.dtype
+    wide = hidden_states.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * weight.float()).to(hidden_states.dtype)
+
+
+def ipex_add_rms_norm(add, x, weight, bias, eps, add_back):
+    assert bias is None
+    total = add + x
+    if add_back:
+        add.copy_(total)
+    return ipex_rms_norm(total, weight, eps)
+
+
+def ipex_silu_mul(x, y, out=None):
+    return out.copy_(torch.nn.functional.silu(x.float()) * y.float())
+
+
+def ipex_gelu_mul(x, y, out=None, approximate="none"):
+    return out.copy_(torch.nn.functional.gelu(x.float(), approximate=approximate) * y.float())
+
+
 @pytest.fixture
 def libraries(monkeypatch):
     """All four, as far as they are called."""
@@ -143,7 +166,13 @@ def libraries(monkeypatch):
     stand_in("aiter", flash_attn_varlen_func=aiter_varlen)
     stand_in("flashinfer", BatchPrefillWithPagedKVCacheWrapper=PagedWrapper)
     paged = SimpleNamespace(flash_attn_varlen_func=ipex_varlen)
-    llm = SimpleNamespace(modules=SimpleNamespace(PagedAttention=paged))
+    functional = SimpleNamespace(
+        rms_norm=ipex_rms_norm,
+        add_rms_norm=ipex_add_rms_norm,
+        silu_mul=ipex_silu_mul,
+        gelu_mul=ipex_gelu_mul,
+    )
+    llm = SimpleNamespace(modules=SimpleNamespace(PagedAttention=paged), functional=functional)
     stand_in("intel_extension_for_pytorch", llm=llm)
 
 
@@ -249,20 +278,62 @@ def test_asked_for_and_not_there_is_refused_with_the_way_to_get_it(monkeypatch):
     assert strange.have == "triton, ipex"
 
 
+def worker_config(options):
+    return WorkerConfig(
+        model="m", dtype="bfloat16", cache_dtype="bfloat16", block_size=16, max_model_len=64,
+        max_num_seqs=2, max_num_batched_tokens=64, device_memory_fraction=0.5, options=options,
+    )  # fmt: skip
+
+
 def test_device_takes_the_attention_that_was_asked_for(libraries):
     """The option reaches the layers, and steps are then not recorded: libraries plan on the host."""
     from quire.backends.cuda import CudaBackend
-    from quire.core.interface import WorkerConfig
 
     device = CudaBackend().open(0)
     assert device.attention(make_spec(16)).provider().startswith("triton:")
     assert device.graphs() is not None
-    config = WorkerConfig(
-        model="m", dtype="bfloat16", cache_dtype="bfloat16", block_size=16, max_model_len=64,
-        max_num_seqs=2, max_num_batched_tokens=64, device_memory_fraction=0.5,
-        options={"cuda.attention": "flashinfer"},
-    )  # fmt: skip
+    config = worker_config({"cuda.attention": "flashinfer"})
     assert list(device.reasons_against(config)) == []
     assert device.make_worker(config) is None
     assert device.attention(make_spec(16)).provider() == "flashinfer"
     assert device.graphs() is None
+
+
+def test_fused_operators_give_what_the_reference_gives(launcher, libraries):
+    """Of the library where it takes the tensors, of ours where it does not: nobody sees which."""
+    from quire.backends.reference import ReferenceOps
+    from quire.backends.torch_accelerator.providers.ipex_ops import IpexOps
+
+    ops, oracle = IpexOps(launcher, ""), ReferenceOps()
+    torch.manual_seed(5)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x, weight, gates = torch.randn(5, 64), torch.randn(64), torch.randn(5, 128)
+        x, weight, gates = x.to(dtype), weight.to(dtype), gates.to(dtype)
+        pairs = [(each.rms_norm(x, weight, 1e-5)) for each in (ops, oracle)]
+        torch.testing.assert_close(*pairs, rtol=2e-2, atol=2e-2)
+        residuals = [torch.ones_like(x) for _ in range(2)]
+        pairs = [
+            each.add_rms_norm(x, residual, weight, 1e-5)
+            for each, residual in zip((ops, oracle), residuals, strict=True)
+        ]
+        torch.testing.assert_close(*pairs, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(*residuals)
+        for kind in ("silu", "gelu", "gelu_tanh"):
+            pairs = [each.gated_activation(gates, kind) for each in (ops, oracle)]
+            torch.testing.assert_close(*pairs, rtol=2e-2, atol=2e-2)
+    assert ops.provider("add_rms_norm") == "ipex"
+    assert ops.provider("rotary").startswith("triton:")
+
+
+def test_device_takes_the_operators_that_were_asked_for(libraries):
+    """By an option of their own; devices of other vendors have none to offer."""
+    from quire.backends.cuda import CudaBackend
+    from quire.backends.xpu import XpuBackend
+
+    device = XpuBackend().open(0)
+    assert device.ops().provider("rms_norm").startswith("triton:")
+    device.make_worker(worker_config({"xpu.ops": "ipex"}))
+    assert device.ops().provider("rms_norm") == "ipex"
+    assert device.attention(make_spec(16)).provider().startswith("triton:")
+    (reason,) = CudaBackend().open(0).reasons_against(worker_config({"cuda.ops": "ipex"}))
+    assert (reason.code, reason.have) == ("options.cuda.ops", "triton")
