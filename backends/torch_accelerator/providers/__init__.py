@@ -1,4 +1,4 @@
-"""Attention and fused operators of other projects, where they are installed and asked for by name."""
+"""Attention and fused operators of other projects, where installed and asked for by name."""
 
 from quire.backends.torch_accelerator.providers.catalog import PROVIDERS, Provider, find_provider
 

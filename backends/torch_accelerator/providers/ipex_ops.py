@@ -1,4 +1,4 @@
-"""Fused operators of the Intel extension for PyTorch, for sites that still run torch 2.8 with it."""
+"""Fused operators of the Intel extension for PyTorch, for sites that run torch 2.8 with it."""
 
 from __future__ import annotations
 
