@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from quire.kernels_cpu.attention import paged_attention, write_cache
 from quire.kernels_cpu.decoder import DecoderChain, FusedDecoderLayer, FusedMlp, Step
+from quire.kernels_cpu.delta_mixer import FusedDelta
 from quire.kernels_cpu.elementwise import (
     add_rms_norm,
     gated_activation,
@@ -56,6 +57,7 @@ __all__ = [
     "WHY_NOT_NATIVE",
     "DecoderChain",
     "FusedDecoderLayer",
+    "FusedDelta",
     "FusedMixer",
     "FusedMixture",
     "FusedMlp",

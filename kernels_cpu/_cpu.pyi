@@ -232,6 +232,20 @@ def gated_delta_rule(
     /,
 ) -> None: ...
 
+class FusedDelta:
+    def __init__(
+        self,
+        dtype: int,
+        in_proj: Linear,
+        out_proj: Linear,
+        tensors: Sequence[int],
+        sizes: Sequence[int],
+        eps: float,
+    ) -> None: ...
+    def run(
+        self, x: int, out: int, num_rows: int, pages: Sequence[int], rounds: Sequence[Sequence[int]]
+    ) -> None: ...
+
 class FusedMixer:
     def __init__(
         self,

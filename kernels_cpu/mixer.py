@@ -84,14 +84,14 @@ class FusedMixer:
         _check_products(in_proj, x_proj, dt_proj, inner, convolved, steps, state_size)
         small = (steps, state_size, state_size)
         tensors = (
-            _checked("conv", conv, dtype, (convolved, taps)),
-            _checked("conv_bias", conv_bias, dtype, (convolved,)),
-            _checked("a", a, dt_bias.dtype, state if x_proj is not None else (steps,)),
-            _checked("d", d, dt_bias.dtype, (len(dt_bias),)),
+            checked("conv", conv, dtype, (convolved, taps)),
+            checked("conv_bias", conv_bias, dtype, (convolved,)),
+            checked("a", a, dt_bias.dtype, state if x_proj is not None else (steps,)),
+            checked("d", d, dt_bias.dtype, (len(dt_bias),)),
             dt_bias,
-            _checked("norm", norm, dtype, (inner,)),
+            checked("norm", norm, dtype, (inner,)),
             *(
-                _checked(f"inner_norms[{i}]", one, dtype, (small[i],))
+                checked(f"inner_norms[{i}]", one, dtype, (small[i],))
                 for i, one in enumerate(inner_norms or (None, None, None))
             ),
         )
@@ -103,7 +103,7 @@ class FusedMixer:
             out_proj.handle,
             None if x_proj is None else x_proj.handle,
             None if dt_proj is None else dt_proj.handle,
-            [_address(tensor) for tensor in tensors],
+            [address_of(tensor) for tensor in tensors],
             (element_size, inner, convolved, taps, state_size, steps, num_groups),
             eps,
             is_norm_first,
@@ -123,17 +123,10 @@ class FusedMixer:
         checks.check_contiguous(
             "x", x, str(self._dtype).removeprefix("torch."), (len(x), self._hidden_size)
         )
-        for name, page, shape in zip(("conv", "states"), pages, self._page_shapes, strict=True):
-            checks.check_shape(name, page, (len(pages[0]), *shape))
-            if not page.is_contiguous() and not page[0].is_contiguous():
-                raise ValueError(f"{name}: each block is to be dense (strides {page.stride()})")
-        if pages[0].dtype != self._dtype or str(pages[1].dtype) != "torch.float32":
-            raise TypeError(f"pages of {pages[0].dtype} and {pages[1].dtype}")
+        where = check_pages(pages, self._page_shapes, self._dtype)
         out = x.new_empty((len(x), self._output_size))
-        where = (pages[0].data_ptr(), pages[1].data_ptr(), len(pages[0]))
-        strides = (pages[0].stride(0), pages[1].stride(0))
         addresses = [pieces.addresses for pieces in rounds]
-        self._handle.run(x.data_ptr(), out.data_ptr(), len(x), (*where, *strides), addresses)
+        self._handle.run(x.data_ptr(), out.data_ptr(), len(x), where, addresses)
         return out
 
 
@@ -162,13 +155,32 @@ def _check_products(
             raise ValueError(f"{name} has the size {have}, expected {want}")
 
 
-def _checked(
+def check_pages(
+    pages: tuple[Tensor, Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+) -> tuple[int, int, int, int, int]:
+    """Inputs of the convolution, of `dtype`, and states: addresses, blocks, strides of both.
+
+    Raises: ValueError, TypeError.
+    """
+    for name, page, shape in zip(("conv", "states"), pages, shapes, strict=True):
+        checks.check_shape(name, page, (len(pages[0]), *shape))
+        if not page.is_contiguous() and not page[0].is_contiguous():
+            raise ValueError(f"{name}: each block is to be dense (strides {page.stride()})")
+    if pages[0].dtype != dtype or str(pages[1].dtype) != "torch.float32":
+        raise TypeError(f"pages of {pages[0].dtype} and {pages[1].dtype}")
+    conv, states = pages
+    return conv.data_ptr(), states.data_ptr(), len(conv), conv.stride(0), states.stride(0)
+
+
+def checked(
     name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> Tensor | None:
+    """The tensor, contiguous and of this shape and dtype. Raises: ValueError, TypeError."""
     if tensor is not None:
         checks.check_contiguous(name, tensor, str(dtype).removeprefix("torch."), shape)
     return tensor
 
 
-def _address(tensor: Tensor | None) -> int:
+def address_of(tensor: Tensor | None) -> int:
+    """0 where there is none."""
     return 0 if tensor is None else tensor.data_ptr()

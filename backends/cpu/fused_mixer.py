@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from quire import kernels_cpu
-from quire.core.interface import FusedMixer, MixerParts, PackedLinear, StatePieces
+from quire.core.interface import (
+    DeltaMixerParts,
+    FusedMixer,
+    MixerParts,
+    PackedLinear,
+    StatePieces,
+)
 
 
 def fuse(parts: MixerParts) -> FusedMixer | None:
@@ -46,12 +52,37 @@ def fuse(parts: MixerParts) -> FusedMixer | None:
     return FusedCpuMixer(mixer)
 
 
+def fuse_delta(parts: DeltaMixerParts) -> FusedMixer | None:
+    """One call for a mixer; None where a product of it is not by the compiled kernels."""
+    dtype = parts.conv.dtype
+    is_other = parts.conv_bias is not None and parts.conv_bias.dtype != dtype
+    numbers = (parts.a, parts.dt_bias, parts.norm)
+    in_proj, out_proj = _payload(parts.in_proj), _payload(parts.out_proj)
+    if is_other or any(tensor.dtype != torch.float32 for tensor in numbers):
+        return None
+    if in_proj is None or out_proj is None:
+        return None
+    mixer = kernels_cpu.FusedDelta(
+        dtype,
+        in_proj,
+        out_proj,
+        conv=parts.conv.contiguous(),
+        conv_bias=parts.conv_bias,
+        a=parts.a.contiguous(),
+        dt_bias=parts.dt_bias.contiguous(),
+        norm=parts.norm.contiguous(),
+        key_size=parts.key_size,
+        eps=parts.eps,
+    )
+    return FusedCpuMixer(mixer)
+
+
 class FusedCpuMixer:
     """A `FusedMixer` by the compiled kernels."""
 
     __slots__ = ("_mixer",)
 
-    def __init__(self, mixer: kernels_cpu.FusedMixer) -> None:
+    def __init__(self, mixer: kernels_cpu.FusedMixer | kernels_cpu.FusedDelta) -> None:
         self._mixer = mixer
 
     def __call__(

@@ -22,6 +22,7 @@ from quire.backends.reference.sampling import draw
 from quire.core.interface import (
     AttentionBackend,
     DecoderLayerParts,
+    DeltaMixerParts,
     DeviceError,
     ExpertWeights,
     FusedLayer,
@@ -183,6 +184,11 @@ class CpuOps(ReferenceOps):
         if type(self) is not CpuOps or not self._has_native:
             return None
         return fused_mixer.fuse(parts)
+
+    def fuse_delta_mixer(self, parts: DeltaMixerParts) -> FusedMixer | None:
+        if type(self) is not CpuOps or not self._has_native:
+            return None
+        return fused_mixer.fuse_delta(parts)
 
     def _is_served(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the compiled norms take these dtypes."""

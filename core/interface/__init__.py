@@ -38,6 +38,7 @@ from quire.core.interface.experts import (
 )
 from quire.core.interface.fusion import (
     DecoderLayerParts,
+    DeltaMixerParts,
     FusedLayer,
     FusedLayers,
     FusedMixer,
@@ -97,6 +98,7 @@ __all__ = [
     "CompletedStep",
     "ConfigError",
     "DecoderLayerParts",
+    "DeltaMixerParts",
     "Device",
     "DeviceError",
     "DeviceInfo",

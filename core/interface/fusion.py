@@ -115,6 +115,34 @@ class MixerParts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeltaMixerParts:
+    """A mixer of a gated delta net, in the order in which it is computed.
+
+    `in_proj` gives queries and keys [T, GD] each with values [T, M Dv], gates [T, M Dv], betas
+    [T, M] and steps [T, M]; the first three are convolved with silu; queries and keys get the
+    length 1 (1e-6 added to its square), queries times D^-1/2; decay = a softplus(steps + dt_bias),
+    beta = sigmoid(betas); `gated_delta_rule`; the RMS norm of each head times silu(gate), all of it
+    in float32 from the convolution on; then `out_proj`. Shapes and dtypes of weights are those of
+    `Ops.causal_conv1d` and `Ops.gated_delta_rule`.
+    """
+
+    in_proj: PackedLinear
+    out_proj: PackedLinear
+    conv: Tensor
+    conv_bias: Tensor | None
+    a: Tensor
+    """float32 [M]; negative."""
+    dt_bias: Tensor
+    """float32 [M]."""
+    norm: Tensor
+    """float32 [Dv]."""
+    key_size: int
+    """D."""
+    eps: float
+    """Of the norm."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StatePieces:
     """Pieces of a step that do not wait for one another, as rows of the flat batch."""
 

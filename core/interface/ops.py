@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from quire.core.interface.fusion import (
         DecoderLayerParts,
+        DeltaMixerParts,
         FusedLayer,
         FusedLayers,
         FusedMixer,
@@ -236,6 +237,10 @@ class Ops(ABC):
 
         For devices that claim `state_slots`. Where it is there, it serves every step.
         """
+        return None
+
+    def fuse_delta_mixer(self, parts: DeltaMixerParts) -> FusedMixer | None:
+        """As `fuse_mixer`, for a mixer of a gated delta net."""
         return None
 
     # --- adapters (extension `lora`) ------------------------------------------------------------

@@ -40,7 +40,8 @@ namespace {
 extern const LayerTable QUIRE_CAT(layers_, QUIRE_ISA);
 const LayerTable QUIRE_CAT(layers_, QUIRE_ISA) = {
     QUIRE_ISA::experts,    QUIRE_ISA::route,       QUIRE_ISA::head_linear, QUIRE_ISA::conv,   QUIRE_ISA::selective_scan,
-    QUIRE_ISA::ssd_scan,   QUIRE_ISA::delta_rule,  QUIRE_ISA::soften,      QUIRE_ISA::open_gate,   QUIRE_ISA::mask_tokens,
+    QUIRE_ISA::ssd_scan,   QUIRE_ISA::delta_rule,  QUIRE_ISA::soften,      QUIRE_ISA::open_gate,   QUIRE_ISA::associate,
+    QUIRE_ISA::open_heads, QUIRE_ISA::mask_tokens,
     QUIRE_ISA::sample,     QUIRE_ISA::logprobs,    QUIRE_ISA::most_likely,
 };
 }  // namespace quire

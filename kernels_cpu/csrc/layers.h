@@ -132,6 +132,29 @@ struct OpenArgs {
   bool is_norm_first;  // the norm is of y alone, not of y silu(gate)
 };
 
+// What a delta rule is given, from what was projected and convolved.
+struct AssociateArgs {
+  DType dtype;                // of mixed, betas and steps
+  const void* mixed;          // [rows, 2GD + M Dv], contiguous: queries, keys and values
+  const void *betas, *steps;  // [rows, M]
+  const float *a, *bias;      // [M]
+  float *q, *k;               // [rows, G, D]: heads of length 1, queries times D^-1/2
+  float* v;                   // [rows, M, Dv]
+  float *decay, *beta;        // [rows, M]: a log(1 + exp(steps + bias)), 1 / (1 + exp(-betas))
+  int64_t rows, groups, size, heads, v_size, stride;
+  float eps;  // added to the squared length
+};
+
+struct OpenHeadsArgs {
+  DType dtype;          // of gate and out
+  const float* y;       // [rows, M, Dv]
+  const void* gate;     // [rows, M, Dv]
+  const float* weight;  // [Dv]
+  void* out;            // [rows, M, Dv]: the RMS norm of each head of y times silu(gate)
+  int64_t rows, heads, v_size, gate_stride;
+  float eps;
+};
+
 // --- vocabulary ------------------------------------------------------------------------------------------------------
 
 struct MaskArgs {
@@ -181,6 +204,8 @@ struct LayerTable {  // false: out of memory
   bool (*delta_rule)(const DeltaArgs&);
   void (*soften)(const SoftenArgs&);
   void (*open_gate)(const OpenArgs&);
+  void (*associate)(const AssociateArgs&);
+  void (*open_heads)(const OpenHeadsArgs&);
   void (*mask)(const MaskArgs&);
   bool (*sample)(const SampleArgs&);
   bool (*logprobs)(const LogprobArgs&);

@@ -13,51 +13,12 @@
 #include "buffers.h"
 #include "levels.h"
 #include "linear_module.h"
+#include "mixer_pieces.h"
 
 namespace nb = nanobind;
 
 namespace quire {
 namespace {
-
-using Sizes = std::vector<int64_t>;
-
-template <class T>
-T* at(int64_t address) {
-  return reinterpret_cast<T*>(uintptr_t(address));
-}
-
-// Pieces of a step that do not wait for one another.
-struct Pieces {
-  Rows rows;
-
-  // begins, ends int32 [S], sources, targets int64 [S]: addresses; S.
-  explicit Pieces(const Sizes& one) {
-    if (one.size() != 5) throw std::invalid_argument("four addresses and a number");
-    rows = {at<const int32_t>(one[0]), at<const int32_t>(one[1]), one[4], at<const int64_t>(one[2]),
-            at<const int64_t>(one[3]), 0};
-  }
-
-  int64_t check(int64_t num_rows, int64_t num_blocks) const {
-    int64_t count = 0;
-    for (int64_t s = 0; s < rows.num_sequences; ++s) {
-      const int64_t begin = rows.starts[s], end = rows.ends[s];
-      if (begin < 0 || end < begin || end > num_rows)
-        throw std::out_of_range("a piece of rows " + std::to_string(begin) + " to " + std::to_string(end) + "; there are " +
-                                std::to_string(num_rows));
-      if (rows.sources[s] >= num_blocks || rows.targets[s] < 0 || rows.targets[s] >= num_blocks)
-        throw std::out_of_range("a state goes from block " + std::to_string(rows.sources[s]) + " to " +
-                                std::to_string(rows.targets[s]) + "; there are " + std::to_string(num_blocks));
-      count += end - begin;
-    }
-    return count;
-  }
-
-  Rows with_stride(int64_t stride) const {
-    Rows result = rows;
-    result.state_stride = stride;
-    return result;
-  }
-};
 
 // Mamba has `x_proj` and `dt_proj`; Mamba-2 has neither.
 class FusedMixer {
@@ -77,12 +38,8 @@ class FusedMixer {
   // x, out [T, H], contiguous. pages: addresses of the convolution's inputs and of the states, blocks, strides of both.
   void run(int64_t x, int64_t out, int64_t num_rows, const Sizes& pages, const std::vector<Sizes>& rounds) const {
     if (pages.size() != 5) throw std::invalid_argument("two pages, and three sizes");
-    std::vector<Pieces> pieces;
     int64_t num_covered = 0;
-    for (const Sizes& round : rounds) {
-      pieces.emplace_back(round);
-      num_covered += pieces.back().check(num_rows, pages[2]);
-    }
+    const std::vector<Pieces> pieces = pieces_of(rounds, num_rows, pages[2], num_covered);
     nb::gil_scoped_release released;
     Call{*this, chosen_level(), num_rows, pages, pieces, num_covered < num_rows}.run(at<const char>(x), at<char>(out));
   }

@@ -80,3 +80,72 @@ static void open_gate(const OpenArgs& a) {
   if (a.dtype == DType::bf16) return open_of<bf16>(a);
   open_of<f16>(a);
 }
+
+// A head of `size` numbers, of the length `scale`.
+template <class T>
+static void lengthen(const T* x, float* out, int64_t size, float scale, float eps) {
+  vf sum{};
+  for (int64_t i = 0; i < size; i += W) {
+    const vf value = load_up_to(x + i, size - i);
+    sum = fma_of(value, value, sum);
+  }
+  const vf factor = splat(scale / __builtin_sqrtf(sum_of(sum) + eps));
+  for (int64_t i = 0; i < size; i += W) store_up_to(out + i, load_up_to(x + i, size - i) * factor, size - i);
+}
+
+template <class T>
+static void associate_of(const AssociateArgs& a) {
+  const int64_t keys = a.groups * a.size, values = a.heads * a.v_size;
+  const float scale = 1.0f / __builtin_sqrtf(float(a.size));
+#pragma omp parallel for schedule(static) if (a.rows * (keys + values) > PARALLEL_ELEMENTS / 4)
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const T* mixed = static_cast<const T*>(a.mixed) + row * (2 * keys + values);
+    for (int64_t g = 0; g < a.groups; ++g) {
+      lengthen(mixed + g * a.size, a.q + row * keys + g * a.size, a.size, scale, a.eps);
+      lengthen(mixed + keys + g * a.size, a.k + row * keys + g * a.size, a.size, 1.0f, a.eps);
+    }
+    for (int64_t i = 0; i < values; i += W)
+      store_up_to(a.v + row * values + i, load_up_to(mixed + 2 * keys + i, values - i), values - i);
+    const T* betas = static_cast<const T*>(a.betas) + row * a.stride;
+    const T* steps = static_cast<const T*>(a.steps) + row * a.stride;
+    for (int64_t i = 0; i < a.heads; i += W) {
+      const int64_t left = a.heads - i;
+      const vf soft = softplus_of(load_up_to(steps + i, left) + load_up_to(a.bias + i, left));
+      store_up_to(a.decay + row * a.heads + i, soft * load_up_to(a.a + i, left), left);
+      store_up_to(a.beta + row * a.heads + i, sigmoid_of(load_up_to(betas + i, left)), left);
+    }
+  }
+}
+
+static void associate(const AssociateArgs& a) {
+  if (a.dtype == DType::f32) return associate_of<float>(a);
+  if (a.dtype == DType::bf16) return associate_of<bf16>(a);
+  associate_of<f16>(a);
+}
+
+template <class T>
+static void open_heads_of(const OpenHeadsArgs& a) {
+#pragma omp parallel for schedule(static) if (a.rows * a.heads * a.v_size > PARALLEL_ELEMENTS / 4)
+  for (int64_t part = 0; part < a.rows * a.heads; ++part) {
+    const int64_t row = part / a.heads, first = part % a.heads * a.v_size, n = a.v_size;
+    const float* y = a.y + row * a.heads * n + first;
+    const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + first;
+    T* out = static_cast<T*>(a.out) + row * a.heads * n + first;
+    vf sum{};
+    for (int64_t i = 0; i < n; i += W) {
+      const vf value = load_up_to(y + i, n - i);
+      sum = fma_of(value, value, sum);
+    }
+    const vf factor = splat(1.0f / __builtin_sqrtf(sum_of(sum) / float(n) + a.eps));
+    for (int64_t i = 0; i < n; i += W) {
+      const vf normed = load_up_to(y + i, n - i) * factor * load_up_to(a.weight + i, n - i);
+      store_up_to(out + i, normed * activate<Gate::silu>(load_up_to(gate + i, n - i)), n - i);
+    }
+  }
+}
+
+static void open_heads(const OpenHeadsArgs& a) {
+  if (a.dtype == DType::f32) return open_heads_of<float>(a);
+  if (a.dtype == DType::bf16) return open_heads_of<bf16>(a);
+  open_heads_of<f16>(a);
+}

@@ -149,5 +149,6 @@ NB_MODULE(_cpu, m) {
   quire::bind_experts(m);
   quire::bind_decoder(m);
   quire::bind_mixer(m);
+  quire::bind_delta(m);
   quire::bind_quantize(m);
 }

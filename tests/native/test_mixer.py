@@ -11,6 +11,8 @@ kernels = pytest.importorskip("quire.kernels_cpu")
 
 from quire.backends.cpu.ops import CpuOps  # noqa: E402
 from quire.core.interface import LayerCache, Sequences, StatePieces, StateSlots  # noqa: E402
+from quire.core.models.state_space.delta_mixer import DeltaMixer, DeltaWeights  # noqa: E402
+from quire.core.models.state_space.delta_spec import DeltaSpec  # noqa: E402
 from quire.core.models.state_space.mixers import MixerWeights, make_mixer  # noqa: E402
 from quire.core.models.state_space.rounds import Round  # noqa: E402
 from quire.core.models.state_space.spec import CONV, STATE, StateSpaceSpec  # noqa: E402
@@ -28,7 +30,13 @@ FIRST = StateSpaceSpec(
     has_bias=True, has_conv_bias=True, has_tied_embeddings=False, keeps_residual_in_float32=False,
 )  # fmt: skip
 SECOND = replace(FIRST, num_heads=6, num_groups=2, rank=0)
+DELTA = DeltaSpec(
+    hidden_size=HIDDEN, num_key_heads=2, num_value_heads=4, key_size=SIZE, value_size=18,
+    conv_width=TAPS, norm_eps=1e-6, is_grouped=False,
+)  # fmt: skip
 KINDS = {
+    "delta": DELTA,
+    "delta-whole-vectors": replace(DELTA, key_size=32, value_size=64, num_key_heads=1),
     "mamba": FIRST,
     "mamba-inner-norms": replace(FIRST, has_inner_norms=True),
     "mamba2": SECOND,
@@ -54,6 +62,17 @@ def weights_of(spec, dtype, rng):
     def linear(outputs, inputs):
         return CpuOps().pack_linear(draw(outputs, inputs, scale=inputs**-0.5), draw(outputs))
 
+    if isinstance(spec, DeltaSpec):
+        heads = spec.num_value_heads
+        return DeltaWeights(
+            in_proj=linear(spec.projected_size, HIDDEN),
+            conv=draw(spec.conv_size, TAPS),
+            conv_bias=None,
+            out_proj=linear(HIDDEN, spec.values_size),
+            a=-torch.rand(heads, generator=rng),
+            dt_bias=torch.randn(heads, generator=rng),
+            norm=1 + 0.1 * torch.randn(spec.value_size, generator=rng),
+        )
     is_first = spec.num_heads is None
     width = INNER if is_first else spec.num_heads
     rates = (INNER, SIZE) if is_first else (width,)
@@ -73,10 +92,17 @@ def weights_of(spec, dtype, rng):
     )
 
 
+def mixer_of(spec, weights, ops, *, scans_in_pages):
+    """The mixer of either kind."""
+    make = DeltaMixer if isinstance(spec, DeltaSpec) else make_mixer
+    return make(spec, weights, ops, scans_in_pages=scans_in_pages)
+
+
 def cache_of(spec, dtype, rng):
     """Pages full of somebody's states."""
-    conv = torch.randn(BLOCKS, spec.conv_size, TAPS - 1, generator=rng).to(dtype)
-    states = torch.randn(BLOCKS, *spec.state_shape, generator=rng)
+    conv, state = (page.shape for page in spec.pages)
+    conv = torch.randn(BLOCKS, *conv, generator=rng).to(dtype)
+    states = torch.randn(BLOCKS, *state, generator=rng)
     return LayerCache(tensors={CONV: conv, STATE: states}, block_size=16)
 
 
@@ -120,10 +146,10 @@ def test_one_call_gives_what_the_operators_give(ops, kind, step, dtype):
     rounds = [round_of(pieces, num_rows) for pieces in STEPS[step]]
     pages = {name: page.clone() for name, page in cache.tensors.items()}
     other = replace(cache, tensors=pages)
-    fused = make_mixer(spec, weights, ops, scans_in_pages=True)
+    fused = mixer_of(spec, weights, ops, scans_in_pages=True)
     assert fused._fused is not None
     got = fused(x, cache, rounds)
-    want = make_mixer(spec, weights, ops, scans_in_pages=False)(x, other, rounds)
+    want = mixer_of(spec, weights, ops, scans_in_pages=False)(x, other, rounds)
     limit = TOLERANCE[dtype] * float(want.float().abs().max())
     torch.testing.assert_close(got.float(), want.float(), rtol=0, atol=limit)
     assert torch.equal(cache.tensors[CONV], other.tensors[CONV])
@@ -139,7 +165,7 @@ def test_text_cut_anywhere_gives_the_same_bits(ops, kind):
     """A chunked prompt, alone or among others, gives what the whole prompt gives."""
     spec, rng = KINDS[kind], torch.Generator().manual_seed(4)
     weights, cache = weights_of(spec, torch.bfloat16, rng), cache_of(spec, torch.bfloat16, rng)
-    mixer = make_mixer(spec, weights, ops, scans_in_pages=True)
+    mixer = mixer_of(spec, weights, ops, scans_in_pages=True)
     x = torch.randn(30, HIDDEN, generator=rng).bfloat16()
     whole = mixer(x, cache, [round_of([(0, 30, -1, 1)], 30)])
     parts, source = [], -1
@@ -163,7 +189,7 @@ def test_piece_outside_of_the_step_or_the_page_is_an_error_and_nothing_is_writte
     bounds = torch.tensor([[begin], [end]], dtype=torch.int32)
     pieces = StatePieces(begins=bounds[0], ends=bounds[1], slots=slots)
     where = Sequences(starts=torch.tensor([0, 3], dtype=torch.int32), starts_host=[0, 3])
-    mixer = make_mixer(SECOND, weights, CpuOps(), scans_in_pages=True)
+    mixer = mixer_of(SECOND, weights, CpuOps(), scans_in_pages=True)
     x = torch.randn(3, HIDDEN).bfloat16()
     with pytest.raises(IndexError, match="there are"):
         mixer(x, cache, [Round(rows=None, sequences=where, pieces=pieces)])
@@ -173,4 +199,4 @@ def test_piece_outside_of_the_step_or_the_page_is_an_error_and_nothing_is_writte
 def test_float32_mixer_is_not_fused():
     """Its products are another library's, which one call cannot reach."""
     weights = weights_of(SECOND, torch.float32, torch.Generator().manual_seed(6))
-    assert make_mixer(SECOND, weights, CpuOps(), scans_in_pages=True)._fused is None
+    assert mixer_of(SECOND, weights, CpuOps(), scans_in_pages=True)._fused is None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's convention
 from torch import Tensor
 
+from quire.core.interface.fusion import DeltaMixerParts
 from quire.core.interface.ops import Ops
 from quire.core.interface.recurrence import Sequences
 from quire.core.models.state_space.delta_spec import DeltaSpec
@@ -43,6 +44,21 @@ class DeltaMixer(Mixer):
         self._length_eps = _EPS / size
         self._k_scale = torch.full_like(weights.norm[:1], size**-0.5).expand(size).contiguous()
         self._q_scale = self._k_scale * size**-0.5
+        self._fused = ops.fuse_delta_mixer(self._parts()) if scans_in_pages else None
+
+    def _parts(self) -> DeltaMixerParts:
+        spec, weights = self._spec, self._weights
+        return DeltaMixerParts(
+            in_proj=weights.in_proj,
+            out_proj=weights.out_proj,
+            conv=weights.conv,
+            conv_bias=weights.conv_bias,
+            a=weights.a,
+            dt_bias=weights.dt_bias,
+            norm=weights.norm,
+            key_size=spec.key_size,
+            eps=spec.norm_eps,
+        )
 
     def _scan(self, projected: Tensor, conv: Tensor, state: Tensor, sequences: Sequences) -> Tensor:
         spec, weights, ops = self._spec, self._weights, self._ops

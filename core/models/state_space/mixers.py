@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quire.core.interface.attention import LayerCache
 from quire.core.interface.backend import Device
-from quire.core.interface.fusion import MixerParts
+from quire.core.interface.fusion import FusedMixer, MixerParts
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.interface.recurrence import Sequences
 from quire.core.models.state_space.rounds import Round
@@ -59,11 +59,15 @@ class Mixer(ABC):
         self._convolved = weights
         self._ops = ops
         self._scans_in_pages = scans_in_pages
+        self._fused: FusedMixer | None = None
+        """The device's one call, if it has one; a subclass asks for it."""
 
     def __call__(self, x: Tensor, cache: LayerCache, rounds: Sequence[Round]) -> Tensor:
         """Overwrites the states of the blocks in which pieces of the step end."""
+        pages = (cache.tensors[CONV], cache.tensors[STATE])
+        if self._fused is not None and pages[0].dtype == x.dtype:
+            return self._fused(x, pages, [piece.pieces for piece in rounds])
         projected = self._ops.linear(x, self._convolved.in_proj)
-        pages = [cache.tensors[name] for name in (CONV, STATE)]
         in_pages = self._scans_in_pages and pages[0].dtype == projected.dtype
         out = None
         for piece in rounds:
@@ -103,12 +107,6 @@ class _StateSpaceMixer(Mixer):
         self._spec = spec
         self._weights = weights
         self._fused = ops.fuse_mixer(self._parts()) if scans_in_pages else None
-
-    def __call__(self, x: Tensor, cache: LayerCache, rounds: Sequence[Round]) -> Tensor:
-        pages = (cache.tensors[CONV], cache.tensors[STATE])
-        if self._fused is None or pages[0].dtype != x.dtype:
-            return super().__call__(x, cache, rounds)
-        return self._fused(x, pages, [piece.pieces for piece in rounds])
 
     def _parts(self) -> MixerParts:
         spec, weights = self._spec, self._weights
