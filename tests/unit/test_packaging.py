@@ -133,6 +133,26 @@ def test_unbuilt_tree_runs_and_is_discovered(tmp_path):
     assert sorted(lines[4:]) == sorted(PROJECT["entry-points"]["quire.backends"].values())
 
 
+def test_unbuilt_tree_asks_for_what_the_project_asks_for(tmp_path):
+    """`quire doctor` holds the packages of a machine to it where nothing was installed, too."""
+    code = "import importlib.metadata as m; print(*m.requires('quire'), sep='\\n')"
+    command = (sys.executable, ROOT / "scripts" / "unbuilt", "python", "-S", "-c", code)
+    told = [Requirement(line) for line in run(*command, cwd=tmp_path).splitlines()]
+    for extra, lines in {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}.items():
+        asked = {
+            (r.name, str(r.specifier))
+            for r in told
+            if ("extra ==" in str(r.marker)) == bool(extra)
+            and (r.marker is None or r.marker.evaluate({"extra": extra}))
+        }
+        wanted = {
+            (r.name, str(r.specifier))
+            for r in map(Requirement, lines)
+            if r.marker is None or r.marker.evaluate()
+        }
+        assert asked == wanted, extra
+
+
 def test_missing_kernels_say_what_to_do(tmp_path):
     """Without the compiled module the kernels are an error in words, not an AttributeError."""
     code = "import quire.kernels_cpu as k; print(k.WHY_NOT_NATIVE); k.isa()"
