@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +23,7 @@ import typer
 
 from quire.benchmarks.accelerator_attention import AttentionSubject, attention_subjects
 from quire.benchmarks.accelerator_engine import EngineRun
+from quire.benchmarks.accelerator_extensions import DRY_SHAPES, FULL_SHAPES, Extensions
 from quire.benchmarks.accelerator_kernels import (
     DRY,
     FULL,
@@ -32,12 +33,14 @@ from quire.benchmarks.accelerator_kernels import (
 )
 from quire.benchmarks.accelerator_targets import show_targets
 from quire.benchmarks.budget import Budget, Part
-from quire.benchmarks.recording import Record
+from quire.benchmarks.recording import Measurement, Record
 from quire.core.discovery import load_backend
 from quire.core.interface import Device
 
 _BUDGET_S = 9 * 60
 _KERNELS_S = 30
+_KERNEL_S = 15
+"""Of each other kernel."""
 _ATTENTION_S = {"quire": 30, "torch flex": 60}
 """Compilation included; of any other library `_LIBRARY_S`."""
 _LIBRARY_S = 30
@@ -111,6 +114,11 @@ def _kernel_parts(
     def attention(subject: AttentionSubject) -> None:
         record.measurements += subject.measure(device, sizes, ceiling)
 
+    def extension(measure: Callable[[], list[Measurement]]) -> None:
+        record.measurements += measure()
+
+    shapes = DRY_SHAPES if is_dry else FULL_SHAPES
+    others = Extensions(device=device, sizes=sizes, shapes=shapes, ceiling=ceiling)
     subjects = attention_subjects(backend, device, sizes, is_dry=is_dry)
     return [
         Part(name="layers and sampling", needs_s=0 if is_dry else _KERNELS_S, work=layers),
@@ -121,6 +129,14 @@ def _kernel_parts(
                 work=partial(attention, subject),
             )
             for subject in subjects
+        ),
+        *(
+            Part(
+                name=f"kernel {name}",
+                needs_s=0 if is_dry else _KERNEL_S,
+                work=partial(extension, measure),
+            )
+            for name, measure in others.kernels()
         ),
     ]
 

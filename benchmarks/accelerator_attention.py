@@ -57,7 +57,7 @@ def attention_subjects(
 def _subjects(
     backend: str, device: Device, sizes: Sizes, *, is_dry: bool
 ) -> Iterator[tuple[str, Callable[[list[int], int], Work]]]:
-    yield "quire", partial(_paged, device, sizes, size=_BLOCK_SIZE)
+    yield "quire", partial(paged_work, device, _spec(sizes, _BLOCK_SIZE))
     yield "torch sdpa", partial(_dense, device, sizes)
     yield "torch flex", partial(_flex, device, sizes, is_dry=is_dry)
     for provider in PROVIDERS:
@@ -83,7 +83,7 @@ def _library(
         options={f"{backend}.attention": provider.name},
     )
     device.make_worker(config)
-    return _paged(device, sizes, counts, length, size)
+    return paged_work(device, _spec(sizes, size), counts, length)
 
 
 def _spec(sizes: Sizes, block_size: int) -> AttentionSpec:
@@ -100,9 +100,9 @@ def _spec(sizes: Sizes, block_size: int) -> AttentionSpec:
     )
 
 
-def _paged(device: Device, sizes: Sizes, counts: list[int], length: int, size: int) -> Work:
+def paged_work(device: Device, spec: AttentionSpec, counts: list[int], length: int) -> Work:
     """A device's attention for requests of `length` tokens, of which `counts` are new."""
-    attention, where = device.attention(_spec(sizes, size)), device.torch_device
+    attention, where, size = device.attention(spec), device.torch_device, spec.block_size
     width = -(-length // size)
     cache = attention.allocate(len(counts) * width)
     for tensor in cache.tensors.values():
@@ -122,10 +122,9 @@ def _paged(device: Device, sizes: Sizes, counts: list[int], length: int, size: i
         max_query_len=max(counts),
         max_seq_len=length,
     )
-    num_heads, num_kv_heads, head_size = sizes.heads
-    q = torch.randn(starts[-1], num_heads, head_size, device=where, dtype=torch.bfloat16)
-    k, v = (q[:, :num_kv_heads].contiguous() for _ in range(2))
-    out = torch.empty_like(q)
+    q = torch.randn(starts[-1], spec.num_heads, spec.head_size, device=where, dtype=torch.bfloat16)
+    k, v = (q[:, : spec.num_kv_heads].contiguous() for _ in range(2))
+    out = q.new_empty(starts[-1], spec.num_heads, spec.v_head_size)
     plan = attention.plan(batch)
     return lambda: attention.forward(q, k, v, cache, plan, out)
 

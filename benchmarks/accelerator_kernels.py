@@ -122,6 +122,14 @@ def by_bytes(
     return Measurement(work=work, subject=subject, unit="of copy bandwidth", values=values)
 
 
+def by_flops(
+    work: str, subject: str, seconds: tuple[float, ...], flops: float, ceiling: Ceiling
+) -> Measurement:
+    """A measurement of matrix products, as a fraction of the matrix rate."""
+    values = tuple(flops / s / ceiling.flops for s in seconds)
+    return Measurement(work=work, subject=subject, unit="of matrix rate", values=values)
+
+
 def _measure_layers(device: Device, sizes: Sizes, ceiling: Ceiling) -> list[Measurement]:
     ops, where = device.ops(), device.torch_device
     shape = (sizes.tokens, sizes.hidden)

@@ -154,6 +154,8 @@ def test_dry_run_measures_every_part_and_writes_a_record(tmp_path):
     record, _ = run_dry(tmp_path)
     works = {measurement["work"].partition(",")[0] for measurement in record["measurements"]}
     assert {"copy", "matrix product", "add_rms_norm", "decode attention", "mixed load"} <= works
+    assert {"rotary", "logprobs", "experts", "latent decode", "linear in fp8"} <= works
+    assert {"causal_conv1d", "selective_scan", "ssd_scan", "gated_delta_rule"} <= works
     assert {"decode step", "host's part of a decode step"} <= works
     assert record["facts"]["conformance"]["passed"] > 0
     assert record["facts"]["left_out"] == record["facts"]["not_measured"] == []
