@@ -307,8 +307,9 @@ def _device_of(
     name: str, backend: Backend, probe: Probe, index: int, *, is_index_given: bool
 ) -> ChosenDevice:
     if not probe.is_usable:
+        what = "cannot be used" if probe.priority > 0 else "has no device"
         raise ConfigError(
-            f"device {name!r} was asked for and has no device: {probe.problem or 'none found'}. "
+            f"device {name!r} was asked for and {what}: {probe.problem or 'none found'}. "
             f"{probe.remedy}".rstrip()
         )
     wanted = [d for d in probe.devices if d.index == index] if is_index_given else probe.devices[:1]

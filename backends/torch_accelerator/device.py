@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from quire.backends.reference import ReferenceAttention, TorchDevice
 from quire.backends.torch_accelerator.attention import TritonAttention
 from quire.backends.torch_accelerator.errors import device_errors, opening_errors
-from quire.backends.torch_accelerator.graphs import ReplayedCalls, TorchGraphs
+from quire.backends.torch_accelerator.graphs import ReplayedCalls, TorchGraphs, offers_graphs
 from quire.backends.torch_accelerator.ops import TritonOps
 from quire.backends.torch_accelerator.providers.catalog import (
     ATTENTION,
@@ -79,9 +80,10 @@ def open_device(
         module.set_device(torch_device)
         module.synchronize(torch_device)
     path = vendor.read_tables(info.architecture) or TABLES / "portable.json"
-    return AcceleratorDevice(
-        vendor, info, torch_device, _claims(vendor, info, num_devices), read_table(path)
-    )
+    claims = _claims(vendor, info, num_devices)
+    if not offers_graphs(module):
+        claims = replace(claims, step_mode="eager")
+    return AcceleratorDevice(vendor, info, torch_device, claims, read_table(path))
 
 
 class AcceleratorDevice(TorchDevice):

@@ -28,6 +28,11 @@ _GRAPH_CLASSES = ("CUDAGraph", "XPUGraph")
 _LOGGER = logging.getLogger(__name__)
 
 
+def offers_graphs(module: Any) -> bool:
+    """Whether torch's module of a device can record: for some devices newer versions alone do."""
+    return any(hasattr(module, name) for name in _GRAPH_CLASSES)
+
+
 class TorchGraphs(GraphCapture):
     """Graphs of one device; they share one pool of memory, since they never run at once."""
 

@@ -25,6 +25,7 @@ class Architecture:
     fp8_units: str = ""
     """The 8-bit float that matrix units multiply; empty: none, and weights are widened."""
     has_graphs: bool = True
+    """Whether steps are recorded, where torch's version can."""
 
 
 Copies = Callable[[Sequence[tuple["Tensor", "Tensor"]]], None]

@@ -22,7 +22,7 @@ XPU = Vendor(
     build_field="xpu",
     torch_index="https://download.pytorch.org/whl/xpu",
     driver_remedy="install or update Intel's GPU driver and Level Zero",
-    architectures={"xe": Architecture(has_graphs=False)},
+    architectures={"xe": Architecture()},
     read_tables=_no_table,
     interpreted_architecture="xe",
 )

@@ -49,7 +49,7 @@ def test_eight_bit_floats_have_the_flavour_of_the_architecture(vendor, architect
         (CUDA, "sm_90", "capture", ("bfloat16", "float16")),
         (CUDA, "sm_75", "capture", ("float16",)),
         (ROCM, "gfx942", "capture", ("bfloat16", "float16")),
-        (XPU, "xe2", "eager", ("bfloat16", "float16")),
+        (XPU, "xe2", "capture", ("bfloat16", "float16")),
         (CUDA, "sm_999_of_tomorrow", "capture", ("bfloat16", "float16")),
         (ROCM, "gfx1999", "eager", ("bfloat16", "float16")),
     ],

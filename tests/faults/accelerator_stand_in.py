@@ -45,8 +45,8 @@ class Kind:
     """Of a build of torch that fits."""
     runtime: tuple[int, int] | None = None
     """That the driver serves, where it says so."""
-    graph: str = ""
-    """torch's class of graphs; empty: the vendor's devices record nothing."""
+    graph: str = "CUDAGraph"
+    """torch's class of graphs; empty: this version of torch records nothing on the device."""
     no_driver: Exception = field(default_factory=RuntimeError)
     """What torch says where the driver is too old for it."""
     refused: Exception = field(default_factory=RuntimeError)
@@ -67,7 +67,6 @@ KINDS = {
         device=DeviceInfo(index=0, name="H200", architecture="sm_90"),
         build={"__version__": "2.11.0+cu128", "cuda": "12.8"},
         runtime=(12, 8),
-        graph="CUDAGraph",
         no_driver=RuntimeError(
             "The NVIDIA driver on your system is too old (found version 11040). Please update"
         ),
@@ -81,7 +80,6 @@ KINDS = {
         vendor=ROCM,
         device=DeviceInfo(index=0, name="MI300X", architecture="gfx942"),
         build={"__version__": "2.11.0+rocm6.4", "hip": "6.4.43482"},
-        graph="CUDAGraph",
         no_driver=RuntimeError("No HIP GPUs are available"),
         refused=torch.OutOfMemoryError("HIP out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
         lost=torch.AcceleratorError("HIP error: unspecified launch failure" + _ADVICE),
@@ -91,6 +89,7 @@ KINDS = {
         vendor=XPU,
         device=DeviceInfo(index=0, name="Intel Arc B-Series", architecture="xe2_hpg"),
         build={"__version__": "2.11.0+xpu", "xpu": "20250301"},
+        graph="XPUGraph",
         no_driver=RuntimeError("No XPU devices are available."),
         refused=RuntimeError(
             "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"
@@ -98,6 +97,7 @@ KINDS = {
         lost=RuntimeError("level_zero backend failed with error: 20 (UR_RESULT_ERROR_DEVICE_LOST)"),
     ),
 }
+KINDS["xpu, torch without graphs"] = replace(KINDS["xpu"], graph="")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from tiny_models import make_tiny_model
 from quire import LLM
 from quire.core.errors import UnsupportedError
 
-VENDORS = tuple(KINDS)
+VENDORS = ("cuda", "rocm", "xpu")
 PROGRAM = Path(__file__).parent / "parent_accelerator.py"
 
 
@@ -63,7 +63,7 @@ def test_copies_of_a_step_are_asynchronous_and_have_a_pinned_end(model: Path, na
     assert len(copies) >= 2 * num_steps  # what goes up, and the tokens that come down
 
 
-@pytest.mark.parametrize("name", ["cuda", "rocm"])
+@pytest.mark.parametrize("name", VENDORS)
 def test_requests_are_served_before_the_first_recording_is_made(model: Path, name: str) -> None:
     """A start does not wait for recordings; they come between steps, and then steps are replayed."""
     with StandIn(name) as machine, start(model, name) as llm:
