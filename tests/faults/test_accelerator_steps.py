@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
-from accelerator_stand_in import KINDS, StandIn
+from accelerator_stand_in import StandIn
 from test_engine_answers import SETTINGS, run, tokens_of
 from tiny_models import make_tiny_model
 
