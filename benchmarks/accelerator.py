@@ -35,7 +35,7 @@ from quire.benchmarks.accelerator_targets import show_targets
 from quire.benchmarks.budget import Budget, Part
 from quire.benchmarks.recording import Measurement, Record
 from quire.core.discovery import load_backend
-from quire.core.interface import Device
+from quire.core.interface import Device, QuireError
 
 _BUDGET_S = 9 * 60
 _KERNELS_S = 30
@@ -59,7 +59,7 @@ def main(
 ) -> None:
     """Measures, prints a table and writes JSON. Ends with 1 if a part failed."""
     budget = Budget(seconds=budget_s)
-    device = load_backend(backend).open(0)
+    device = _open(backend)
     record = _make_record(backend, device, is_dry=dry_run)
     home = folder or Path(tempfile.gettempdir()) / "quire-benchmarks"
     sizes = DRY if dry_run else FULL
@@ -77,6 +77,15 @@ def main(
         show_targets(record)
     print(f"written to {path}")
     _end(budget)
+
+
+def _open(backend: str) -> Device:
+    """The first device; ends the program with what is so and what to do where there is none."""
+    try:
+        return load_backend(backend).open(0)
+    except QuireError as error:
+        print(f"{backend} cannot be measured: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
 
 
 def _make_record(backend: str, device: Device, *, is_dry: bool) -> Record:

@@ -120,6 +120,18 @@ def test_run_without_time_names_every_part_in_the_record_and_on_the_screen(tmp_p
     assert [m["work"] for m in record["measurements"]] == ["copy", "matrix product"]
 
 
+def test_machine_without_the_device_is_told_so_with_the_remedy(tmp_path):
+    """In a sentence, as the engine would; nothing is written."""
+    out = tmp_path / "record.json"
+    command = [sys.executable, "-m", "quire.benchmarks.accelerator", "--out", str(out)]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "install NVIDIA's driver" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+
+
 def test_targets_are_held_against_our_figures_alone():
     """At least or at most, in the unit of the figure; peers have none to meet."""
 
