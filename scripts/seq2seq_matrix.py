@@ -62,10 +62,10 @@ def run_seq2seq(name: str) -> dict[str, Any]:
     except Exception as error:  # transformers' own code on a shrunk config
         return {"status": "no_reference", "detail": f"{type(error).__name__}: {error}"[:400]}
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
         if not getattr(model.config, "is_encoder_decoder", False):
             detail = "a decoder that takes sound among its tokens"
             return {"status": "elsewhere", "class": type(model).__name__, "detail": detail}
+        model.save_pretrained(directory)
         asked, given = _asked(model, Path(directory))
         try:
             expected, margins = reference(model, given)
@@ -87,6 +87,7 @@ def _asked(model: Any, directory: Path) -> tuple[list[dict[str, Any]], list[dict
     """Prompts of the engine, and what `generate` takes for the same; two of them are alike."""
     import numpy as np
     import torch
+    from tiny_seq2seq import tiny_extractor
 
     rng = np.random.default_rng(7)
     if model.main_input_name == "input_ids":
@@ -94,22 +95,19 @@ def _asked(model: Any, directory: Path) -> tuple[list[dict[str, Any]], list[dict
         ids.append(ids[2])
         given = [{"input_ids": torch.tensor([one])} for one in ids]
         return [{"prompt_token_ids": one} for one in ids], given
-    if model.config.model_type != "whisper":
-        return [], []
-    from transformers import WhisperFeatureExtractor
-
-    extractor = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins, chunk_length=1)
+    extractor = tiny_extractor(model)
     extractor.save_pretrained(directory)
-    clips = [rng.standard_normal(n).astype(np.float32) for n in (16_000, 9_000, 500, 16_000)]
-    made = [extractor(clip, sampling_rate=16_000, return_tensors="pt") for clip in clips]
+    rate = extractor.sampling_rate
+    clips = [rng.standard_normal(n).astype(np.float32) for n in (16_000, 9_600, 6_400, 16_000)]
     start = torch.tensor([[START]])
-    return (
-        [
-            {"prompt_token_ids": [START], "multi_modal_data": {"audio": (one, 16_000)}}
-            for one in clips
-        ],
-        [{"input_features": one["input_features"], "decoder_input_ids": start} for one in made],
-    )
+    given = [
+        {**extractor(clip, sampling_rate=rate, return_tensors="pt"), "decoder_input_ids": start}
+        for clip in clips
+    ]
+    asked = [
+        {"prompt_token_ids": [START], "multi_modal_data": {"audio": (one, rate)}} for one in clips
+    ]
+    return asked, given
 
 
 def reference(model: Any, given: list[dict[str, Any]]) -> tuple[list[list[int]], list[list[float]]]:

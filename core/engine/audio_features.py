@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quire.core.engine.audio import AudioClip
 from quire.core.engine.features import make_feature
-from quire.core.errors import CheckpointError, RequestError
+from quire.core.errors import RequestError
+from quire.core.sound_features import SourceSteps, extracted, load_extractor
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _ZERO_CROSSINGS = 16
 """Of the sinc on each side, at the lower of two rates."""
 _MAX_RATE = 768_000
+_LONGEST_WINDOW_S = 30.0
 _ROWS = 65_536
 """Samples that are computed at once."""
 
@@ -26,12 +28,18 @@ _ROWS = 65_536
 class AudioFeatures:
     """The feature extractor of one checkpoint; safe in several threads."""
 
-    def __init__(self, directory: str, max_source_tokens: int) -> None:
-        """Raises: CheckpointError if the checkpoint has no feature extractor."""
-        self._extractor = _load_extractor(directory)
+    def __init__(
+        self, directory: str, max_source_tokens: int, steps: SourceSteps | None = None
+    ) -> None:
+        """`steps`: how many tokens the encoder makes of a sound; None: always the most.
+
+        Raises: CheckpointError if the checkpoint has no feature extractor.
+        """
+        self._extractor = load_extractor(directory)
         self._num_tokens = max_source_tokens
+        self._steps = steps
         self.sample_rate = int(self._extractor.sampling_rate)
-        self.window_samples = int(self._extractor.n_samples)
+        self.window_samples = self._window_samples()
 
     @property
     def window_s(self) -> float:
@@ -61,24 +69,43 @@ class AudioFeatures:
         return self.window_feature(samples)
 
     def window_feature(self, samples: npt.NDArray[np.float32]) -> Feature:
-        """Samples of at most one window, at the model's rate, as a feature."""
-        made = self._extractor(samples, sampling_rate=self.sample_rate, return_tensors="np")
-        arrays = {"input_features": np.asarray(made["input_features"][0], np.float32)}
-        return make_feature("audio", arrays, num_tokens=self._num_tokens)
+        """Samples of at most one window, at the model's rate, as a feature.
 
+        Raises: RequestError for a sound of which the encoder makes nothing.
+        """
+        name, array = self._extracted(samples)
+        num_tokens = self._num_tokens if self._steps is None else self._steps.tokens_of(len(array))
+        if num_tokens < 1:
+            raise RequestError(
+                f"the sound plays {len(samples) / self.sample_rate:.3f} s, which is too short for "
+                "the model to hear anything; send a longer one",
+                param="multi_modal_data",
+            )
+        if self._steps is not None:
+            array = array[: self._steps.usable(len(array))]
+        return make_feature("audio", {name: array}, num_tokens=num_tokens)
 
-def _load_extractor(directory: str) -> Any:
-    from transformers import AutoFeatureExtractor
+    def _extracted(self, samples: npt.NDArray[np.float32]) -> tuple[str, npt.NDArray[np.float32]]:
+        try:
+            return extracted(self._extractor, samples)
+        # The extractor refuses lengths in errors of its own.
+        except Exception as error:
+            raise RequestError(
+                f"the model's feature extractor does not take the sound: {error}"[:400],
+                param="multi_modal_data",
+            ) from error
 
-    load: Any = AutoFeatureExtractor.from_pretrained
-    try:
-        return load(directory, local_files_only=True)
-    # Files may be broken in any way.
-    except Exception as error:
-        raise CheckpointError(
-            f"{directory} has no feature extractor that can be read ({error}); add its "
-            "preprocessor_config.json"
-        ) from error
+    def _window_samples(self) -> int:
+        """What the extractor fills up to; else what the encoder takes, half a minute at most."""
+        if self._steps is None:
+            return int(self._extractor.n_samples)
+        rate = self.sample_rate
+        noise = np.random.default_rng(0).standard_normal(2 * rate).astype(np.float32)
+        one, two = (len(extracted(self._extractor, noise[: n * rate])[1]) for n in (1, 2))
+        groups = self._num_tokens * self._steps.stride - self._steps.offset
+        most_frames = groups * self._steps.multiple
+        seconds = 1 + (most_frames - one) / (two - one)
+        return max(1, int(rate * min(_LONGEST_WINDOW_S, seconds)))
 
 
 def checked_samples(clip: AudioClip) -> npt.NDArray[np.float32]:

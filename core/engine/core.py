@@ -419,6 +419,7 @@ def make_facts(
         vector_size=info.vector_size,
         encoder_input=info.encoder_input,
         accepts=list(info.accepts),
+        source_steps=list(info.source_steps),
         max_source_tokens=max((group.max_tokens or 0 for group in info.cache_groups), default=0),
         startup_s=startup_s,
     )

@@ -55,6 +55,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What every request must bring for the model's encoder: `tokens`, `audio`; None: nothing."""
     accepts: list[str] = []
     """What a prompt may bring besides text: `image`, `audio`."""
+    source_steps: list[int] = []
+    """As `ModelInfo` has them; empty: of every sound the encoder makes as many tokens."""
     max_source_tokens: int = 0
     """The most tokens that the encoder makes of what a request brings."""
     labels: list[str] = []

@@ -13,6 +13,7 @@ from quire.core.engine.features import Encode, FeatureReader, ModelInput, make_f
 from quire.core.engine.sampling_spec import check_token_ids
 from quire.core.engine.sequence_defaults import SequenceDefaults, read_sequence_defaults
 from quire.core.errors import RequestError
+from quire.core.sound_features import SourceSteps
 
 if TYPE_CHECKING:
     from quire.core.engine.facts import EngineFacts
@@ -30,7 +31,9 @@ def make_reader(facts: EngineFacts) -> FeatureReader | None:
         return None
     defaults = read_sequence_defaults(facts.model_directory)
     if facts.encoder_input == AUDIO:
-        return AudioReader(AudioFeatures(facts.model_directory, facts.max_source_tokens), defaults)
+        steps = SourceSteps(*facts.source_steps) if facts.source_steps else None
+        audio = AudioFeatures(facts.model_directory, facts.max_source_tokens, steps)
+        return AudioReader(audio, defaults)
     return TextPairReader(defaults, facts.model, defaults.source_vocab_size or facts.vocab_size)
 
 

@@ -263,6 +263,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a request must bring for the model's encoder, as `Feature.kind`; None: it has none."""
     accepts: list[str] = []
     """What a prompt may bring besides text, as `Feature.kind`."""
+    source_steps: list[int] = []
+    """Of an encoder that makes more tokens of more sound: stride, offset and multiple, of which
+    n frames of its input make (n // multiple + offset) // stride tokens."""
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.families import Family
 from quire.core.models.model_config import ModelConfig, read_model_config
 from quire.core.models.weights.weight_layout import lay_out
+from quire.core.sound_features import SourceSteps
 
 __all__ = ["AttentionGroup", "ModelDescription", "describe_model", "size_of_dtype"]
 
@@ -65,6 +66,8 @@ class ModelDescription:
     """What it does."""
     encoder_input: str | None = None
     """What a request must bring for its encoder: `tokens`, `audio`; None: it has none."""
+    source_steps: SourceSteps | None = None
+    """Of an encoder that makes more tokens of more sound."""
     accepts: tuple[str, ...] = ()
     """What a prompt may bring besides text: `image`, `audio`."""
     needs_whole_prompts: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import astuple
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class DefaultWorker(Worker):
         for name, function in getattr(model, "logits_processors", {}).items():
             self.logits_processors.register(name, function)
         description = model.description
-        pooling = description.pooling
+        pooling, steps = description.pooling, description.source_steps
         return ModelInfo(
             architecture=description.architecture,
             vocab_size=description.vocab_size,
@@ -85,6 +86,7 @@ class DefaultWorker(Worker):
             vector_size=pooling.vector_size if pooling else 0,
             encoder_input=description.encoder_input,
             accepts=list(description.accepts),
+            source_steps=list(astuple(steps)) if steps else [],
             providers=model.providers(),
         )
 

@@ -62,6 +62,21 @@ _LAYER_COUNTS = (
 _MAMBA2 = {"mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1}
 
 SPECIAL: dict[str, dict[str, Any]] = {
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "nemo_speechlm": {"word_timestamp_config": {"blank_token_id": VOCAB_SIZE - 1}},
+    "kyutai_speech_to_text": {
+        "num_codebooks": 2, "codebook_vocab_size": 65, "audio_bos_token_id": 64,
+        "audio_pad_token_id": VOCAB_SIZE + 2 * 65, "codec_config": {"upsample_groups": 64},
+    },
+    "t5gemma2": {"encoder": {"text_config": {
+        "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB_SIZE,
+        "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1,
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16,
+    }, "vision_config": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 32, "patch_size": 16,
+    }, "image_token_index": 500, "boi_token_index": 501, "eoi_token_index": 502}},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 16},
     "bamba": {**_MAMBA2, "attn_layer_indices": [1], "num_hidden_layers": 2},
     "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 128},

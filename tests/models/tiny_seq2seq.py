@@ -27,6 +27,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": {"attention_type": "original_full", "block_size": 16},
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},
     "pegasus_x": {"block_size": 16},
+    "moonshine_streaming": {"num_key_value_heads": 4, "head_dim": 16},
     "marian": {"pad_token_id": 2}, "nllb-moe": {"expert_capacity": 64},
 }  # fmt: skip
 
@@ -66,6 +67,26 @@ def make_tiny_seq2seq(model_type: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+def tiny_extractor(model: Any) -> Any:
+    """The feature extractor of a tiny model that hears."""
+    import transformers
+
+    config = model.config
+    encoder = getattr(config, "encoder_config", getattr(config, "encoder", config))
+    if config.model_type == "whisper":
+        return transformers.WhisperFeatureExtractor(
+            feature_size=config.num_mel_bins, chunk_length=1
+        )
+    if model.get_encoder().main_input_name == "input_values":
+        return transformers.Wav2Vec2FeatureExtractor(do_normalize=True)
+    if config.model_type == "speech_to_text":
+        size = config.input_feat_per_channel
+        return transformers.Speech2TextFeatureExtractor(feature_size=size, num_mel_bins=size)
+    if config.model_type == "cohere_asr":
+        return transformers.CohereAsrFeatureExtractor(feature_size=encoder.num_mel_bins)
+    return transformers.ParakeetFeatureExtractor(feature_size=encoder.num_mel_bins)
+
+
 def _is_last_norm(name: str) -> bool:
     """Whether logits follow it: with plain signs a tied model would repeat its last token."""
     return "decoder" in name and "norm" in name and "layers." not in name and "block." not in name
@@ -84,7 +105,12 @@ def tiny_seq2seq_config(model_type: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     if model_type == "encoder-decoder":
-        return _joined_config()
+        return _joined_config("EncoderDecoderConfig", tiny_config("bert"))
+    if model_type == "speech-encoder-decoder":
+        encoder = tiny_config("wav2vec2")
+        encoder.conv_dim, encoder.conv_kernel, encoder.conv_stride = [16, 16], [10, 3], [320, 2]
+        encoder.num_feat_extract_layers = 2
+        return _joined_config("SpeechEncoderDecoderConfig", encoder)
     settings = {
         name: value
         for name, value in tiny_config(model_type).to_dict().items()
@@ -97,12 +123,11 @@ def tiny_seq2seq_config(model_type: str, **changes: Any) -> Any:
     return AutoConfig.for_model(model_type, **settings)
 
 
-def _joined_config() -> Any:
-    from transformers import EncoderDecoderConfig
+def _joined_config(name: str, encoder: Any) -> Any:
+    """Of two models, the decoder BERT's."""
+    import transformers
 
-    config = EncoderDecoderConfig.from_encoder_decoder_configs(
-        tiny_config("bert"), tiny_config("bert")
-    )
+    config = getattr(transformers, name).from_encoder_decoder_configs(encoder, tiny_config("bert"))
     config.encoder.is_decoder = False
     config.decoder.add_cross_attention = True
     config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 0, 2, 1

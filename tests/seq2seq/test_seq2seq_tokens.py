@@ -210,9 +210,9 @@ def test_decoder_alone_is_still_a_causal_model(tmp_path):
 
 
 def test_encoder_decoder_of_another_form_is_refused_with_its_cause(tmp_path):
-    """A model that takes sound as nobody here makes it is never run wrongly."""
+    """A model that writes several tokens at once is never run wrongly."""
     from quire.core.models.registry import describe
 
-    make_tiny_seq2seq("moonshine").save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match="log-mel windows of Whisper"):
+    make_tiny_seq2seq("dia").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="9 tokens of as many code books at once"):
         describe(tmp_path)

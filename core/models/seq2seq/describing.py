@@ -15,13 +15,15 @@ from quire.core.models.description import ModelDescription
 from quire.core.models.model_config import dtype_of, eos_token_ids_of
 from quire.core.models.seq2seq.cross_pages import LayerKeys, LayerShape, page_group
 from quire.core.models.seq2seq.flat_run import is_flat
-from quire.core.models.seq2seq.source_model import AUDIO, SourceModel
+from quire.core.models.seq2seq.sound_source import SoundSource, measure_steps
+from quire.core.models.seq2seq.source_model import AUDIO, TOKENS, SourceModel
 from quire.core.models.transformers_adapter.checkpoint import (
     make_dummy_model,
     make_empty_model,
     read_config,
 )
 from quire.core.models.transformers_adapter.text_model import use_attention
+from quire.core.sound_features import SOUNDS, SourceSteps
 
 _TARGET_LENGTHS = ("max_target_positions", "max_decoder_position_embeddings")
 _SOURCE_LENGTHS = ("max_source_positions", "max_encoder_position_embeddings")
@@ -42,6 +44,8 @@ class Seq2SeqForm:
     cross: tuple[LayerShape, ...]
     source_width: int
     vocab_size: int
+    steps: SourceSteps | None = None
+    """Of an encoder that makes more of more sound."""
 
 
 def class_of(config: Any) -> Any:
@@ -69,6 +73,7 @@ def describe_seq2seq(directory: Path, *, trust_remote_code: bool = False) -> Mod
     """
     config = read_config(directory, trust_remote_code=trust_remote_code)
     source_model = SourceModel(make_empty_model(class_of(config), config))
+    hear(source_model, config, directory)
     # The one kind of attention whose masks are made without a look at the numbers.
     use_attention(source_model.model, "eager")
     try:
@@ -76,7 +81,9 @@ def describe_seq2seq(directory: Path, *, trust_remote_code: bool = False) -> Mod
     except UnsupportedError:
         # Some look at numbers all the same, of which random ones will do.
         dummy = make_dummy_model(class_of(config), config, dtype="float32", seed=0)
-        form = find_form(SourceModel(dummy), config)
+        source_model = SourceModel(dummy)
+        hear(source_model, config, directory)
+        form = find_form(source_model, config)
     dtype = dtype_of(config)
     groups = groups_of(form, config, None, dtype=dtype, cache_dtype=dtype, block_size=16)
     return describe_form(source_model, form, groups, config, directory, dtype=dtype)
@@ -88,17 +95,19 @@ def find_form(source_model: SourceModel, config: Any) -> Seq2SeqForm:
     Raises: UnsupportedError if what the model keeps is no keys and values, or it cannot be run.
     """
     name = type(source_model.model).__name__
-    if source_model.input_kind == AUDIO and config.model_type != "whisper":
-        have = "token ids, and log-mel windows of Whisper"
-        need = f"{source_model.input_name} as {config.model_type} takes them"
-        raise UnsupportedError([_reason(need, have)], what=f"the encoder of {name}")
+    _refuse_books(config, name)
     try:
+        steps = None if source_model.sound is None else _steps_of(source_model, config, name)
         given = example_source(source_model, config, _NUM_SOURCE)
         with torch.no_grad():
             source = source_model.encode([{source_model.input_name: given}])[0]
             ids = torch.arange(3, 3 + _NUM_TOKENS, device=source_model.device)
+            version = source._version  # noqa: SLF001 - who writes is not told otherwise
             output = source_model.decode(ids, source)
+            source_model.copies_source = source._version != version  # noqa: SLF001
     # A model's own code may fail in any way on what others take.
+    except UnsupportedError:
+        raise
     except Exception as error:
         raise _unsupported(name, f"{type(error).__name__}: {error}") from error
     length = len(source)
@@ -106,10 +115,12 @@ def find_form(source_model: SourceModel, config: Any) -> Seq2SeqForm:
         raise _unsupported(name, "its decoder keeps something else than keys and values a token")
     if len(output.own) != len(output.cross):
         raise _unsupported(name, "its decoder has layers without cross-attention")
-    expected = source_limit(config) if source_model.input_kind == AUDIO else _NUM_SOURCE
+    expected = _NUM_SOURCE if source_model.input_kind == TOKENS else source_limit(config)
+    expected = expected if steps is None else steps.tokens_of(len(given))
     if length != expected:
         raise _unsupported(name, f"its encoder makes {length} tokens where {expected} were due")
     return Seq2SeqForm(
+        steps=steps,
         own=_shapes(output.own),
         cross=_shapes(output.cross),
         source_width=source.shape[-1],
@@ -117,10 +128,57 @@ def find_form(source_model: SourceModel, config: Any) -> Seq2SeqForm:
     )
 
 
+def hear(source_model: SourceModel, config: Any, directory: Path) -> None:
+    """Gives a model that hears its sound, unless it takes windows of one size as Whisper does.
+
+    Raises: UnsupportedError for what is no sound, or if the feature extractor does not run.
+    """
+    if source_model.input_kind == TOKENS:
+        return
+    if source_model.input_name not in SOUNDS:
+        need = f"{source_model.input_name} as {config.model_type} takes them"
+        name = type(source_model.model).__name__
+        raise UnsupportedError(
+            [_reason(need, "token ids, and sound")], what=f"the encoder of {name}"
+        )
+    has_windows = all(hasattr(config, name) for name in ("num_mel_bins", "max_source_positions"))
+    if not has_windows:
+        source_model.sound = SoundSource(directory)
+
+
+def _steps_of(source_model: SourceModel, config: Any, name: str) -> SourceSteps:
+    """Measured; from now on examples are in whole groups of frames."""
+    given = example_source(source_model, config, _NUM_SOURCE)
+
+    def tokens_of(num_frames: int) -> int:
+        array = given.new_zeros((num_frames, *given.shape[1:]))
+        with torch.no_grad():
+            return len(source_model.encode([{source_model.input_name: array}])[0])
+
+    steps = measure_steps(tokens_of, len(given))
+    if steps is None:
+        raise _unsupported(name, "its encoder makes tokens of sound in no even steps")
+    assert source_model.sound is not None
+    source_model.sound.steps = steps
+    return steps
+
+
+def _refuse_books(config: Any, name: str) -> None:
+    """Raises: UnsupportedError for a decoder that writes several tokens at once."""
+    count = getattr(getattr(config, "decoder_config", None), "num_channels", 1)
+    if isinstance(count, int) and count > 1:
+        need = f"a decoder that writes {count} tokens of as many code books at once"
+        raise UnsupportedError(
+            [_reason(need, "one token of one vocabulary")], what=f"running {name}"
+        )
+
+
 def example_source(source_model: SourceModel, config: Any, length: int, seed: int = 3) -> Any:
     """A random source: `length` tokens, or a window of sound."""
     generator = torch.Generator().manual_seed(seed)
     device = source_model.device
+    if source_model.sound is not None:
+        return torch.from_numpy(source_model.sound.example(seed)).to(device)
     if source_model.input_kind == AUDIO:
         shape = (int(config.num_mel_bins), 2 * int(config.max_source_positions))
         return torch.randn(shape, generator=generator).to(device)
@@ -196,6 +254,7 @@ def describe_form(
         implementation="transformers",
         tasks=("generate", "transcribe") if hears else ("generate",),
         encoder_input=source_model.input_kind,
+        source_steps=form.steps,
         notes=(_FLAT_NOTE if is_flat(source_model.model) else _CACHED_NOTE,),
     )
 

@@ -17,6 +17,7 @@ from quire.core.models.seq2seq.describing import (
     describe_form,
     find_form,
     groups_of,
+    hear,
 )
 from quire.core.models.seq2seq.flat_run import flat_run
 from quire.core.models.seq2seq.self_check import deviation_of
@@ -58,6 +59,7 @@ def load_seq2seq(config: WorkerConfig, device: Device) -> Seq2SeqModel:
     directory = Path(config.model)
     hf_config = read_config(directory, trust_remote_code=config.trust_remote_code)
     source_model = SourceModel(_load(config, directory, hf_config, device))
+    hear(source_model, hf_config, directory)
     form = find_form(source_model, hf_config)
     groups = groups_of(
         form,
@@ -113,10 +115,17 @@ def _deviates(found: float | str, model: Seq2SeqModel) -> bool:
 
 
 def _check(model: Seq2SeqModel, hf_config: Any) -> None:
-    """Raises: UnsupportedError if the model's logits are not those of its own run."""
+    """Falls back to a token at a time where chunks give other logits than the model's own run.
+
+    Raises: UnsupportedError if that gives others too.
+    """
     found = deviation_of(model, hf_config)
     if not _deviates(found, model):
         return
+    if model.source_model.flat is None:
+        model.source_model.goes_singly = True
+        if not _deviates(deviation_of(model, hf_config), model):
+            return
     have = found if isinstance(found, str) else f"logits off by {found:.2g} of their spread"
     reason = Reason(
         code="model.seq2seq",

@@ -18,9 +18,12 @@ from quire.core.models.transformers_adapter.self_check import relative_differenc
 
 if TYPE_CHECKING:
     from quire.core.models.seq2seq.seq2seq_model import Seq2SeqModel
+    from quire.core.models.seq2seq.source_model import SourceModel
 
 _LENGTHS = (21, 17)
 _SOURCES = (19, 11)
+_CAUSAL = 1e-2
+"""So little may logits differ with the tokens that follow, by rounding alone."""
 _STEPS: tuple[tuple[tuple[int, int], ...], ...] = (
     ((0, 7),),
     ((0, 1), (1, 9)),
@@ -55,7 +58,7 @@ def _deviation(model: Seq2SeqModel, config: Any) -> float:
     try:
         sources = [source_model.encode([{name: one}])[0] for one in given]
         expected = [
-            source_model.whole_logits(text, source).float()
+            _own_logits(source_model, text, source).float()
             for text, source in zip(texts, sources, strict=True)
         ]
     finally:
@@ -67,6 +70,18 @@ def _deviation(model: Seq2SeqModel, config: Any) -> float:
         relative_difference(torch.cat(rows), want)
         for rows, want in zip(run.logits, expected, strict=True)
     )
+
+
+def _own_logits(source_model: SourceModel, text: Tensor, source: Tensor) -> Tensor:
+    """Of the model's uncached run; of a token at a time where that one lets tokens see later ones.
+
+    Some models make the mask that hides them only for the arguments of their training.
+    """
+    whole = source_model.whole_logits(text, source)
+    shorter = source_model.whole_logits(text[:-3], source)
+    if relative_difference(whole[:-3], shorter) <= _CAUSAL:
+        return whole
+    return source_model.single_logits(text, source)
 
 
 class _Run:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quire.core.models.seq2seq.cross_pages import LayerKeys
 from quire.core.models.seq2seq.flat_run import FlatRun
+from quire.core.models.seq2seq.sound_source import SoundSource
 
 TOKENS, AUDIO = "tokens", "audio"
 
@@ -38,6 +39,13 @@ class SourceModel:
         self.flat: FlatRun | None = None
         """Set: many requests run in one flat row."""
         self.input_kind = TOKENS if self.model.main_input_name == "input_ids" else AUDIO
+        self.sound: SoundSource | None = None
+        """What makes sound for the encoder, where it hears more or less of it."""
+        self.copies_source = False
+        """Set: the decoder writes to the encoder's output that it is given."""
+        self.goes_singly = False
+        """Set: of several tokens each is decoded alone, as `generate` does; the model's own code
+        hides none of them from those before where keys are kept."""
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +62,8 @@ class SourceModel:
     @property
     def input_name(self) -> str:
         """What the encoder calls its input."""
-        return str(self.model.main_input_name)
+        holder = self.model if self.input_kind == TOKENS else self.encoder
+        return str(holder.main_input_name)
 
     def encode(self, arrays: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """The encoder's output [S, H] for each of several inputs.
@@ -91,6 +100,13 @@ class SourceModel:
 
         Given `cross`, the source's content does not count, only its length.
         """
+        if self.goes_singly and len(token_ids) > 1:
+            rows = []
+            for token in torch.split(token_ids, 1):
+                output = self.decode(token, source, own, cross)
+                own, cross = output.own, output.cross
+                rows.append(output.logits)
+            return DecoderOutput(logits=torch.cat(rows), own=output.own, cross=output.cross)
         cache = _make_cache(own, cross)
         output = self._run(token_ids, source, past_key_values=cache, use_cache=True)
         return DecoderOutput(
@@ -102,12 +118,21 @@ class SourceModel:
     def encoded(self, source: Tensor) -> Any:
         """Rows [S, H] as an encoder's output."""
         assert self._output_class is not None, "nothing was ever encoded"
-        return self._output_class(last_hidden_state=source.unsqueeze(0))
+        rows = source.clone() if self.copies_source else source
+        return self._output_class(last_hidden_state=rows.unsqueeze(0))
 
     def whole_logits(self, token_ids: Tensor, source: Tensor) -> Tensor:
         """Logits [n, V] of an uncached run."""
         logits: Tensor = self._run(token_ids, source, use_cache=False).logits[0]
         return logits
+
+    def single_logits(self, token_ids: Tensor, source: Tensor) -> Tensor:
+        """Logits [n, V] of a token at a time, as `generate` runs the model."""
+        before, self.goes_singly = self.goes_singly, True
+        try:
+            return self.decode(token_ids, source).logits
+        finally:
+            self.goes_singly = before
 
     def _run(self, token_ids: Tensor, source: Tensor, **settings: Any) -> Any:
         return self.model(
