@@ -59,17 +59,17 @@ def run_vision(name: str) -> dict[str, Any]:
         return run_with_images(name)
     from tiny_image_text import make_tiny_image_text
 
-    row = model_matrix.run_architecture(name, make_tiny_image_text, is_image_refused)
-    is_refusing = row.pop("also", None)
+    row = model_matrix.run_architecture(name, make_tiny_image_text, image_refusal)
+    cause = row.pop("also", None)
     if row["status"] == "exact":
-        if not is_refusing:
+        if not cause:
             return {**row, "status": "failed", "detail": "a prompt with an image is not refused"}
-        return {**row, "status": "text_only"}
+        return {**row, "status": "text_only", "detail": cause}
     return row
 
 
-def is_image_refused(llm: Any) -> bool:
-    """Whether a prompt with an image ends in an error of the request that names what it brings."""
+def image_refusal(llm: Any) -> str:
+    """The cause that a prompt with an image is refused for; empty: it is not, or without one."""
     import numpy as np
 
     from quire import SamplingParams
@@ -80,8 +80,8 @@ def is_image_refused(llm: Any) -> bool:
     try:
         llm.generate([asked], SamplingParams(max_tokens=1), use_tqdm=False)
     except RequestError as error:
-        return "image" in str(error) or "multi_modal_data" in str(error)
-    return False
+        return str(error).partition(" takes none: ")[2]
+    return ""
 
 
 def run_with_images(name: str) -> dict[str, Any]:

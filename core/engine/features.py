@@ -80,6 +80,14 @@ def check_feature_size(arrays: Any) -> None:
         )
 
 
+def refuse_images(parsed: ParsedPrompt, model: str, why: Callable[[], str]) -> None:
+    """Raises: RequestError with the cause if a prompt brings images to a model that takes none."""
+    if "image" in parsed.data:
+        raise RequestError(
+            f"the prompt brings 'image'; {model!r} takes none: {why()}", param="multi_modal_data"
+        )
+
+
 def refuse_features(parsed: ParsedPrompt, model: str) -> None:
     """Raises: RequestError if a prompt brings what a model of text alone has no place for."""
     if parsed.data:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from quire.core.config import EngineConfig
@@ -11,7 +12,8 @@ from quire.core.engine.facts import EngineFacts
 from quire.core.engine.feature_readers import AUDIO, make_reader
 from quire.core.engine.generation_defaults import read_generation_defaults
 from quire.core.engine.grammars import constraint_of, front_checker
-from quire.core.engine.image_reader import make_image_reader
+from quire.core.engine.image_causes import why_no_images
+from quire.core.engine.image_reader import IMAGE, make_image_reader
 from quire.core.engine.input_processor import InputProcessor, ModelLimits
 from quire.core.engine.output_processor import OutputProcessor
 from quire.core.engine.pooling_desk import PoolingDesk
@@ -69,9 +71,12 @@ def make_front(
         defaults=read_generation_defaults(facts.model_directory),
         seed=config.seed,
         name_function=name_function,
-        reader=make_reader(facts)
+        reader=make_reader(config, facts)
         or make_image_reader(config, facts)
         or make_sound_reader(config, facts),
+        why_no_images=None
+        if IMAGE in (*facts.accepts, facts.encoder_input)
+        else partial(why_no_images, facts),
     )
     return Front(
         codec=codec,

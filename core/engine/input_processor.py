@@ -15,6 +15,7 @@ from quire.core.engine.features import (
     ModelInput,
     check_features,
     refuse_features,
+    refuse_images,
 )
 from quire.core.engine.generation_defaults import GenerationDefaults
 from quire.core.engine.grammars import constraint_of
@@ -71,12 +72,15 @@ class InputProcessor:
         seed: int,
         name_function: Callable[[Any], str] | None = None,
         reader: FeatureReader | None = None,
+        why_no_images: Callable[[], str] | None = None,
     ) -> None:
         """`name_function` registers a logits processor with the worker.
 
         None where the worker is out of reach. `reader`: of a model that takes more than text.
+        `why_no_images` tells the cause where the model takes none.
         """
         self._reader = reader
+        self._why_no_images = why_no_images
         self._limits = limits
         self._codec = codec
         self._seeds = random.Random(seed)
@@ -128,6 +132,8 @@ class InputProcessor:
         Raises: RequestError for what the model does not take; CheckpointError for text where it
         has no tokenizer.
         """
+        if self._why_no_images is not None:
+            refuse_images(parsed, self._limits.model, self._why_no_images)
         if self._reader is None:
             refuse_features(parsed, self._limits.model)
             return ModelInput(
