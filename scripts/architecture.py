@@ -48,7 +48,7 @@ DEVICE_WORDS = {
 """Words that no file under core/ contains, in code or in prose."""
 
 _LEAVES = ("core.interface", "core.errors", "core.env", "core.sampling_params", "core.outputs")
-_BASE = (*_LEAVES, "core.config", "core.sound_features")
+_BASE = (*_LEAVES, "core.config", "core.source_features")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "core.interface": (),
@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "core.sampling_params": _LEAVES,
     "core.outputs": _LEAVES,
     "core.config": _LEAVES,
-    "core.sound_features": _LEAVES,
+    "core.source_features": _LEAVES,
     "core.discovery": _BASE,
     "core.doctor": (*_BASE, "core.discovery"),
     "core.planning": (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def main() -> int:
     return matrix_pages.run_matrix(arguments, seq2seq_architectures(), run_seq2seq, LABELS)
 
 
-def run_seq2seq(name: str) -> dict[str, Any]:
-    """What became of one architecture."""
+def run_seq2seq(name: str, make: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """What became of one architecture. make: its tiny model; None: as here."""
     from tiny_seq2seq import make_tiny_seq2seq
 
     from quire.core.errors import UnsupportedError
@@ -55,7 +56,7 @@ def run_seq2seq(name: str) -> dict[str, Any]:
     try:
         from transformers import GenerationConfig
 
-        model = make_tiny_seq2seq(name)
+        model = (make or make_tiny_seq2seq)(name)
         model.generation_config = GenerationConfig(
             decoder_start_token_id=START, bos_token_id=START, pad_token_id=PAD
         )
@@ -95,11 +96,13 @@ def _asked(model: Any, directory: Path) -> tuple[list[dict[str, Any]], list[dict
         ids.append(ids[2])
         given = [{"input_ids": torch.tensor([one])} for one in ids]
         return [{"prompt_token_ids": one} for one in ids], given
+    start = torch.tensor([[START]])
+    if model.main_input_name == "pixel_values":
+        return _asked_of_pictures(model, directory, start)
     extractor = tiny_extractor(model)
     extractor.save_pretrained(directory)
     rate = extractor.sampling_rate
     clips = [rng.standard_normal(n).astype(np.float32) for n in (16_000, 9_600, 6_400, 16_000)]
-    start = torch.tensor([[START]])
     given = [
         {**extractor(clip, sampling_rate=rate, return_tensors="pt"), "decoder_input_ids": start}
         for clip in clips
@@ -107,6 +110,27 @@ def _asked(model: Any, directory: Path) -> tuple[list[dict[str, Any]], list[dict
     asked = [
         {"prompt_token_ids": [START], "multi_modal_data": {"audio": (one, rate)}} for one in clips
     ]
+    return asked, given
+
+
+def _asked_of_pictures(
+    model: Any, directory: Path, start: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    import numpy as np
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    size = model.config.encoder.image_size
+    processor = ViTImageProcessorPil(size={"height": size, "width": size})
+    processor.save_pretrained(directory)
+    rng = np.random.default_rng(7)
+    shapes = ((40, 60, 3), (64, 32, 3), (32, 32, 3))
+    pictures = [rng.integers(0, 256, shape, np.uint8) for shape in shapes]
+    pictures.append(pictures[1])
+    given = [
+        {**processor(images=one, return_tensors="pt"), "decoder_input_ids": start}
+        for one in pictures
+    ]
+    asked = [{"prompt_token_ids": [START], "multi_modal_data": {"image": one}} for one in pictures]
     return asked, given
 
 

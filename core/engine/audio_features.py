@@ -10,7 +10,7 @@ import numpy as np
 from quire.core.engine.audio import AudioClip
 from quire.core.engine.features import make_feature
 from quire.core.errors import RequestError
-from quire.core.sound_features import SourceSteps, extracted, load_extractor
+from quire.core.source_features import SourceSteps, extracted, load_extractor
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -1,4 +1,4 @@
-"""Who reads the prompts of a model with an encoder: text for T5 and BART, sound for Whisper."""
+"""Who reads the prompts of a model with an encoder: text for T5, sound for Whisper, pictures."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import numpy as np
 from quire.core.engine.audio import AudioClip
 from quire.core.engine.audio_features import AudioFeatures
 from quire.core.engine.features import Encode, FeatureReader, ModelInput, make_feature
+from quire.core.engine.image_reader import images_of, media_policy
+from quire.core.engine.images import MediaPolicy, read_image
 from quire.core.engine.sampling_spec import check_token_ids
 from quire.core.engine.sequence_defaults import SequenceDefaults, read_sequence_defaults
 from quire.core.errors import RequestError
-from quire.core.sound_features import SourceSteps
+from quire.core.source_features import PICTURES, SourceSteps, load_image_processor, prepared
 
 if TYPE_CHECKING:
+    from quire.core.config import EngineConfig
     from quire.core.engine.facts import EngineFacts
     from quire.core.engine.prompts import ParsedPrompt
 
-TOKENS, AUDIO = "tokens", "audio"
+TOKENS, AUDIO, IMAGE = "tokens", "audio", "image"
 
 
-def make_reader(facts: EngineFacts) -> FeatureReader | None:
+def make_reader(config: EngineConfig, facts: EngineFacts) -> FeatureReader | None:
     """The reader of a model that takes more than the tokens of a text; None: it does not.
 
     Raises: CheckpointError if what it needs of the checkpoint cannot be read.
@@ -34,6 +37,10 @@ def make_reader(facts: EngineFacts) -> FeatureReader | None:
         steps = SourceSteps(*facts.source_steps) if facts.source_steps else None
         audio = AudioFeatures(facts.model_directory, facts.max_source_tokens, steps)
         return AudioReader(audio, defaults)
+    if facts.encoder_input == IMAGE:
+        processor = load_image_processor(facts.model_directory)
+        policy = media_policy(config)
+        return PictureReader(processor, policy, defaults, facts.max_source_tokens)
     return TextPairReader(defaults, facts.model, defaults.source_vocab_size or facts.vocab_size)
 
 
@@ -91,6 +98,49 @@ class AudioReader:
             features=[self.audio.make_feature(clip)],
             suppressed_ids=self.defaults.suppressed_ids,
             begin_suppressed_ids=self.defaults.begin_suppressed_ids,
+        )
+
+
+class PictureReader:
+    """For models whose encoder sees: the prompt is the decoder's, and a picture comes beside it."""
+
+    def __init__(
+        self, processor: Any, policy: MediaPolicy, defaults: SequenceDefaults, num_tokens: int
+    ) -> None:
+        """`num_tokens`: of every picture."""
+        self._processor = processor
+        self._policy = policy
+        self._defaults = defaults
+        self._num_tokens = num_tokens
+
+    def read(self, parsed: ParsedPrompt, encode: Encode, *, add_special_tokens: bool) -> ModelInput:
+        """The picture as a feature, and the tokens with which the decoder starts.
+
+        A decoder's own tokens are written in the prompt, so that none are added.
+        """
+        del add_special_tokens
+        given = images_of(parsed.data)
+        if len(given) != 1:
+            raise RequestError(
+                f'the model sees one picture, {{"image": ...}}; the prompt brings {len(given)}',
+                param="multi_modal_data",
+            )
+        picture = read_image(given[0], self._policy)
+        try:
+            array = prepared(self._processor, picture)
+        # The processor refuses sizes and ratios in errors of its own.
+        except Exception as error:
+            raise RequestError(
+                f"the model's image processor does not take the picture: {error}"[:400],
+                param="multi_modal_data",
+            ) from error
+        has_text = parsed.text is not None or parsed.token_ids is not None
+        target = _ids(parsed, encode, False) if has_text else None
+        return ModelInput(
+            token_ids=self._defaults.start_of(target or None),
+            features=[make_feature(IMAGE, {PICTURES: array}, num_tokens=self._num_tokens)],
+            suppressed_ids=self._defaults.suppressed_ids,
+            begin_suppressed_ids=self._defaults.begin_suppressed_ids,
         )
 
 

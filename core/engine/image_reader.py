@@ -82,9 +82,12 @@ class ImageReader:
         images = [read_image(one, self._policy) for one in given]
         shown = [self._show(image) for image in images]
         if parsed.token_ids is not None:
+            ids = self._together(images) if len(images) > 1 else None
+            shown = shown if ids is None else self._shown_together(images, shown, ids)
             token_ids = self._written_out(parsed.token_ids, shown)
         else:
             token_ids = self._ids_of_text(parsed.text or "", images, encode, add_special_tokens)
+            shown = self._shown_together(images, shown, token_ids)
         return ModelInput(
             token_ids=token_ids, features=self._features(token_ids, shown), text=parsed.text
         )
@@ -108,11 +111,15 @@ class ImageReader:
             return _without_special(token_ids, text, encode)
         return token_ids
 
-    def _show(self, image: Any) -> _Shown:
-        output = self._process(self.placeholder, [image], add_special_tokens=False)
+    def _show(self, image: Any, copies: int = 1) -> _Shown:
+        """One image as the model takes it, in a prompt that shows it so many times."""
+        output = self._process(
+            self.placeholder * copies, [image] * copies, add_special_tokens=False
+        )
         ids = [int(token) for token in output["input_ids"][0]]
+        ids = ids[: len(ids) // copies]
         arrays = {
-            name: np.asarray(value)
+            name: _first_part(np.asarray(value), copies)
             for name, value in output.items()
             if name not in _NOT_FOR_THE_TOWER
         }
@@ -121,6 +128,25 @@ class ImageReader:
             raise RequestError("the image is too small to be seen", param="multi_modal_data")
         ids = ids[: self._end_of_image(ids)]
         return _Shown(token_ids=ids, num_placeholders=count, arrays=arrays)
+
+    def _together(self, images: Sequence[Any]) -> list[int]:
+        """The ids of images alone, one after the other."""
+        output = self._process(self.placeholder * len(images), images, add_special_tokens=False)
+        return [int(token) for token in output["input_ids"][0]]
+
+    def _shown_together(
+        self, images: Sequence[Any], shown: list[_Shown], token_ids: Sequence[int]
+    ) -> list[_Shown]:
+        """Images as they are shown among so many, where that is in other tokens than alone.
+
+        Some families cut one image into tiles and several into none. Every image is then processed
+        beside copies of itself, so that it still does not depend on what its neighbours show.
+        """
+        count = len(images)
+        expected = sum(one.num_placeholders for one in shown)
+        if count < 2 or list(token_ids).count(self._image_token_id) == expected:
+            return shown
+        return [self._show(image, count) for image in images]
 
     def _end_of_image(self, ids: list[int]) -> int:
         """Where the text begins that a processor writes behind an image of its own accord."""
@@ -181,6 +207,13 @@ class ImageReader:
         return features
 
 
+def _first_part(array: Any, copies: int) -> Any:
+    """Of an array that has as much for each copy: the first's; else all of it."""
+    if copies == 1 or not array.ndim or len(array) % copies:
+        return array
+    return array[: len(array) // copies]
+
+
 def images_of(data: Mapping[str, Any]) -> list[Any]:
     """The images of `multi_modal_data`: one, or a list of them.
 
@@ -198,6 +231,15 @@ def images_of(data: Mapping[str, Any]) -> list[Any]:
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
+def media_policy(config: EngineConfig) -> MediaPolicy:
+    """Where images may come from."""
+    return MediaPolicy(
+        allowed_domains=tuple(config.allowed_media_domains),
+        allow_private=config.allow_private_media,
+        local_folder=config.allowed_local_media_path,
+    )
+
+
 def make_image_reader(config: EngineConfig, facts: EngineFacts) -> ImageReader | None:
     """The reader of a model that sees; None: it does not.
 
@@ -209,18 +251,13 @@ def make_image_reader(config: EngineConfig, facts: EngineFacts) -> ImageReader |
     if not any((directory / name).is_file() for name in _PROCESSOR_FILES):
         logger.warning("%s has no preprocessor_config.json: it answers text alone", directory)
         return None
-    policy = MediaPolicy(
-        allowed_domains=tuple(config.allowed_media_domains),
-        allow_private=config.allow_private_media,
-        local_folder=config.allowed_local_media_path,
-    )
     processor = load_processor(directory, config.tokenizer)
     settings = json.loads((directory / "config.json").read_text("utf-8"))
     named = settings.get("image_token_id", settings.get("image_token_index"))
     image_token_id = named if named is not None else processor.image_token_id
     return ImageReader(
         processor,
-        policy,
+        media_policy(config),
         image_token_id=int(image_token_id),
         max_images=int(config.limit_mm_per_prompt.get(IMAGE, 16)),
     )

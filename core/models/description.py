@@ -15,7 +15,7 @@ from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.families import Family
 from quire.core.models.model_config import ModelConfig, read_model_config
 from quire.core.models.weights.weight_layout import lay_out
-from quire.core.sound_features import SourceSteps
+from quire.core.source_features import SourceSteps
 
 __all__ = ["AttentionGroup", "ModelDescription", "describe_model", "size_of_dtype"]
 

@@ -25,7 +25,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "led": {"attention_window": [16, 16], "max_encoder_position_embeddings": 256,
             "max_decoder_position_embeddings": 256},
     "bigbird_pegasus": {"attention_type": "original_full", "block_size": 16},
-    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},
+    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "pad_token_id": 0},
     "pegasus_x": {"block_size": 16},
     "moonshine_streaming": {"num_key_value_heads": 4, "head_dim": 16},
     "marian": {"pad_token_id": 2}, "nllb-moe": {"expert_capacity": 64},
@@ -40,6 +40,8 @@ def seq2seq_architectures() -> list[str]:
         {
             *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
             *auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+            # Its encoder sees.
+            "vision-encoder-decoder",
             # Of the mapping with head, by another name.
             "umt5",
             "switch_transformers",
@@ -50,11 +52,15 @@ def seq2seq_architectures() -> list[str]:
 def make_tiny_seq2seq(model_type: str, seed: int = 0, **changes: Any) -> Any:
     """A tiny random model of an architecture, in float32."""
     import torch
-    from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+    from transformers import (
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq,
+    )
 
     config = tiny_seq2seq_config(model_type, **changes)
-    mapping = AutoModelForSeq2SeqLM._model_mapping
-    auto = AutoModelForSeq2SeqLM if type(config) in mapping else AutoModelForSpeechSeq2Seq
+    autos = (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoModelForImageTextToText)
+    auto = next(one for one in autos if type(config) in one._model_mapping)
     model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -111,6 +117,10 @@ def tiny_seq2seq_config(model_type: str, **changes: Any) -> Any:
         encoder.conv_dim, encoder.conv_kernel, encoder.conv_stride = [16, 16], [10, 3], [320, 2]
         encoder.num_feat_extract_layers = 2
         return _joined_config("SpeechEncoderDecoderConfig", encoder)
+    if model_type == "vision-encoder-decoder":
+        encoder = tiny_config("vit")
+        encoder.image_size, encoder.patch_size = 32, 8
+        return _joined_config("VisionEncoderDecoderConfig", encoder)
     settings = {
         name: value
         for name, value in tiny_config(model_type).to_dict().items()

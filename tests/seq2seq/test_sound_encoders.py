@@ -1,4 +1,4 @@
-"""Encoders that hear more of more sound: their steps are measured, and their tokens are `generate`'s."""
+"""Encoders that hear more of more sound, or see: they are measured, and their tokens are `generate`'s."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from quire.core.config import EngineConfig  # noqa: E402
 from quire.core.engine.audio import AudioClip, TranscriptionParams  # noqa: E402
 from quire.core.engine.audio_features import AudioFeatures  # noqa: E402
 from quire.core.errors import CheckpointError, RequestError, UnsupportedError  # noqa: E402
-from quire.core.models.seq2seq.sound_source import measure_steps  # noqa: E402
-from quire.core.sound_features import SourceSteps  # noqa: E402
+from quire.core.models.seq2seq.example_sources import measure_steps  # noqa: E402
+from quire.core.source_features import SourceSteps  # noqa: E402
 
-QUICK = ("speech_to_text", "fsmt")
+QUICK = ("speech_to_text", "fsmt", "vision-encoder-decoder")
 MORE = (
     "moonshine", "moonshine_streaming", "speecht5", "speech-encoder-decoder", "canary",
     "cohere_asr", "t5gemma2",
@@ -162,6 +162,23 @@ def test_checkpoint_without_feature_extractor_is_refused_with_the_cause(tmp_path
     make_tiny_seq2seq("moonshine").save_pretrained(tmp_path)
     with pytest.raises((CheckpointError, UnsupportedError), match="feature extractor"):
         LLM(model=str(tmp_path), **SETTINGS)
+
+
+def test_pictures_beside_a_decoder_are_refused_by_name_where_they_are_none(tmp_path) -> None:
+    """One picture a prompt, that can be read; nothing else in flight is harmed."""
+    model = make_tiny_seq2seq("vision-encoder-decoder")
+    model.generation_config.decoder_start_token_id = 0
+    model.save_pretrained(tmp_path)
+    (asked, _) = seq2seq_matrix._asked(model, tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM(model=str(tmp_path), **SETTINGS) as llm:
+        for data in ({}, {"image": [asked[0]["multi_modal_data"]["image"]] * 2}, {"audio": [1.0]}):
+            with pytest.raises(RequestError, match=r"picture|images"):
+                llm.generate([{"prompt_token_ids": [0], "multi_modal_data": data}], params)
+        with pytest.raises(RequestError, match="image"):
+            llm.generate([{"prompt_token_ids": [0], "multi_modal_data": {"image": b"GIF"}}], params)
+        (output,) = llm.generate(asked[:1], params, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 4
 
 
 def test_source_is_not_written_to_twice(tmp_path) -> None:

@@ -248,7 +248,7 @@ def test_offline_engine_hears_arrays(whisper):
             assert output.outputs[0].token_ids[: len(want)] == want
         for data, message in (
             ({}, "brings none"),
-            ({"image": 1}, "has 'image'"),
+            ({"image": 1}, "brings 'image'"),
             ({"audio": (sound(20_000), 16_000)}, "hears 1 s at once"),
             ({"audio": "no sound"}, "no array"),
         ):

@@ -14,16 +14,16 @@ from quire.core.models.attention_groups import AttentionGroup
 from quire.core.models.description import ModelDescription
 from quire.core.models.model_config import dtype_of, eos_token_ids_of
 from quire.core.models.seq2seq.cross_pages import LayerKeys, LayerShape, page_group
+from quire.core.models.seq2seq.example_sources import PictureSource, SoundSource, measure_steps
 from quire.core.models.seq2seq.flat_run import is_flat
-from quire.core.models.seq2seq.sound_source import SoundSource, measure_steps
-from quire.core.models.seq2seq.source_model import AUDIO, TOKENS, SourceModel
+from quire.core.models.seq2seq.source_model import AUDIO, IMAGE, TOKENS, SourceModel
 from quire.core.models.transformers_adapter.checkpoint import (
     make_dummy_model,
     make_empty_model,
     read_config,
 )
 from quire.core.models.transformers_adapter.text_model import use_attention
-from quire.core.sound_features import SOUNDS, SourceSteps
+from quire.core.source_features import PICTURES, SourceSteps
 
 _TARGET_LENGTHS = ("max_target_positions", "max_decoder_position_embeddings")
 _SOURCE_LENGTHS = ("max_source_positions", "max_encoder_position_embeddings")
@@ -46,6 +46,8 @@ class Seq2SeqForm:
     vocab_size: int
     steps: SourceSteps | None = None
     """Of an encoder that makes more of more sound."""
+    num_source: int | None = None
+    """Tokens of every picture."""
 
 
 def class_of(config: Any) -> Any:
@@ -73,7 +75,7 @@ def describe_seq2seq(directory: Path, *, trust_remote_code: bool = False) -> Mod
     """
     config = read_config(directory, trust_remote_code=trust_remote_code)
     source_model = SourceModel(make_empty_model(class_of(config), config))
-    hear(source_model, config, directory)
+    perceive(source_model, config, directory)
     # The one kind of attention whose masks are made without a look at the numbers.
     use_attention(source_model.model, "eager")
     try:
@@ -82,7 +84,7 @@ def describe_seq2seq(directory: Path, *, trust_remote_code: bool = False) -> Mod
         # Some look at numbers all the same, of which random ones will do.
         dummy = make_dummy_model(class_of(config), config, dtype="float32", seed=0)
         source_model = SourceModel(dummy)
-        hear(source_model, config, directory)
+        perceive(source_model, config, directory)
         form = find_form(source_model, config)
     dtype = dtype_of(config)
     groups = groups_of(form, config, None, dtype=dtype, cache_dtype=dtype, block_size=16)
@@ -97,7 +99,7 @@ def find_form(source_model: SourceModel, config: Any) -> Seq2SeqForm:
     name = type(source_model.model).__name__
     _refuse_books(config, name)
     try:
-        steps = None if source_model.sound is None else _steps_of(source_model, config, name)
+        steps = _steps_of(source_model, config, name)
         given = example_source(source_model, config, _NUM_SOURCE)
         with torch.no_grad():
             source = source_model.encode([{source_model.input_name: given}])[0]
@@ -115,12 +117,16 @@ def find_form(source_model: SourceModel, config: Any) -> Seq2SeqForm:
         raise _unsupported(name, "its decoder keeps something else than keys and values a token")
     if len(output.own) != len(output.cross):
         raise _unsupported(name, "its decoder has layers without cross-attention")
-    expected = _NUM_SOURCE if source_model.input_kind == TOKENS else source_limit(config)
-    expected = expected if steps is None else steps.tokens_of(len(given))
+    expected = length if source_model.input_kind == IMAGE else source_limit(config)
+    if source_model.input_kind == TOKENS:
+        expected = _NUM_SOURCE
+    elif steps is not None:
+        expected = steps.tokens_of(len(given))
     if length != expected:
         raise _unsupported(name, f"its encoder makes {length} tokens where {expected} were due")
     return Seq2SeqForm(
         steps=steps,
+        num_source=length if source_model.input_kind == IMAGE else None,
         own=_shapes(output.own),
         cross=_shapes(output.cross),
         source_width=source.shape[-1],
@@ -128,26 +134,30 @@ def find_form(source_model: SourceModel, config: Any) -> Seq2SeqForm:
     )
 
 
-def hear(source_model: SourceModel, config: Any, directory: Path) -> None:
-    """Gives a model that hears its sound, unless it takes windows of one size as Whisper does.
+def perceive(source_model: SourceModel, config: Any, directory: Path) -> None:
+    """Gives a model that hears or sees its examples, unless it hears windows as Whisper does.
 
-    Raises: UnsupportedError for what is no sound, or if the feature extractor does not run.
+    Raises: UnsupportedError for other inputs, or if the checkpoint's own classes do not run.
     """
     if source_model.input_kind == TOKENS:
         return
-    if source_model.input_name not in SOUNDS:
+    if source_model.input_kind == AUDIO:
+        sizes = ("num_mel_bins", "max_source_positions")
+        if not all(hasattr(config, name) for name in sizes):
+            source_model.examples = SoundSource(directory)
+        return
+    if source_model.input_name != PICTURES:
         need = f"{source_model.input_name} as {config.model_type} takes them"
+        have = "token ids, sound, and pictures of one size"
         name = type(source_model.model).__name__
-        raise UnsupportedError(
-            [_reason(need, "token ids, and sound")], what=f"the encoder of {name}"
-        )
-    has_windows = all(hasattr(config, name) for name in ("num_mel_bins", "max_source_positions"))
-    if not has_windows:
-        source_model.sound = SoundSource(directory)
+        raise UnsupportedError([_reason(need, have)], what=f"the encoder of {name}")
+    source_model.examples = PictureSource(directory)
 
 
-def _steps_of(source_model: SourceModel, config: Any, name: str) -> SourceSteps:
-    """Measured; from now on examples are in whole groups of frames."""
+def _steps_of(source_model: SourceModel, config: Any, name: str) -> SourceSteps | None:
+    """Measured; from now on examples are in whole groups of frames. None: there are none."""
+    if source_model.input_kind != AUDIO or source_model.examples is None:
+        return None
     given = example_source(source_model, config, _NUM_SOURCE)
 
     def tokens_of(num_frames: int) -> int:
@@ -158,8 +168,8 @@ def _steps_of(source_model: SourceModel, config: Any, name: str) -> SourceSteps:
     steps = measure_steps(tokens_of, len(given))
     if steps is None:
         raise _unsupported(name, "its encoder makes tokens of sound in no even steps")
-    assert source_model.sound is not None
-    source_model.sound.steps = steps
+    assert source_model.examples is not None
+    source_model.examples.steps = steps
     return steps
 
 
@@ -177,8 +187,8 @@ def example_source(source_model: SourceModel, config: Any, length: int, seed: in
     """A random source: `length` tokens, or a window of sound."""
     generator = torch.Generator().manual_seed(seed)
     device = source_model.device
-    if source_model.sound is not None:
-        return torch.from_numpy(source_model.sound.example(seed)).to(device)
+    if source_model.examples is not None:
+        return torch.from_numpy(source_model.examples.example(seed)).to(device)
     if source_model.input_kind == AUDIO:
         shape = (int(config.num_mel_bins), 2 * int(config.max_source_positions))
         return torch.randn(shape, generator=generator).to(device)
@@ -212,7 +222,7 @@ def groups_of(
     block_size: int,
 ) -> tuple[AttentionGroup, ...]:
     """The two groups; sources without a limit of their own may be as long as requests."""
-    limit = source_limit(config) or max_model_len or _WITHOUT_LENGTH
+    limit = form.num_source or source_limit(config) or max_model_len or _WITHOUT_LENGTH
     settings: dict[str, Any] = {
         "dtype": dtype, "cache_dtype": cache_dtype, "block_size": block_size,
     }  # fmt: skip

@@ -17,12 +17,12 @@ from quire.core.models.seq2seq.describing import (
     describe_form,
     find_form,
     groups_of,
-    hear,
+    perceive,
 )
 from quire.core.models.seq2seq.flat_run import flat_run
 from quire.core.models.seq2seq.self_check import deviation_of
 from quire.core.models.seq2seq.seq2seq_model import Seq2SeqModel
-from quire.core.models.seq2seq.source_model import AUDIO, SourceModel
+from quire.core.models.seq2seq.source_model import AUDIO, TOKENS, SourceModel
 from quire.core.models.seq2seq.timestamps import timestamp_rules
 from quire.core.models.transformers_adapter.checkpoint import (
     load_weights,
@@ -59,7 +59,7 @@ def load_seq2seq(config: WorkerConfig, device: Device) -> Seq2SeqModel:
     directory = Path(config.model)
     hf_config = read_config(directory, trust_remote_code=config.trust_remote_code)
     source_model = SourceModel(_load(config, directory, hf_config, device))
-    hear(source_model, hf_config, directory)
+    perceive(source_model, hf_config, directory)
     form = find_form(source_model, hf_config)
     groups = groups_of(
         form,
@@ -82,7 +82,7 @@ def load_seq2seq(config: WorkerConfig, device: Device) -> Seq2SeqModel:
         max_encoded_tokens=max(config.max_num_batched_tokens, groups[1].max_tokens or 0),
         logits_processors=timestamp_rules(directory) if source_model.input_kind == AUDIO else {},
     )
-    source_model.flat = flat_run(source_model.model, reads_text=source_model.input_kind != AUDIO)
+    source_model.flat = flat_run(source_model.model, reads_text=source_model.input_kind == TOKENS)
     if source_model.flat is not None and _deviates(deviation_of(model, hf_config), model):
         source_model.flat = None
     _check(model, hf_config)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from quire.core.models.seq2seq.cross_pages import LayerKeys
+from quire.core.models.seq2seq.example_sources import Examples
 from quire.core.models.seq2seq.flat_run import FlatRun
-from quire.core.models.seq2seq.sound_source import SoundSource
+from quire.core.source_features import SOUNDS
 
-TOKENS, AUDIO = "tokens", "audio"
+TOKENS, AUDIO, IMAGE = "tokens", "audio", "image"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +39,11 @@ class SourceModel:
         self._output_class: Any = None
         self.flat: FlatRun | None = None
         """Set: many requests run in one flat row."""
-        self.input_kind = TOKENS if self.model.main_input_name == "input_ids" else AUDIO
-        self.sound: SoundSource | None = None
-        """What makes sound for the encoder, where it hears more or less of it."""
+        self.input_kind = TOKENS
+        if self.model.main_input_name != "input_ids":
+            self.input_kind = AUDIO if self.encoder.main_input_name in SOUNDS else IMAGE
+        self.examples: Examples | None = None
+        """What is made up for an encoder of pictures, or of sound of any length."""
         self.copies_source = False
         """Set: the decoder writes to the encoder's output that it is given."""
         self.goes_singly = False

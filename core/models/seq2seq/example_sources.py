@@ -1,4 +1,4 @@
-"""Made-up sound for trying an encoder, and how many tokens it makes of how much of it.
+"""Made-up sound and pictures for trying an encoder, and how many tokens it makes of how much.
 
 An encoder of convolutions and attention makes floor((n + offset) / stride) tokens of n frames: a
 stack of convolutions without padding at their ends is one such division, since
@@ -8,15 +8,22 @@ that a front knows what a sound will take before anybody runs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from quire.core.errors import Reason, UnsupportedError
-from quire.core.sound_features import SourceSteps, extracted, load_extractor
+from quire.core.source_features import (
+    SourceSteps,
+    extracted,
+    load_extractor,
+    load_image_processor,
+    prepared,
+)
 
 _SECONDS = 1.0
 _MOST_GROUPS = 1 << 18
@@ -27,6 +34,16 @@ _PROBED = 3
 """Tokens from which steps are measured: at the very beginning there may be none."""
 
 
+class Examples(Protocol):
+    """What an encoder that reads no text is tried on."""
+
+    steps: SourceSteps | None
+
+    def example(self, seed: int) -> npt.NDArray[np.float32]:
+        """Something made up, as the encoder takes it."""
+        ...
+
+
 class SoundSource:
     """The feature extractor of a checkpoint, for trying its encoder on made-up sound."""
 
@@ -34,18 +51,9 @@ class SoundSource:
         """Raises: UnsupportedError if there is none, or it does not run here."""
         self.steps: SourceSteps | None = None
         """Once they are measured; examples are then in whole groups of frames."""
-        try:
+        with _running_here("the checkpoint's feature extractor", f"sound for {directory}"):
             self._extractor: Any = load_extractor(str(directory))
             self.example(0)
-        # It may want packages that are not here.
-        except Exception as error:
-            reason = Reason(
-                code="model.feature_extractor",
-                need="the checkpoint's feature extractor",
-                have=f"{type(error).__name__}: {error}"[:300],
-                remedy="add its preprocessor_config.json, and install what it asks for",
-            )
-            raise UnsupportedError([reason], what=f"sound for {directory}") from error
 
     def example(self, seed: int) -> npt.NDArray[np.float32]:
         """Noise of about a second as the encoder takes it, with time first."""
@@ -54,6 +62,42 @@ class SoundSource:
         samples = np.random.default_rng(seed).standard_normal(count).astype(np.float32)
         made = extracted(self._extractor, samples)[1]
         return made if self.steps is None else made[: self.steps.usable(len(made))]
+
+
+class PictureSource:
+    """The image processor of a checkpoint, for trying its encoder on made-up pictures."""
+
+    steps: SourceSteps | None = None
+    """Every picture is made of one size, of which the encoder makes as many tokens."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises: UnsupportedError if there is none, it does not run here, or its sizes differ."""
+        with _running_here("the checkpoint's image processor", f"pictures for {directory}"):
+            self._processor: Any = load_image_processor(str(directory))
+            shapes = {self.example(seed).shape for seed in range(3)}
+            if len(shapes) > 1:
+                raise ValueError(f"it makes pictures of several sizes: {sorted(shapes)}")
+
+    def example(self, seed: int) -> npt.NDArray[np.float32]:
+        """Noise of another shape for each seed, as the encoder takes it."""
+        shape = (40 + 8 * (seed % 3), 56, 3)
+        pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+        return prepared(self._processor, pixels)
+
+
+@contextmanager
+def _running_here(need: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    # It may want packages that are not here.
+    except Exception as error:
+        reason = Reason(
+            code="model.feature_extractor",
+            need=need,
+            have=f"{type(error).__name__}: {error}"[:300],
+            remedy="add its preprocessor_config.json, and install what it asks for",
+        )
+        raise UnsupportedError([reason], what=what) from error
 
 
 def measure_steps(tokens_of: Callable[[int], int], num_frames: int) -> SourceSteps | None:

@@ -1,7 +1,8 @@
-"""What a checkpoint's feature extractor makes of sound, for fronts and for who loads the model."""
+"""What a checkpoint's own classes make of sound and pictures, for fronts and at load."""
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy.typing as npt
 
 from quire.core.errors import CheckpointError
 
+PICTURES = "pixel_values"
+"""What encoders that see call their input."""
 SOUNDS = ("input_features", "input_values")
 """What encoders that hear call their input: spectra, or samples."""
 
@@ -63,3 +66,27 @@ def extracted(
     name = next(name for name in SOUNDS if name in made)
     array, mask = np.asarray(made[name][0], np.float32), made.get("attention_mask")
     return name, array if mask is None else array[: int(np.asarray(mask[0]).sum())]
+
+
+def load_image_processor(directory: str) -> Any:
+    """The image processor of transformers, on Pillow. Raises: CheckpointError."""
+    # By its module: some versions hide the name itself where torchvision is missing.
+    module: Any = importlib.import_module("transformers.models.auto.image_processing_auto")
+    try:
+        loader = module.AutoImageProcessor
+        return loader.from_pretrained(directory, local_files_only=True, backend="pil")
+    # Files may be broken in any way.
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory} has no image processor that can be read ({error}); add its "
+            "preprocessor_config.json"
+        ) from error
+
+
+def prepared(processor: Any, picture: Any) -> npt.NDArray[np.float32]:
+    """What an image processor makes of one picture, [channels, height, width].
+
+    picture: uint8 [height, width, 3], or a picture of Pillow. Its own errors pass.
+    """
+    made = processor(images=picture, return_tensors="np")
+    return np.asarray(made[PICTURES][0], np.float32)
