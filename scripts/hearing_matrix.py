@@ -27,9 +27,9 @@ LABELS = {
 }
 DEFAULT_JSON = "docs/reports/hearing.json"
 HEARERS = (
-    "audioflamingo3", "glmasr", "granite_speech", "granite_speech_plus", "moss_transcribe_diarize",
-    "musicflamingo", "qwen2_audio", "qwen3_asr", "vibevoice", "vibevoice_asr", "voxtral",
-    "voxtral_realtime",
+    "audioflamingo3", "fun_asr_nano", "glmasr", "granite_speech", "granite_speech_plus",
+    "kyutai_speech_to_text", "moss_transcribe_diarize", "musicflamingo", "nemo_speechlm",
+    "qwen2_audio", "qwen3_asr", "vibevoice", "vibevoice_asr", "voxtral", "voxtral_realtime",
 )  # fmt: skip
 
 

@@ -14,12 +14,13 @@ import openai
 import pytest
 from asking import connected
 from hearing_cases import sound_cases
-from tiny_hearing import MARK, RATE, make_hearing_model, make_sound
+from tiny_hearing import MARK, RATE, make_hearer, make_hearing_model, make_sound
 
 from quire import LLM, SamplingParams
 from quire.core.config import EngineConfig
 from quire.core.engine.async_engine import AsyncEngine
-from quire.core.errors import RequestError
+from quire.core.errors import RequestError, UnsupportedError
+from quire.core.models.registry import describe
 
 SETTINGS = {
     "device": "cpu", "dtype": "float32", "max_model_len": 160, "max_num_seqs": 4,
@@ -144,3 +145,10 @@ async def test_conversation_with_sound_answers_while_broken_sound_is_refused(cli
         assert message in str(error)
     reasons = [c.choices[0].finish_reason async for c in stream if c.choices]
     assert reasons[-1] == "length"
+
+
+def test_model_that_reads_codes_of_sound_at_each_place_is_refused(tmp_path):
+    """Its text is never run without the codes, whatever the length of a prompt lets through."""
+    make_hearer("kyutai_speech_to_text").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="several ids at each place"):
+        describe(tmp_path)

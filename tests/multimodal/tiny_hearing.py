@@ -56,6 +56,21 @@ PROCESSED = {
 
 _CHANGES: dict[str, dict[str, Any]] = {
     "glmasr": {"audio_config.intermediate_size": 256},
+    "nemo_speechlm": {
+        f"audio_config.{part}.{size}": value
+        for part in ("asr_config", "diarization_config.audio_config")
+        for size, value in (
+            ("hidden_size", 64),
+            ("intermediate_size", 112),
+            ("num_hidden_layers", 2),
+            ("num_attention_heads", 4),
+            ("num_key_value_heads", 4),
+        )
+    }
+    | {
+        "audio_config.diarization_config.head_config.audio_hidden_size": 64,
+        "word_timestamp_config.num_key_value_heads": 4,
+    },
     "qwen3_asr": {"audio_config.output_dim": 64},
     "vibevoice": {
         "audio_config.num_filters": 2,

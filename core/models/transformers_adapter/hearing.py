@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quire.core.errors import QuireError, Reason, UnsupportedError
 from quire.core.models.encoder_cache import EncodedImage, EncoderCache
@@ -40,6 +40,7 @@ def hearing_of(config: Any) -> Sight | None:
 
 def refuse_sound_at_each_token(model: Any) -> None:
     """Raises UnsupportedError if a model adds a piece of sound to every token that it makes."""
+    _refuse_several_ids_at_each_place(model)
     takes = inspect.signature(model.forward).parameters
     if "encoder_inputs_embeds" not in takes or getattr(model.config, "is_encoder_decoder", False):
         return
@@ -50,6 +51,44 @@ def refuse_sound_at_each_token(model: Any) -> None:
         remedy="use a model that hears its prompt",
     )
     raise UnsupportedError([reason], what=f"running {type(model).__name__}")
+
+
+def _refuse_several_ids_at_each_place(model: Any) -> None:
+    """Raises UnsupportedError if a model's embeddings want more than one id for each token.
+
+    Beside each token of text such a model hears codes of sound, which fill further places.
+    """
+    try:
+        embed = model.get_input_embeddings()
+    # Models without one may say so in any way.
+    except Exception:
+        return
+    if not isinstance(embed, nn.Module) or isinstance(embed, nn.Embedding):
+        return
+    if all(_embeds_one_by_one(embed, n) for n in (5, 7)):
+        return
+    reason = Reason(
+        code="model.sound",
+        need=f"{type(model).__name__} reads several ids at each place, codes of sound among them",
+        have="one id at each place, of one vocabulary",
+        remedy="use a model that hears its prompt",
+    )
+    raise UnsupportedError([reason], what=f"running {type(model).__name__}")
+
+
+def _embeds_one_by_one(embed: nn.Module, length: int) -> bool:
+    """Whether ids [1, n] become rows [1, n, H]; what takes something else beside them passes."""
+    weight = next(embed.parameters(), None)
+    if weight is None:
+        return True
+    try:
+        with torch.no_grad():
+            rows = embed(torch.zeros((1, length), dtype=torch.int64, device=weight.device))
+    except RuntimeError:
+        return False
+    except (TypeError, AttributeError):
+        return True
+    return not isinstance(rows, Tensor) or (rows.ndim == 3 and rows.shape[:2] == (1, length))
 
 
 def senses_of(config: Any, accepts: Sequence[str]) -> tuple[type[Eyes], Sight | None]:
