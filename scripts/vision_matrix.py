@@ -151,6 +151,7 @@ def image_cases(
 def run_engine(directory: Path, asked: list[dict[str, Any]]) -> tuple[list[list[list[int]]], int]:
     """Tokens in chunks that end within images, again from prefixes, and in a scarce cache."""
     from quire import LLM, SamplingParams
+    from quire.core.errors import ConfigError
 
     settings: dict[str, Any] = {
         "device": "cpu", "dtype": "float32", "model_impl": "transformers", "max_num_seqs": 4,
@@ -162,13 +163,21 @@ def run_engine(directory: Path, asked: list[dict[str, Any]]) -> tuple[list[list[
         **settings, max_model_len=160, max_num_batched_tokens=7, cache_memory_bytes=1 << 22
     ) as llm:
         runs += [_tokens(llm, asked, params) for _ in range(2)]
-        size = 10 * llm.statistics().memory_bytes["cache"] // llm.facts.num_blocks[0]
+        block_bytes = llm.statistics().memory_bytes["cache"] // llm.facts.num_blocks[0]
     params = SamplingParams(temperature=0, max_tokens=MAX_NUM_TOKENS, ignore_eos=True)
-    with LLM(
-        **settings, max_model_len=128, cache_memory_bytes=size, enable_prefix_caching=False
-    ) as llm:
-        runs.append(_tokens(llm, asked, params))
-        return runs, llm.statistics().num_preemptions
+    # States take as much as many tokens, so that ten blocks may hold no request at all.
+    for num_blocks in (10, 20, 40):
+        size = num_blocks * block_bytes
+        try:
+            llm = LLM(
+                **settings, max_model_len=128, cache_memory_bytes=size, enable_prefix_caching=False
+            )
+        except ConfigError:
+            continue
+        with llm:
+            runs.append(_tokens(llm, asked, params))
+            return runs, llm.statistics().num_preemptions
+    return runs, 0
 
 
 def _tokens(llm: Any, asked: list[dict[str, Any]], params: Any) -> list[list[int]]:

@@ -31,7 +31,7 @@ def why_no_images(facts: EngineFacts) -> str:
         return "it has no part that sees"
     return (
         _why_not_placed(settings, facts)
-        or _why_not_processed(str(settings.get("model_type", "")))
+        or _why_not_processed(str(settings.get("model_type", "")), path.parent)
         or "its images were not held against transformers' own generation"
     )
 
@@ -46,7 +46,7 @@ def _why_not_placed(settings: dict[str, Any], facts: EngineFacts) -> str:
     forward = facts.providers.get("forward", "")
     if forward.startswith("transformers") and forward != _PAGED:
         way = forward.removeprefix("transformers (").removesuffix(")")
-        return f"it runs {way}, and images are placed among tokens by the paged way alone"
+        return f"it runs {way}, where its images were not held against its own generation"
     if not forward:
         return "its native family reads text alone; model_impl transformers may see"
     if all(settings.get(name) is None for name in _TOKENS):
@@ -54,19 +54,21 @@ def _why_not_placed(settings: dict[str, Any], facts: EngineFacts) -> str:
     return ""
 
 
-def _why_not_processed(model_type: str) -> str:
+def _why_not_processed(model_type: str, directory: Path) -> str:
     """Why transformers cannot prepare its images here; empty: it can."""
     import transformers
 
     # By its module: some versions hide the name itself where torchvision is missing.
     module: Any = importlib.import_module("transformers.models.auto.image_processing_auto")
     try:
-        processor = processor_class_of(model_type)
+        processor = processor_class_of(model_type, directory)
     except KeyError:
-        return f"transformers names no processor for {model_type!r}"
+        return f"neither transformers nor the checkpoint names a processor of {model_type!r}"
     except ImportError:
         return "its processor wants torchvision"
     named = module.IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type)
+    if named is None:
+        return ""  # the checkpoint names its own
     pil = named.get("pil") if isinstance(named, dict) else named
     if pil is None:
         return "its image processor wants torchvision"

@@ -19,7 +19,7 @@ import numpy as np
 
 from quire.core.engine.features import Encode, ModelInput, make_feature
 from quire.core.engine.images import MediaPolicy, read_image
-from quire.core.engine.processor_classes import processor_class_of
+from quire.core.engine.processor_classes import PROCESSOR_FILES, processor_class_of
 from quire.core.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 IMAGE = "image"
 logger = logging.getLogger(__name__)
 
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _NOT_FOR_THE_TOWER = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "num_crops", "labels"}
 )
@@ -248,7 +247,7 @@ def make_image_reader(config: EngineConfig, facts: EngineFacts) -> ImageReader |
     directory = Path(facts.model_directory)
     if IMAGE not in facts.accepts:
         return None
-    if not any((directory / name).is_file() for name in _PROCESSOR_FILES):
+    if not any((directory / name).is_file() for name in PROCESSOR_FILES):
         logger.warning("%s has no preprocessor_config.json: it answers text alone", directory)
         return None
     processor = load_processor(directory, config.tokenizer)
@@ -275,7 +274,7 @@ def load_processor(directory: Path, tokenizer: str | None = None) -> Any:
     loader = module.AutoImageProcessor
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        processor_class = processor_class_of(config.model_type)
+        processor_class = processor_class_of(config.model_type, directory)
         images = loader.from_pretrained(directory, local_files_only=True, backend="pil")
         texts = AutoTokenizer.from_pretrained(tokenizer or directory)
         settings = _processor_settings(directory)

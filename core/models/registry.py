@@ -267,7 +267,8 @@ def _seeing(
         )
     except UnsupportedError:
         return None
-    if not description.accepts:
+    if not description.accepts or any(group.is_own for group in description.attention_groups):
+        # One request after the other would cost every text more than its images are worth.
         return None
     note = "images are served; with --model-impl native it answers text alone, and faster"
     return adapted, replace(description, notes=(note, *description.notes))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from more_vision import MORE, recipe_config
 from PIL import Image
 
 SPECIAL = (
@@ -104,6 +105,7 @@ MARKS = {
     "llava_next_video": "<image>",
     "hyperclovax_vision_v2": "<|image_pad|>",
     "paddleocr_vl": "<|image_pad|>",
+    **{family: recipe.mark for family, recipe in MORE.items()},
 }
 """What stands for an image in a prompt, by family."""
 
@@ -133,15 +135,24 @@ def make_tokenizer(family: str) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: index for index, word in enumerate(_VOCABULARY)}
+    words = _ids(family)
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    named = _NAMED.get(family)
+    named: Any = _NAMED.get(family)
+    extra = ()
+    if family in MORE:
+        named, extra = dict(MORE[family].named), MORE[family].extra
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", bos_token="<bos>",
-        eos_token="<eos>", extra_special_tokens=named or [*SPECIAL[3:], *TILE_MARKS],
+        eos_token="<eos>", extra_special_tokens=named or [*SPECIAL[3:], *TILE_MARKS, *extra],
         chat_template=_CHAT.replace("MARK", MARKS[family]),
     )  # fmt: skip
+
+
+def _ids(family: str) -> dict[str, int]:
+    """Token to id."""
+    extra = MORE[family].extra if family in MORE else ()
+    return {word: index for index, word in enumerate((*_VOCABULARY, *extra))}
 
 
 _NAMED = {
@@ -173,7 +184,9 @@ def make_config(family: str) -> Any:
     """The config of a tiny model."""
     import transformers as hf
 
-    if family == "llava":
+    if family in MORE:
+        config = recipe_config(family, _ids(family))
+    elif family == "llava":
         config = hf.LlavaConfig(
             vision_config=hf.CLIPVisionConfig(**_VISION), text_config=hf.LlamaConfig(**_TEXT),
             image_token_index=3, image_token_id=3, vision_feature_layer=-1,
@@ -229,8 +242,14 @@ def make_config(family: str) -> Any:
         )  # fmt: skip
     else:
         config = _tiled_config(family)
-    config.architectures = [_ARCHITECTURES[family]]
+    config.architectures = [_architecture(family)]
     return config
+
+
+def _architecture(family: str) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return str(_ARCHITECTURES.get(family) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family])
 
 
 _ARCHITECTURES = {
@@ -393,6 +412,8 @@ def make_image_processor(family: str) -> Any:
     """The family's image processor for images of 32 x 32, or of at most 64 x 64."""
     import transformers as hf
 
+    if family in MORE:
+        return MORE[family].make_images(hf)
     if family in ("llava", "vipllava"):
         size = {"shortest_edge": 32}
         return hf.CLIPImageProcessorPil(size=size, crop_size={"height": 32, "width": 32})
@@ -441,6 +462,8 @@ def make_image_processor(family: str) -> Any:
 
 def processor_settings(family: str) -> dict[str, Any]:
     """What processor_config.json says."""
+    if family in MORE:
+        return dict(MORE[family].settings)
     if family in ("llava", "vipllava"):
         return {
             "patch_size": 8, "vision_feature_select_strategy": "default", "image_token": "<image>",

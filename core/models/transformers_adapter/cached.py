@@ -26,13 +26,15 @@ from quire.core.models.attention_groups import AttentionGroup, PageTensor
 from quire.core.models.description import ModelDescription
 from quire.core.models.step_context import StepContext
 from quire.core.models.transformers_adapter.adapted_model import AdaptedModel, layers_in_order
+from quire.core.models.transformers_adapter.hearing import senses_of
 from quire.core.models.transformers_adapter.pages import (
     PagesPlan,
     RequestSlice,
     read_slots,
     write_slots,
 )
-from quire.core.models.transformers_adapter.text_model import TextModel
+from quire.core.models.transformers_adapter.seeing import Seen
+from quire.core.models.transformers_adapter.text_model import RunOutput, TextModel
 
 _SHORT, _LONG = 5, 11
 """Tokens of the two runs; no state has both as sizes of the same dimension."""
@@ -249,35 +251,45 @@ class CachedModel(AdaptedModel):
         self._runs_later_chunks = runs_later_chunks
         self.way = "cached" if runs_later_chunks else "cached, a token at a time"
         self._group_of = layers_in_order(self.attention_groups)
+        make, sight = senses_of(text_model.model.config, description.accepts)
+        self._eyes = None if sight is None else make(text_model, sight)
 
     def forward(self, step: StepContext) -> Tensor:
         """Runs the requests of a step one after the other; rows [T, H]."""
         rows: list[Tensor] = []
         plan = _pages_plan(step.plans[0])
+        has_images = bool(step.images) and self._eyes is not None
+        seen = self._eyes.look(step) if has_images and self._eyes is not None else None
         for index in range(len(plan.requests)):
-            rows.extend(self._run_request(step, index))
+            rows.extend(self._run_request(step, index, seen))
         hidden = torch.cat(rows)
         padding = len(step.token_ids) - len(hidden)
         return hidden if padding == 0 else torch.cat([hidden, hidden[-1:].expand(padding, -1)])
 
-    def _run_request(self, step: StepContext, index: int) -> Iterator[Tensor]:
+    def _run_request(self, step: StepContext, index: int, seen: Seen | None) -> Iterator[Tensor]:
         request = _pages_plan(step.plans[0]).requests[index]
         stores = self._stores(step, index)
         cache = self._form.make_empty() if request.num_past == 0 else self._read(stores, request)
         first, begin = request.begin - request.num_past, request.num_past
+        shows_images = any(images.begin == request.begin for images in step.images)
         for end in self._piece_ends(request):
             rows = slice(first + begin, first + end)
-            output = self._text_model.run(
-                step.token_ids[rows],
-                step.positions[rows],
-                cache=cache,
-                keeps_cache=True,
-            )
+            output = self._run_piece(step, rows, cache, seen if shows_images else None)
             cache = output.cache
             for store in stores:
                 store.write(cache, begin, end)
             yield output.hidden
             begin = end
+
+    def _run_piece(
+        self, step: StepContext, rows: slice, cache: Any, seen: Seen | None
+    ) -> RunOutput:
+        """Some tokens of one request; `seen` if it shows images."""
+        if seen is not None and self._eyes is not None:
+            return self._eyes.run_cached(seen, rows, cache)
+        return self._text_model.run(
+            step.token_ids[rows], step.positions[rows], cache=cache, keeps_cache=True
+        )
 
     def _piece_ends(self, request: RequestSlice) -> list[int]:
         """Where runs end: at block boundaries for states, or after each token."""

@@ -29,7 +29,7 @@ from quire.core.models.transformers_adapter.hearing import (
 from quire.core.models.transformers_adapter.paged import paged_groups
 from quire.core.models.transformers_adapter.probing import Probe, probe
 from quire.core.models.transformers_adapter.recomputed import recomputed_groups
-from quire.core.models.transformers_adapter.seeing import sight_of
+from quire.core.models.transformers_adapter.seeing import Sight, sight_of
 from quire.core.models.transformers_adapter.selection import (
     indexers_of,
     refuse_unseen_selection,
@@ -116,7 +116,7 @@ def describe_way(
     text_config = config.get_text_config(decoder=True)
     hidden_size = int(_first(text_config, ("hidden_size", "n_embd", "d_model", "dim")) or 1)
     vocab_size = int(found.logits_size or text_config.vocab_size)
-    sight = sight_of(config) if way.name == "paged" else None
+    sight = _sight_in(way, config)
     parameters = {id(p): p.numel() for p in text_model.model.parameters()}
     return ModelDescription(
         architecture=type(text_model.model).__name__,
@@ -143,11 +143,17 @@ def describe_way(
 
 def _accepted(config: Any, way: Way) -> tuple[str, ...]:
     """What prompts may bring besides text."""
-    if way.name != "paged":
-        return ()
-    if sight_of(config) is not None:
+    if _sight_in(way, config) is not None:
         return ("image",)
-    return () if hearing_of(config) is None else ("audio",)
+    return ("audio",) if way.name == "paged" and hearing_of(config) is not None else ()
+
+
+def _sight_in(way: Way, config: Any) -> Sight | None:
+    """How a model sees that runs in this way; None: it takes no images."""
+    sight = sight_of(config)
+    if sight is None or way.name == "paged":
+        return sight
+    return sight if way.name == "cached" and sight.sees_cached else None
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:

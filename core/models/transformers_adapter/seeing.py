@@ -19,7 +19,7 @@ from quire.core.errors import QuireError
 from quire.core.models.encoder_cache import EncodedImage, EncoderCache
 from quire.core.models.step_images import RequestImages, feature_tensor
 from quire.core.models.transformers_adapter.both_ways import Span
-from quire.core.models.transformers_adapter.text_model import use_attention
+from quire.core.models.transformers_adapter.text_model import RunOutput, use_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Sight:
     """How a family of models sees."""
 
     language_model: str = "language_model"
-    """The attribute of the body that takes embeddings."""
+    """The attribute of the body that takes embeddings; empty: the body itself."""
     has_grid: bool = False
     """Whether positions are three rows, by the grids of the images."""
     is_bidirectional: bool = False
@@ -45,6 +45,25 @@ class Sight:
     """Whether all tokens of a prompt see each other, later ones included."""
     first_position: int = 0
     """Of a prompt's first token."""
+    mark_table: str = ""
+    """The attribute of the body that embeds the marks around images; empty: marks are tokens.
+
+    Its last rows stand for the tokens of `visual_indicator_token_ids`, in prompts with images.
+    """
+    sees_cached: bool = False
+    """Whether images are placed too where requests run with a cache of transformers' own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Seen:
+    """The tokens of a step as a language model takes them."""
+
+    embeddings: Tensor
+    """[T, H], images in their places."""
+    positions: Tensor
+    """int64 [1, T], or [3, 1, T] where images have grids."""
+    arguments: dict[str, Any]
+    """What the language model takes besides."""
 
 
 SIGHTS = {
@@ -73,6 +92,20 @@ SIGHTS = {
     "llava_next_video": Sight(),
     "hyperclovax_vision_v2": Sight(),
     "paddleocr_vl": Sight(has_grid=True),
+    "aria": Sight(),
+    "janus": Sight(),
+    "chameleon": Sight(language_model=""),
+    "deepseek_vl_hybrid": Sight(),
+    "cohere_compass": Sight(has_grid=True),
+    "llava_onevision": Sight(),
+    "video_llava": Sight(),
+    "ovis2": Sight(mark_table="visual_embeddings_table"),
+    "glm_ocr": Sight(has_grid=True),
+    "glmga": Sight(has_grid=True),
+    "cosmos3_omni": Sight(has_grid=True),
+    "lfm3_vl": Sight(sees_cached=True),
+    "qwen3_5": Sight(has_grid=True, sees_cached=True),
+    "qwen3_5_moe": Sight(has_grid=True, sees_cached=True),
     "paligemma": Sight(sees_whole_prompt=True, first_position=1),
 }
 """By `model_type`: the families whose images were held against transformers' own generation."""
@@ -80,7 +113,7 @@ SIGHTS = {
 
 def sight_of(config: Any) -> Sight | None:
     """How a model of this config sees; None: it takes text alone."""
-    if getattr(config, "vision_config", None) is None:
+    if all(getattr(config, name, None) is None for name in ("vision_config", "vq_config")):
         return None
     return SIGHTS.get(config.model_type)
 
@@ -103,12 +136,36 @@ class Eyes:
         self.sight = sight
         self.cache = EncoderCache(_CACHE_BYTES)
         self._body = text_model.body
-        self._language_model = getattr(text_model.body, sight.language_model)
+        self._language_model = language_model_of(text_model, sight)
         self._image_token_id = int(text_model.model.config.image_token_id)
         self.is_cut_by_windows = sight.is_bidirectional and _cuts_spans(text_model.model)
 
     def run(self, step: StepContext) -> Tensor:
         """Rows [T, H] of a step, images in their places."""
+        seen = self.look(step)
+        output = self._language_model(
+            inputs_embeds=seen.embeddings.unsqueeze(0),
+            position_ids=seen.positions,
+            use_cache=False,
+            **seen.arguments,
+        )
+        hidden: Tensor = output[0][0]
+        return hidden
+
+    def run_cached(self, seen: Seen, rows: slice, cache: Any) -> RunOutput:
+        """Rows of one request of a step, with transformers' own cache of what is before them."""
+        if seen.arguments:
+            raise QuireError("rows of images in several layers need the paged way; report this")
+        output = self._language_model(
+            inputs_embeds=seen.embeddings[rows].unsqueeze(0),
+            position_ids=seen.positions[..., rows],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return RunOutput(hidden=output[0][0], cache=output.past_key_values)
+
+    def look(self, step: StepContext) -> Seen:
+        """What the language model takes for the tokens of a step."""
         embeddings = self._embed(step)
         is_image = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
         deep: list[Tensor] = []
@@ -119,14 +176,7 @@ class Eyes:
         if deep:
             arguments["visual_pos_masks"] = is_image.unsqueeze(0)
             arguments["deepstack_visual_embeds"] = [layer[is_image] for layer in deep]
-        output = self._language_model(
-            inputs_embeds=embeddings.unsqueeze(0),
-            position_ids=self._positions(step),
-            use_cache=False,
-            **arguments,
-        )
-        hidden: Tensor = output[0][0]
-        return hidden
+        return Seen(embeddings=embeddings, positions=self._positions(step), arguments=arguments)
 
     def spans(self, request: RequestImages) -> list[tuple[int, int]]:
         """Where tokens of a request see each other, of the tokens that this step computes.
@@ -156,7 +206,18 @@ class Eyes:
         # A placeholder may have an id past the table's end.
         ids = step.token_ids.clamp(max=table.weight.shape[0] - 1)
         embeddings: Tensor = table(ids).clone()
+        if self.sight.mark_table:
+            self._embed_marks(step, embeddings)
         return embeddings
+
+    def _embed_marks(self, step: StepContext, embeddings: Tensor) -> None:
+        """Writes the rows of the marks around images, of requests that show some."""
+        marks = list(self._body.visual_indicator_token_ids)
+        table = getattr(self._body, self.sight.mark_table).weight[-len(marks) :]
+        for request in step.images:
+            rows = slice(request.begin, request.begin + request.num_new)
+            for mark, row in zip(marks, table, strict=True):
+                embeddings[rows][step.token_ids[rows] == mark] = row
 
     def _place(
         self,
@@ -244,9 +305,16 @@ class Eyes:
         return positions[:, 0], int(delta[0, 0])
 
 
+def language_model_of(text_model: TextModel, sight: Sight) -> Any:
+    """The module that takes embeddings."""
+    return (
+        getattr(text_model.body, sight.language_model) if sight.language_model else text_model.body
+    )
+
+
 def use_text_attention(text_model: TextModel, sight: Sight, name: str) -> None:
     """The language model alone names this attention; the vision tower keeps its own."""
-    use_attention(getattr(text_model.body, sight.language_model), name)
+    use_attention(language_model_of(text_model, sight), name)
 
 
 def spans_of(eyes: Eyes, images: Sequence[RequestImages]) -> list[Span]:

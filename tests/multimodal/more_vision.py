@@ -1,0 +1,225 @@
+"""Recipes of tiny models that see, whose configs are the shrunk defaults of their families.
+
+What differs from one family to the next is a `Recipe`: the ids of its placeholders, the sizes that
+the shrunk config has too large, and the family's own image processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_VQ = {
+    "embed_dim": 8, "num_embeddings": 64, "latent_channels": 8, "base_channels": 32,
+    "channel_multiplier": [1, 1, 1], "num_res_blocks": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a tiny model of a family is made."""
+
+    mark: str
+    """What stands for an image in a prompt."""
+    token: str
+    """What stands for a part of an image in the prompt written out."""
+    make_images: Callable[[Any], Any]
+    """The image processor, of the module `transformers`."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Of the shrunk config; dictionaries change parts."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What processor_config.json says."""
+    named: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens that the processor asks its tokenizer for."""
+    extra: tuple[str, ...] = ()
+    """Tokens of this family alone, behind all others."""
+
+
+_QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+_QWEN = {
+    "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
+    "num_position_embeddings": 64,
+}  # fmt: skip
+
+
+def _qwen_images(hf: Any) -> Any:
+    return hf.Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2,
+        size={"shortest_edge": 8 * 8, "longest_edge": 40 * 40},
+    )  # fmt: skip
+
+
+def _glm_images(hf: Any) -> Any:
+    return hf.Glm46VImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2,
+        size={"shortest_edge": 8 * 8, "longest_edge": 40 * 40},
+    )  # fmt: skip
+
+
+MORE = {
+    "aria": Recipe(
+        mark="<image>", token="<image>", named={"image_token": "<image>"},
+        changes={
+            "projector_patch_to_query_dict": {"49": 12},
+            "max_value_projector_patch_to_query_dict": 12,
+            "vision_config": {"image_size": 980, "patch_size": 140},
+        },
+        settings={"size_conversion": {980: 12}},
+        make_images=lambda hf: hf.AriaImageProcessorPil(
+            split_resolutions=[[980, 980]]
+        ),
+    ),
+    "janus": Recipe(
+        mark="<image>", token="<image>",
+        named={
+            "image_token": "<image>", "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+        changes={"vq_config": {**_VQ, "image_token_embed_dim": 32, "num_patches": 4},
+                 "vision_config": {"num_image_tokens": 16}},
+        settings={"num_image_tokens": 16},
+        make_images=lambda hf: hf.JanusImageProcessorPil(size={"height": 32, "width": 32}),
+    ),
+    "chameleon": Recipe(
+        mark="<image>", token="<image>",
+        named={
+            "image_token": "<image>", "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>", "sep_token": "<end_of_utterance>",
+        },
+        changes={
+            "vq_config": {**_VQ, "resolution": 32, "channel_multiplier": [1, 1, 1, 1]},
+            "vocabulary_map": {
+                "<image>": 3,
+                **{f"IMGIMG{c}Z": 100 + i for i, c in enumerate(
+                    f"{chr(65 + i // 8)}{chr(65 + i % 8)}" for i in range(64)
+                )},
+            },
+        },
+        settings={"image_seq_length": 16},
+        make_images=lambda hf: hf.ChameleonImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
+    ),
+    "deepseek_vl_hybrid": Recipe(
+        mark="<image>", token="<image>", named={"image_token": "<image>"},
+        changes={
+            "high_res_vision_config": {
+                "image_size": 64, "patch_size": 4, "output_channels": 16, "window_size": 4,
+                "global_attn_indexes": [1], "mlp_dim": 64, "num_pos_feats": 32,
+            },
+        },
+        settings={"num_image_tokens": 16},
+        make_images=lambda hf: hf.DeepseekVLHybridImageProcessorPil(
+            size={"height": 32, "width": 32}, high_res_size={"height": 64, "width": 64}
+        ),
+    ),
+    "cohere_compass": Recipe(
+        mark="<|VISION_START|><|IMAGE_PAD|><|VISION_END|>", token="<|IMAGE_PAD|>",
+        extra=("<|IMAGE_PAD|>", "<|VIDEO_PAD|>", "<|VISION_START|>", "<|VISION_END|>"),
+        changes={"vision_config": {"patch_size": 4, "spatial_merge_size": 2}},
+        make_images=lambda hf: hf.CohereCompassImageProcessorPil(
+            patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 40 * 40}
+        ),
+    ),
+    "ovis2": Recipe(
+        mark="<image>", token="<IMG_ATOM>",
+        extra=("<IMG_START>", "<IMG_ATOM>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"),
+        changes={"vision_config": {"hidden_stride": 2, "num_visual_indicator_tokens": 5,
+                                   "vocab_size": 32}},
+        settings={"image_seq_length": 4},
+        make_images=lambda hf: hf.Ovis2ImageProcessorPil(
+            size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=2
+        ),
+    ),
+    "llava_onevision": Recipe(
+        mark="<image>", token="<image>",
+        changes={"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
+        settings={"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
+        make_images=lambda hf: hf.LlavaOnevisionImageProcessorPil(
+            size={"height": 32, "width": 32}, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]]
+        ),
+    ),
+    "video_llava": Recipe(
+        mark="<image>", token="<image>",
+        changes={"vision_feature_layer": -1},
+        settings={"patch_size": 8},
+        make_images=lambda hf: hf.VideoLlavaImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
+    ),
+    "qwen3_5": Recipe(
+        mark=_QWEN_MARK, token="<|image_pad|>",
+        changes={"vision_config": _QWEN, "video_token_id": 7, "vision_start_token_id": 4,
+                 "vision_end_token_id": 5},
+        make_images=_qwen_images,
+    ),
+    "qwen3_5_moe": Recipe(
+        mark=_QWEN_MARK, token="<|image_pad|>",
+        changes={"vision_config": _QWEN, "video_token_id": 7, "vision_start_token_id": 4,
+                 "vision_end_token_id": 5},
+        make_images=_qwen_images,
+    ),
+    "glm_ocr": Recipe(
+        mark=_QWEN_MARK, token="<|image_pad|>",
+        named={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        changes={"vision_config": {**_QWEN, "image_size": 32}, "video_token_id": 7,
+                 "image_start_token_id": 4, "image_end_token_id": 5},
+        settings={"processor_class": "Glm46VProcessor"},
+        make_images=_glm_images,
+    ),
+    "glmga": Recipe(
+        mark=_QWEN_MARK, token="<|image_pad|>",
+        named={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        changes={"vision_config": {**_QWEN, "image_size": 32}, "video_token_id": 7,
+                 "image_start_token_id": 4, "image_end_token_id": 5},
+        settings={"processor_class": "Glm46VProcessor"},
+        make_images=lambda hf: hf.GlmgaImageProcessorPil(
+            patch_size=4, merge_size=2, temporal_patch_size=2,
+            size={"shortest_edge": 8 * 8, "longest_edge": 40 * 40},
+        ),
+    ),
+    "cosmos3_omni": Recipe(
+        mark=_QWEN_MARK, token="<|image_pad|>",
+        changes={"vision_config": {**_QWEN, "deepstack_visual_indexes": [0, 1]},
+                 "text_config": {"rope_parameters": _MROPE},
+                 "video_token_id": 7, "vision_start_token_id": 4, "vision_end_token_id": 5},
+        settings={"processor_class": "Qwen3VLProcessor"},
+        make_images=_qwen_images,
+    ),
+    "lfm3_vl": Recipe(
+        mark=_QWEN_MARK, token="<|image_pad|>",
+        changes={"vision_config": {"patch_size": 4}, "video_token_id": 7,
+                 "vision_start_token_id": 4, "vision_end_token_id": 5},
+        make_images=_qwen_images,
+    ),
+}  # fmt: skip
+"""By `model_type`."""
+
+
+def recipe_config(family: str, ids: Mapping[str, int]) -> Any:
+    """The config of a tiny model; `ids` are those of all tokens."""
+    from tiny_image_text import tiny_image_text_config
+    from transformers import AutoConfig
+
+    recipe = MORE[family]
+    settings = _changed(tiny_image_text_config(family).to_dict(), recipe.changes)
+    token = ids[recipe.token]
+    for name in ("image_token_id", "image_token_index"):
+        if name in settings:
+            settings[name] = token
+    if family == "ovis2":
+        others = [name for name in recipe.extra if name != recipe.token]
+        settings["visual_indicator_token_ids"] = [ids[name] for name in others]
+    settings.pop("model_type")
+    return AutoConfig.for_model(family, **settings)
+
+
+def _changed(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with changes, parts within parts."""
+    changed = dict(settings)
+    for name, value in changes.items():
+        is_part = isinstance(value, dict) and "model_type" in (changed.get(name) or {})
+        changed[name] = _changed(changed[name], value) if is_part else value
+    return changed
