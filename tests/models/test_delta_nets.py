@@ -118,12 +118,6 @@ def test_projection_of_queries_without_gates_is_refused_by_shape(checkpoint):
         load_on_reference(checkpoint)
 
 
-def test_quantization_is_refused_with_its_reason(checkpoint):
-    """Weights of delta nets are multiplied plainly, and the refusal says so."""
-    with pytest.raises(UnsupportedError, match="int8"):
-        load_on_reference(checkpoint, quantization="int8")
-
-
 def test_model_impl_chooses_who_runs_it(checkpoint):
     """Natively unless asked otherwise; a config of one kind of layer goes the other way."""
     assert describe(checkpoint).implementation == "native"

@@ -186,12 +186,6 @@ def test_checkpoint_without_a_tensor_is_refused_by_name(bamba):
         load_on_reference(bamba)
 
 
-def test_quantization_is_refused_with_its_reason(bamba):
-    """Weights of mixers are multiplied plainly, and the refusal says so."""
-    with pytest.raises(UnsupportedError, match="int8"):
-        load_on_reference(bamba, quantization="int8")
-
-
 def test_limited_time_steps_are_left_to_the_adapter(bamba):
     """A config that the operators do not compute is refused natively, and runs in other code."""
     path = bamba / "config.json"

@@ -17,18 +17,20 @@ from quire.core.models.description import ModelDescription
 from quire.core.models.hybrid.describing import describe_hybrid, read_hybrid
 from quire.core.models.hybrid.model import HybridLayerWeights, HybridModel, HybridWeights
 from quire.core.models.hybrid.spec import HybridSpec, HybridTensors
-from quire.core.models.loading import WeightBuilder, WeightSource, refuse_quantization
+from quire.core.models.loading import WeightBuilder, WeightSource
 from quire.core.models.mlp import DenseWeights, MixtureWeights
 from quire.core.models.self_attention import HeadWeights
 from quire.core.models.state_space.delta_mixer import DeltaWeights
 from quire.core.models.state_space.delta_spec import DeltaSpec
-from quire.core.models.state_space.loading import MixerBuilder
+from quire.core.models.state_space.loading import MixerBuilder, mixer_inputs
 from quire.core.models.state_space.mixer_spec import MixerSpec
 from quire.core.models.state_space.mixers import MixerWeights
 from quire.core.models.state_space.spec import StateSpaceSpec
 from quire.core.models.transformers_adapter.pages import OwnPages
 from quire.core.models.weights.checkpoint_files import CheckpointFiles
 from quire.core.models.weights.dummy_weights import DummyWeights
+from quire.core.models.weights.quantization import linear_inputs
+from quire.core.models.weights.quantization_spec import check_group_size, parse_quantization
 from quire.core.models.weights.weight_layout import (
     DenseTensors,
     HeadTensors,
@@ -44,7 +46,7 @@ def load_hybrid(config: WorkerConfig, device: Device) -> HybridModel:
 
     Raises: CheckpointError, UnsupportedError, DeviceOutOfMemory.
     """
-    refuse_quantization(config)
+    quantization = parse_quantization(config.quantization, config.options)
     directory = Path(config.model)
     description = _laid_out(describe_hybrid(directory), config)
     spec = read_hybrid(directory)
@@ -52,8 +54,12 @@ def load_hybrid(config: WorkerConfig, device: Device) -> HybridModel:
     keys, states = description.attention_groups
     attention = make_attention_backends(replace(description, attention_groups=(keys,)), device)
     source = ScaledWeights(stored, spec.weight_scales)
-    mixers = MixerBuilder(_source_of_mixers(config, source), device, config.dtype)
-    builder = _HybridBuilder(source, replace(description, decoder=spec.decoder), device)
+    if quantization is not None:
+        check_group_size(quantization, linear_inputs(tensors.decoder))
+        check_group_size(quantization, mixer_inputs(tensors.mixers.values()))
+    mixers = MixerBuilder(_source_of_mixers(config, source), device, config.dtype, quantization)
+    described = replace(description, decoder=spec.decoder)
+    builder = _HybridBuilder(source, described, device, quantization)
     return HybridModel(
         spec,
         description,

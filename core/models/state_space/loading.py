@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from quire.core.interface.backend import Device
 from quire.core.interface.ops import PackedLinear
 from quire.core.interface.worker import WorkerConfig
-from quire.core.models.loading import WeightSource, refuse_quantization
+from quire.core.models.loading import WeightSource
 from quire.core.models.model_config import load_config
 from quire.core.models.state_space.delta_loading import read_projection
 from quire.core.models.state_space.delta_mixer import DeltaWeights
@@ -27,7 +28,16 @@ from quire.core.models.state_space.spec import (
 from quire.core.models.transformers_adapter.pages import OwnPages
 from quire.core.models.weights.checkpoint_files import CheckpointFiles
 from quire.core.models.weights.dummy_weights import DummyWeights
+from quire.core.models.weights.quantization import quantize
+from quire.core.models.weights.quantization_spec import (
+    QuantizationSpec,
+    check_group_size,
+    parse_quantization,
+)
 from quire.core.models.weights.weight_layout import TensorShape
+
+_QUANTIZED = ("in_proj", "out_proj")
+"""Of a mixer, by the beginnings of their names."""
 
 
 def load_state_space(config: WorkerConfig, device: Device) -> StateSpaceModel:
@@ -35,7 +45,7 @@ def load_state_space(config: WorkerConfig, device: Device) -> StateSpaceModel:
 
     Raises: CheckpointError, UnsupportedError, DeviceOutOfMemory.
     """
-    refuse_quantization(config)
+    quantization = parse_quantization(config.quantization, config.options)
     directory = Path(config.model)
     # States are kept as the model computes them, whatever a cache of keys would be kept in.
     description = replace(describe_state_space(directory), cache_dtype=config.dtype).laid_out(
@@ -44,7 +54,10 @@ def load_state_space(config: WorkerConfig, device: Device) -> StateSpaceModel:
     spec = read_spec(load_config(directory))
     tensors = StateSpaceTensors(spec)
     source = _open(config, directory, spec, tensors)
-    weights = MixerBuilder(source, device, config.dtype).build(spec, tensors)
+    if quantization is not None:
+        layers = [tensors.mixer(layer) for layer in range(spec.num_layers)]
+        check_group_size(quantization, mixer_inputs(layers))
+    weights = MixerBuilder(source, device, config.dtype, quantization).build(spec, tensors)
     backends = [OwnPages(group, device.torch_device) for group in description.attention_groups]
     return StateSpaceModel(
         spec, description, weights, device, backends, max_model_len=config.max_model_len
@@ -66,11 +79,31 @@ def _rename(name: str) -> str | None:
     return name.replace("backbone.embedding.", "backbone.embeddings.")
 
 
-class MixerBuilder:
-    """Turns tensors of a source into what mixers multiply with."""
+def mixer_inputs(mixers: Iterable[Mapping[str, TensorShape]]) -> Iterator[tuple[str, int]]:
+    """Name and number of inputs of the products of mixers that are quantized."""
+    for tensors in mixers:
+        for name, tensor in tensors.items():
+            if name.startswith(_QUANTIZED) and len(tensor.shape) == 2:
+                yield tensor.name, tensor.shape[1]
 
-    def __init__(self, source: WeightSource, device: Device, dtype: str) -> None:
+
+class MixerBuilder:
+    """Turns tensors of a source into what mixers multiply with.
+
+    Quantized are the two large products alone. What makes time steps, B and C of the channels is
+    small, and what it makes decides how fast a state forgets.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        device: Device,
+        dtype: str,
+        quantization: QuantizationSpec | None = None,
+    ) -> None:
         self._source = source
+        self._quantization = quantization
+        self._dtype_name = dtype
         self._ops = device.ops()
         self._device = device.torch_device
         self._dtype: torch.dtype = getattr(torch, dtype)
@@ -88,10 +121,10 @@ class MixerBuilder:
         norms.append(self._read(tensors.final_norm))
         mixers = [self.mixer(tensors.mixer(layer), spec) for layer in range(spec.num_layers)]
         if spec.has_tied_embeddings:
-            lm_head = self._ops.pack_linear(embedding, None)
+            lm_head = self._packed(embedding, None, is_head=True)
             self._size_bytes += lm_head.size_bytes
         else:
-            lm_head = self._linear({"w.weight": tensors.lm_head}, "w")
+            lm_head = self._pack(self._cast(tensors.lm_head), is_head=True)
         return StateSpaceWeights(
             embedding=embedding,
             norms=norms,
@@ -112,8 +145,8 @@ class MixerBuilder:
             a=-torch.exp(self._float32(tensors["A_log"])),
             d=self._float32(tensors["D"]),
             dt_bias=self._float32(tensors["dt_proj.bias" if is_first else "dt_bias"]),
-            x_proj=self._linear(tensors, "x_proj") if is_first else None,
-            dt_proj=self._linear(tensors, "dt_proj", has_bias=False) if is_first else None,
+            x_proj=self._wide(tensors, "x_proj") if is_first else None,
+            dt_proj=self._wide(tensors, "dt_proj", has_bias=False) if is_first else None,
             norm=self._read(tensors["norm.weight"]) if "norm.weight" in tensors else None,
             inner_norms=self._inner_norms(tensors) if spec.has_inner_norms else None,
         )
@@ -134,18 +167,33 @@ class MixerBuilder:
         dt, b, c = (self._read(tensors[f"{name}_layernorm.weight"]) for name in ("dt", "b", "c"))
         return dt, b, c
 
-    def _linear(
+    def _linear(self, tensors: dict[str, TensorShape], name: str) -> PackedLinear:
+        bias = tensors.get(f"{name}.bias")
+        weight = self._cast(tensors[f"{name}.weight"])
+        return self._pack(weight, None if bias is None else self._read(bias))
+
+    def _wide(
         self, tensors: dict[str, TensorShape], name: str, *, has_bias: bool = True
     ) -> PackedLinear:
-        """`has_bias`: one that is there belongs to the product."""
+        """Not quantized. `has_bias`: one that is there belongs to the product."""
+        bias = tensors.get(f"{name}.bias") if has_bias else None
         weight = self._cast(tensors[f"{name}.weight"])
-        biases = [tensors[f"{name}.bias"]] if has_bias and f"{name}.bias" in tensors else []
-        return self._pack(weight, self._read(biases[0]) if biases else None)
-
-    def _pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-        packed = self._ops.pack_linear(weight, bias)
+        packed = self._ops.pack_linear(weight, None if bias is None else self._read(bias))
         self._size_bytes += packed.size_bytes or weight.nbytes
         return packed
+
+    def _pack(
+        self, weight: Tensor, bias: Tensor | None = None, *, is_head: bool = False
+    ) -> PackedLinear:
+        packed = self._packed(weight, bias, is_head=is_head)
+        self._size_bytes += packed.size_bytes or weight.nbytes
+        return packed
+
+    def _packed(self, weight: Tensor, bias: Tensor | None, *, is_head: bool) -> PackedLinear:
+        if self._quantization is None:
+            return self._ops.pack_linear(weight, bias)
+        codes = quantize(weight, self._quantization, is_head=is_head, ops=self._ops)
+        return self._ops.pack_quantized_linear(codes, bias, self._dtype_name)
 
     def _cast(self, tensor: TensorShape) -> Tensor:
         """One to be packed at once, perhaps still in its file."""
