@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -94,34 +95,52 @@ def run_experts(
     weights float32 and expert_ids int64 [T, k], contiguous. Nothing is asked of the host, so the
     launches can be recorded.
     """
-    call = _Call(launcher, x, layer, weights, expert_ids, weighs_input)
-    return call.run()
+    return _WideCall(launcher, x, weights, expert_ids, weighs_input, layer).run()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Call:
+class SortedPairs:
+    """Pairs of tokens and experts, numbered token * k + i, in the order of their experts."""
+
+    order: Tensor
+    """int32 [T * k]: the pairs' numbers."""
+    starts: Tensor
+    """int32 [E + 1]: where each expert's begin among them."""
+    tiles: Tensor
+    """int32 [E + 1]: where each expert's tiles begin."""
+    tile: int
+    """Pairs of a tile."""
+    num_tiles: int
+    """As many as there may be, whatever tokens choose."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What kernels take."""
+        return [self.order, self.starts, self.tiles]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupedCall(ABC):
+    """One call of a layer's experts; how their weights are kept is a subclass's knowledge."""
+
     launcher: Launcher
     x: Tensor
-    layer: Experts
     weights: Tensor
     expert_ids: Tensor
     weighs_input: bool
 
     def run(self) -> Tensor:
+        """The weighted sum of each token's experts: [T, H]."""
         hidden = self.x.shape[1]
         num_tokens, k = self.expert_ids.shape
         out = self.x.new_empty((num_tokens, hidden))
         if num_tokens == 0:
             return out
         # About as many pairs as an expert gets decide how tall a tile is.
-        mean = ceil_div(num_tokens * k, self._num_experts)
-        up, down = (self._entry(name, mean) for name in ("experts_up", "experts_down"))
-        tile = max(_MIN_TILE, up.constants["BLOCK_M"])
-        order, starts, tiles = self._sort(tile)
-        pairs = num_tokens * k
-        grid = ceil_div(pairs, tile) + min(self._num_experts, pairs)
-        inner = self._up(up, tile, grid, (order, starts, tiles))
-        parts = self._down(down, tile, grid, inner, (order, starts, tiles))
+        mean = ceil_div(num_tokens * k, self.num_experts)
+        up, down = self.entries(max(_MIN_TILE, power_of_two(mean)))
+        pairs = self._sort(max(_MIN_TILE, up.constants["BLOCK_M"]))
+        parts = self.down(down, self.up(up, pairs), pairs)
         entry = self.launcher.find("experts_sum")
         block = min(entry.constants["BLOCK"], power_of_two(hidden))
         self.launcher.start(
@@ -134,15 +153,24 @@ class _Call:
         return out
 
     @property
-    def _num_experts(self) -> int:
-        return self.layer.gate_up.shape[0]
+    @abstractmethod
+    def num_experts(self) -> int:
+        """Of the layer."""
 
-    def _entry(self, kernel: str, mean: int) -> LaunchEntry:
-        tile = max(_MIN_TILE, power_of_two(mean))
-        return self.launcher.find(kernel, item_size=self.x.element_size(), tile=tile)
+    @abstractmethod
+    def entries(self, tile: int) -> tuple[LaunchEntry, LaunchEntry]:
+        """The table's rows for both products, where an expert gets about `tile` pairs."""
 
-    def _sort(self, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-        count, pairs = self._num_experts, self.expert_ids.numel()
+    @abstractmethod
+    def up(self, entry: LaunchEntry, pairs: SortedPairs) -> Tensor:
+        """The activated inner values of all pairs, sorted: [T * k, I] in x's dtype."""
+
+    @abstractmethod
+    def down(self, entry: LaunchEntry, inner: Tensor, pairs: SortedPairs) -> Tensor:
+        """What each pair adds to its token, in the order of tokens: float32 [T * k, H]."""
+
+    def _sort(self, tile: int) -> SortedPairs:
+        count, pairs = self.num_experts, self.expert_ids.numel()
 
         def make(size: int) -> Tensor:
             return torch.empty(size, dtype=torch.int32, device=self.x.device)
@@ -155,58 +183,65 @@ class _Call:
         constants = {"E": count, "BLOCK_E": power_of_two(count), "BLOCK_M": tile}
         entry = self.launcher.find("expert_tiles")
         self.launcher.start(kernels.expert_tiles_kernel, (1,), [starts, tiles], constants, entry)
-        return order, starts, tiles
+        return SortedPairs(order, starts, tiles, tile, ceil_div(pairs, tile) + min(count, pairs))
 
-    def _up(
-        self, entry: LaunchEntry, tile: int, grid: int, sorted_pairs: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _WideCall(GroupedCall):
+    layer: Experts
+
+    @property
+    def num_experts(self) -> int:
+        return self.layer.gate_up.shape[0]
+
+    def entries(self, tile: int) -> tuple[LaunchEntry, LaunchEntry]:
+        up, down = (
+            self.launcher.find(kernel, item_size=self.x.element_size(), tile=tile)
+            for kernel in ("experts_up", "experts_down")
+        )
+        return up, down
+
+    def up(self, entry: LaunchEntry, pairs: SortedPairs) -> Tensor:
         layer, hidden = self.layer, self.x.shape[1]
         inner = layer.gate_up.shape[1] // 2
         out = self.x.new_empty((self.expert_ids.numel(), inner))
         bias = self.x if layer.gate_up_bias is None else layer.gate_up_bias
-        tensors = [self.x, layer.gate_up, bias, self.weights, *sorted_pairs, out]
-        numbers = [self._num_experts, hidden, inner, self.x.stride(0), layer.alpha, layer.limit]
+        tensors = [self.x, layer.gate_up, bias, self.weights, *pairs.tensors, out]
+        numbers = [self.num_experts, hidden, inner, self.x.stride(0), layer.alpha, layer.limit]
         constants = {
             "K": self.expert_ids.shape[1],
             "KIND": ACTIVATIONS.index(layer.activation),
             "HAS_BIAS": layer.gate_up_bias is not None,
             "WEIGHS_INPUT": self.weighs_input,
         }
-        tiles, num_columns = _tiles(entry, tile, inner, hidden)
+        tiles, num_columns = tile_sizes(entry, pairs.tile, inner, hidden)
         self.launcher.start(
             kernels.experts_up_kernel,
-            (grid, num_columns),
+            (pairs.num_tiles, num_columns),
             [*tensors, *numbers],
             {**constants, **tiles},
             entry,
         )
         return out
 
-    def _down(
-        self,
-        entry: LaunchEntry,
-        tile: int,
-        grid: int,
-        inner: Tensor,
-        sorted_pairs: tuple[Tensor, Tensor, Tensor],
-    ) -> Tensor:
+    def down(self, entry: LaunchEntry, inner: Tensor, pairs: SortedPairs) -> Tensor:
         layer, hidden = self.layer, self.x.shape[1]
         out = torch.empty((len(inner), hidden), dtype=torch.float32, device=self.x.device)
         bias = inner if layer.down_bias is None else layer.down_bias
-        tensors = [inner, layer.down, bias, self.weights, *sorted_pairs, out]
+        tensors = [inner, layer.down, bias, self.weights, *pairs.tensors, out]
         constants = {"HAS_BIAS": layer.down_bias is not None, "WEIGHS_INPUT": self.weighs_input}
-        tiles, num_columns = _tiles(entry, tile, hidden, inner.shape[1])
+        tiles, num_columns = tile_sizes(entry, pairs.tile, hidden, inner.shape[1])
         self.launcher.start(
             kernels.experts_down_kernel,
-            (grid, num_columns),
-            [*tensors, self._num_experts, hidden, inner.shape[1]],
+            (pairs.num_tiles, num_columns),
+            [*tensors, self.num_experts, hidden, inner.shape[1]],
             {**constants, **tiles},
             entry,
         )
         return out
 
 
-def _tiles(
+def tile_sizes(
     entry: LaunchEntry, tile: int, num_outputs: int, num_inputs: int
 ) -> tuple[dict[str, int], int]:
     """Tile sizes, no larger than the layer, and the number of tiles across the outputs."""

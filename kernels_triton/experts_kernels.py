@@ -303,3 +303,7 @@ def experts_sum_kernel(pairs_ptr, out_ptr, hidden, K: tl.constexpr, BLOCK: tl.co
     for number in range(K):
         total += tl.load(pairs_ptr + (token * K + number) * hidden + column, mask=mask, other=0.0)
     tl.store(out_ptr + token * hidden + column, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+find_expert, activate = _find_expert, _activate
+"""For kernels of other modules whose pairs are sorted likewise."""

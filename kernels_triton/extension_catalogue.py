@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.kernels_triton import cache, experts, float8, latent, quantized, recurrence
+from quire.kernels_triton import cache, expert_codes, experts, float8, latent, quantized, recurrence
 from quire.kernels_triton.attention import AttentionShape, PagedCache, PagedStep, make_partials
 from quire.kernels_triton.offline import RecordingLauncher
 
@@ -33,15 +33,18 @@ def record_extensions(launcher: RecordingLauncher, *, fp8: torch.dtype | None = 
     _record_latent(launcher, _LATENTS["16 latent heads"], torch.float16)
     _record_experts(launcher, 8, torch.float16)
     _record_quantized(launcher, 8, torch.float16)
+    _record_expert_codes(launcher, 8, torch.float16, fp8)
     launcher.label = "float32: "
     _record_latent(launcher, _LATENTS["16 latent heads"], _FP32)
     _record_experts(launcher, 8, _FP32)
     _record_quantized(launcher, 8, _FP32)
+    _record_expert_codes(launcher, 8, _FP32, fp8)
     for name, num_tokens in _EXPERTS.items():
         launcher.label = f"{name} tokens: "
         _record_experts(launcher, num_tokens, _BF16)
         _record_quantized(launcher, num_tokens, _BF16)
         _record_float8(launcher, num_tokens, _BF16, fp8)
+        _record_expert_codes(launcher, num_tokens, _BF16, fp8)
     for dtype in (torch.float16, _FP32):
         launcher.label = f"{str(dtype).removeprefix('torch.')}: "
         _record_float8(launcher, 8, dtype, fp8)
@@ -195,6 +198,43 @@ def _record_float8(
         )
         launcher.label = f"{before}fp8 {activations}: "
         float8.float8_linear(launcher, _empty(num_tokens, 4096, dtype=dtype), layer)
+    launcher.label = before
+
+
+def _record_expert_codes(
+    launcher: RecordingLauncher, num_tokens: int, dtype: torch.dtype, fp8: torch.dtype | None
+) -> None:
+    """Experts in codes of the forms that `_record_quantized` and `_record_float8` have."""
+    units = "" if fp8 is None else str(fp8).removeprefix("torch.")
+    before, count = launcher.label, 8
+    weights, ids = _empty(num_tokens, 2, dtype=_FP32), _empty(num_tokens, 2, dtype=_INT64)
+    forms = [(8, 0, "token", ""), (4, 128, "none", ""), (4, 128, "group", "")]
+    forms += [(8, 0, "token", units or "as they are"), (8, 128, "group", units or "as they are")]
+    # One form of whole numbers and one of floats is enough where the dtype is not a model's own.
+    for bits, size, activations, floats in forms if dtype == _BF16 else forms[1::3]:
+        up, down = (
+            expert_codes.ExpertSide(
+                bits=bits,
+                is_float8=bool(floats),
+                units=units if floats else "",
+                group_size=size or num_inputs,
+                num_groups=num_inputs // size if size else 1,
+                codes=_empty(count, num_outputs, num_inputs * bits // 8, dtype=torch.uint8),
+                scales=_empty(count, num_outputs, num_inputs // size if size else 1),
+                zeros=_empty(count, num_outputs, num_inputs // size, dtype=torch.uint8)
+                if activations == "none"
+                else None,
+                bias=None,
+                activations=activations,
+            )
+            for num_outputs, num_inputs in ((2 * 1408, 2048), (2048, 1408))
+        )
+        layer = expert_codes.ExpertCodes(
+            gate_up=up, down=down, activation="silu", alpha=1.702, limit=7.0
+        )
+        launcher.label = f"{before}{'fp8' if floats else f'int{bits}'} {activations}: "
+        x = _empty(num_tokens, 2048, dtype=dtype)
+        expert_codes.run_expert_codes(launcher, x, layer, weights, ids, weighs_input=False)
     launcher.label = before
 
 

@@ -173,10 +173,7 @@ def pack_float8(
     Inputs that are not rounded are multiplied without them, in their own dtype.
     """
     units = units if activations != "none" else ""
-    if units == "float8_e4m3fnuz":
-        # Its code of minus zero is no number.
-        codes = codes.masked_fill(codes == _MINUS_ZERO, 0)
-        scales = scales.float() * 2
+    codes, scales = in_flavour(codes, scales, units)
     return Float8Layer(
         units=units,
         group_size=group_size or codes.shape[1],
@@ -186,6 +183,14 @@ def pack_float8(
         bias=bias,
         activations=activations,
     )
+
+
+def in_flavour(codes: Tensor, scales: Tensor, units: str) -> tuple[Tensor, Tensor]:
+    """Codes of e4m3fn and their scales, so that `units` read the same numbers."""
+    if units != "float8_e4m3fnuz":
+        return codes, scales
+    # Its code of minus zero is no number.
+    return codes.masked_fill(codes == _MINUS_ZERO, 0), scales.float() * 2
 
 
 def float8_linear(launcher: Launcher, x: Tensor, layer: Float8Layer) -> Tensor:
@@ -255,3 +260,7 @@ def round_rows_float8(
         entry,
     )
     return out, scales
+
+
+add_products = _add_products
+"""For kernels of other modules that multiply such codes."""

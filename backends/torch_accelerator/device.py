@@ -48,7 +48,7 @@ from quire.kernels_triton.launch import TABLES, DeviceLauncher, LaunchTable, rea
 _BLOCK_SIZES = (16, 32, 64, 128, 256, 8)
 _HALVES = ("bfloat16", "float16")
 _WIDE = "float32"
-_FEATURES = frozenset({"moe", "recurrent", "state_slots", "cache_rows"})
+_FEATURES = frozenset({"moe", "quantized_experts", "recurrent", "state_slots", "cache_rows"})
 _QUANTIZATIONS = frozenset({"int8", "int4", "fp8"})
 
 

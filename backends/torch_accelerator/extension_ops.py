@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,17 +13,18 @@ from quire.core.interface import (
     ExpertWeights,
     PackedExperts,
     PackedLinear,
+    QuantizedExperts,
     QuantizedWeight,
     RoutingSpec,
     Sequences,
 )
-from quire.kernels_triton import experts, float8, quantized, recurrence
+from quire.kernels_triton import expert_codes, experts, float8, quantized, recurrence
 from quire.kernels_triton.launch import Launcher
 
 EXTENSION_OPS = frozenset(
     {
-        *("route_experts", "experts", "pack_quantized_linear", "causal_conv1d"),
-        *("selective_scan", "ssd_scan", "gated_delta_rule"),
+        *("route_experts", "experts", "pack_quantized_experts", "pack_quantized_linear"),
+        *("causal_conv1d", "selective_scan", "ssd_scan", "gated_delta_rule"),
     }
 )
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -129,6 +131,45 @@ class TritonExtensionOps(ReferenceOps):
         )
         return super().pack_experts(dense)
 
+    def pack_quantized_experts(self, weights: QuantizedExperts, dtype: str) -> PackedExperts:
+        is_known = getattr(torch, dtype) in DTYPES and weights.activation in experts.ACTIVATIONS
+        if not is_known or not (_are_alike(weights.gate_up) and _are_alike(weights.down)):
+            return super().pack_quantized_experts(weights, dtype)
+        layer = expert_codes.ExpertCodes(
+            gate_up=self._pack_side(weights.gate_up, weights.gate_up_bias),
+            down=self._pack_side(weights.down, weights.down_bias),
+            activation=weights.activation,
+            alpha=float(weights.alpha),
+            limit=float(weights.limit),
+        )
+        first = weights.gate_up[0]
+        return PackedExperts(
+            num_experts=len(weights.gate_up),
+            hidden_size=first.num_inputs,
+            dtype=dtype,
+            format=f"{first.scheme or first.format_name} {layer.gate_up.units or 'in registers'}",
+            size_bytes=layer.gate_up.num_bytes + layer.down.num_bytes,
+            payload=layer,
+        )
+
+    def _pack_side(
+        self, weights: Sequence[QuantizedWeight], bias: Tensor | None
+    ) -> expert_codes.ExpertSide:
+        first = weights[0]
+        zeros = [weight.zeros for weight in weights if weight.zeros is not None]
+        return expert_codes.pack_side(
+            [weight.codes for weight in weights],
+            [weight.scales for weight in weights],
+            zeros or None,
+            bias,
+            bits=first.bits,
+            group_size=first.group_size,
+            num_inputs=first.num_inputs,
+            activations=first.activations,
+            is_float8=first.encoding == "float8_e4m3fn",
+            units=self._fp8_units,
+        )
+
     def experts(
         self,
         x: Tensor,
@@ -139,7 +180,17 @@ class TritonExtensionOps(ReferenceOps):
         weighs_input: bool = False,
     ) -> Tensor:
         loaded = packed.payload
-        assert isinstance(loaded, ExpertWeights), packed
+        if isinstance(loaded, expert_codes.ExpertCodes):
+            return expert_codes.run_expert_codes(
+                self._launcher,
+                x if x.stride(-1) == 1 else x.contiguous(),
+                loaded,
+                weights.float().contiguous(),
+                expert_ids.contiguous(),
+                weighs_input=weighs_input,
+            )
+        if not isinstance(loaded, ExpertWeights):
+            return super().experts(x, packed, weights, expert_ids, weighs_input=weighs_input)
         if x.dtype not in DTYPES or loaded.activation not in experts.ACTIVATIONS:
             return super().experts(x, packed, weights, expert_ids, weighs_input=weighs_input)
         layer = experts.Experts(
@@ -240,6 +291,15 @@ class TritonExtensionOps(ReferenceOps):
 
 def _slots(sequences: Sequences) -> tuple[Tensor, Tensor] | None:
     return None if sequences.slots is None else (sequences.slots.sources, sequences.slots.targets)
+
+
+def _are_alike(weights: Sequence[QuantizedWeight]) -> bool:
+    """Whether all have one form, so that one kernel multiplies them."""
+    forms = {
+        (w.bits, w.group_size, w.num_inputs, w.activations, w.encoding, w.zeros is None)
+        for w in weights
+    }
+    return len(forms) == 1
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

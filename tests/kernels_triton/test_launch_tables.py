@@ -20,7 +20,7 @@ KERNELS = {
     *("latent_prefill", "latent_decode", "route", "sort_pairs", "expert_tiles", "experts_up"),
     *("experts_down", "experts_sum", "conv", "conv_state", "selective_scan", "ssd_scan"),
     *("gated_delta_rule", "round_rows", "quantized_linear", "splits"),
-    *("round_rows_float8", "float8_linear"),
+    *("round_rows_float8", "float8_linear", "expert_codes_up", "expert_codes_down"),
 }
 
 
