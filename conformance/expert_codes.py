@@ -30,14 +30,32 @@ _FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 """Of gate and up, and of down."""
+_BY_TOKEN = {"bits": 8, "group_size": 0, "activations": "token", "encoding": "float8_e4m3fn"}
+_BLOCKS: dict[str, Any] = {**_BY_TOKEN, "group_size": 32, "activations": "group"}
+_FLOAT8_FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rows": (_BY_TOKEN, _BY_TOKEN),
+    "blocks": (_BLOCKS, {**_BLOCKS, "group_size": 16}),
+    "weights-alone": ({**_BLOCKS, "activations": "none"}, {**_BY_TOKEN, "activations": "none"}),
+}
 
 
 def in_codes(recipe: Recipe) -> Recipe:
     """The experts of `recipe` with weights in 4 and 8 bits, in forms that may differ."""
+    return _in_forms(recipe, _FORMS)
+
+
+def in_float8(recipe: Recipe) -> Recipe:
+    """The experts of `recipe` with weights in 8-bit floats, scaled by rows and by groups."""
+    return _in_forms(recipe, _FLOAT8_FORMS)
+
+
+def _in_forms(
+    recipe: Recipe, all_forms: Mapping[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> Recipe:
     base = {"shape": (7, 5, 2, 64, 32), "kind": "silu"}
     return replace(
         recipe,
-        variants={name: {**base, "forms": forms} for name, forms in _FORMS.items()},
+        variants={name: {**base, "forms": forms} for name, forms in all_forms.items()},
         make=_make,
         call=_call,
         expect=_expect,
@@ -59,7 +77,11 @@ def _make(rng: np.random.Generator, dtype: str, scale: float, options: Options) 
     ):
         groups = k // form["group_size"] if form["group_size"] else 1
         codes = rng.integers(0, 256, (count, n, k * form["bits"] // 8), dtype=np.uint8)
-        scales = rng.uniform(0.5, 2, (count, n, groups)) * 2.0 ** -form["bits"] * k**-0.5
+        most = 2.0 ** form["bits"]
+        if "encoding" in form:
+            codes[codes & 0x7F == 0x7F] = 0x80  # a zero with a sign instead of what is no number
+            most = 448.0
+        scales = rng.uniform(0.5, 2, (count, n, groups)) / most * k**-0.5
         inputs[f"{side}_codes"] = torch.from_numpy(codes)
         inputs[f"{side}_scales"] = torch.from_numpy(scales).bfloat16()
     return inputs
@@ -90,7 +112,11 @@ def _expect(arrays: Mapping[str, Array], options: Options) -> dict[str, Array]:
 
     def multiplied(side: int, expert: int, row: Array) -> Array:
         codes, scales = (arrays[f"{_SIDES[side]}_{part}"][expert] for part in ("codes", "scales"))
-        how = options["forms"][side]
+        how = dict(options["forms"][side])
+        if how.pop("encoding", ""):
+            how.pop("bits")
+            none = np.zeros(len(codes), row.dtype)
+            return np.asarray(layers.float8_linear(row[None], codes, scales, none, **how)[0])
         product = layers.quantized_linear(row[None], codes, scales, None, None, **how)
         return np.asarray(product[0])
 

@@ -67,7 +67,8 @@ class QuantizedExperts:
     """The experts of one layer in 4 or 8 bits, for devices that claim `quantized_experts`.
 
     All of `gate_up` have one form, and all of `down`; the two may differ in bits and groups, but
-    the activations of both are rounded or of neither. Otherwise as `ExpertWeights`.
+    the activations of both are rounded or of neither. They come in 8-bit floats where the device
+    claims the quantization `fp8` besides. Otherwise as `ExpertWeights`.
     """
 
     gate_up: Sequence[QuantizedWeight]

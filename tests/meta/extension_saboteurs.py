@@ -92,6 +92,17 @@ class RoundsTheFirstInputsAlone(ReferenceOps):
         return super().pack_quantized_experts(replace(weights, down=down), dtype)
 
 
+class ReadsTheFirstBlockScaleAlone(ReferenceOps):
+    def pack_quantized_experts(self, weights, dtype):
+        gate_up = [
+            replace(weight, scales=weight.scales[:, :1].expand_as(weight.scales))
+            if weight.encoding == "float8_e4m3fn"
+            else weight
+            for weight in weights.gate_up
+        ]
+        return super().pack_quantized_experts(replace(weights, gate_up=gate_up), dtype)
+
+
 class LooksAcrossSequences(ReferenceOps):
     def causal_conv1d(self, x, weight, bias, states, sequences, *, activation=""):
         states[1:] = states[:1].expand_as(states[1:]).clone()
@@ -289,6 +300,11 @@ EXTENSION_SABOTEURS: tuple[Saboteur, ...] = (
     _ops(
         RoundsTheFirstInputsAlone,
         "moe_experts_in_codes[float32]",
+        "The inputs of both products are rounded",
+    ),
+    _ops(
+        ReadsTheFirstBlockScaleAlone,
+        "moe_experts_in_float8[float32]",
         "The inputs of both products are rounded",
     ),
     _ops(
