@@ -20,7 +20,9 @@ from quire.core.interface import (
     AttentionSpec,
     Device,
     ExpertWeights,
+    PackedExperts,
     PackedLinear,
+    QuantizedExperts,
     QuantizedWeight,
     Sequences,
 )
@@ -47,7 +49,7 @@ class Shapes:
 FULL_SHAPES = Shapes(
     group=128, experts=(64, 2048, 1408, 6), latent=(16, 512, 64), states=(64, 64, 128)
 )
-DRY_SHAPES = Shapes(group=32, experts=(4, 32, 16, 2), latent=(4, 32, 8), states=(2, 16, 16))
+DRY_SHAPES = Shapes(group=32, experts=(4, 64, 32, 2), latent=(4, 32, 8), states=(2, 16, 16))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +137,13 @@ class Extensions:
         return measured
 
     def _quantized(self) -> dict[str, QuantizedWeight]:
-        """The same number of weights in each form; codes below 0x70 are numbers in every one."""
-        n, group, where = self.sizes.hidden, self.shapes.group, self.device.torch_device
-        claimed = self.device.capabilities.quantizations
-        made = {
+        """The same number of weights in each form that the device claims."""
+        n = self.sizes.hidden
+        return {name: self._weight(name, n, n) for name in self._forms()}
+
+    def _forms(self) -> dict[str, dict[str, Any]]:
+        group, claimed = self.shapes.group, self.device.capabilities.quantizations
+        made: dict[str, dict[str, Any]] = {
             "int8": {"bits": 8, "group_size": 0, "activations": "token"},
             "int4": {"bits": 4, "group_size": group},
             "fp8": {
@@ -148,39 +153,55 @@ class Extensions:
                 "encoding": "float8_e4m3fn",
             },
         }
-        weights: dict[str, QuantizedWeight] = {}
-        for name, settings in made.items():
-            if name not in claimed:
-                continue
-            form: dict[str, Any] = dict(settings)
-            columns = n * form["bits"] // 8
-            codes = torch.randint(0, 0x70, (n, columns), dtype=torch.uint8, device=where)
-            groups = n // (form["group_size"] or n)
-            scales = torch.full((n, groups), 1e-3, device=where)
-            weights[name] = QuantizedWeight(num_inputs=n, codes=codes, scales=scales, **form)
-        return weights
+        return {name: form for name, form in made.items() if name in claimed}
+
+    def _weight(self, name: str, num_outputs: int, num_inputs: int) -> QuantizedWeight:
+        """Of random codes; those below 0x70 are numbers in every form."""
+        form, where = self._forms()[name], self.device.torch_device
+        columns = num_inputs * form["bits"] // 8
+        codes = torch.randint(0, 0x70, (num_outputs, columns), dtype=torch.uint8, device=where)
+        groups = num_inputs // (form["group_size"] or num_inputs)
+        scales = torch.full((num_outputs, groups), 1e-3, device=where)
+        return QuantizedWeight(num_inputs=num_inputs, codes=codes, scales=scales, **form)
 
     def experts(self) -> list[Measurement]:
         """A decoded batch reads the experts that it chose; a prompt multiplies by all of them."""
         count, hidden, inner, chosen = self.shapes.experts
-        ops = self.device.ops()
-        weights = ExpertWeights(
-            gate_up=self._draw(count, 2 * inner, hidden), down=self._draw(count, hidden, inner)
-        )
-        packed, measured = ops.pack_experts(weights), []
+        forms, measured = self._packed_experts(), []
         for rows, is_few in ((_FEW, True), (self.sizes.tokens, False)):
             x = self._draw(rows, hidden)
             scores, ids = self._draw(rows, count).float().topk(chosen, dim=1)
-            shares = scores.softmax(1).contiguous()
-            seconds = self._seconds(self._call(ops.experts, x, packed, shares, ids.contiguous()))
-            each, label = 3 * inner * hidden, f"experts, {rows} tokens"
-            if is_few:
-                moved = 2 * each * len(ids.unique())
-                measured.append(by_bytes(label, "quire", seconds, moved, self.ceiling))
-            else:
-                flops = 2.0 * rows * chosen * each
-                measured.append(by_flops(label, "quire", seconds, flops, self.ceiling))
+            shares, ids = scores.softmax(1).contiguous(), ids.contiguous()
+            for name, (packed, num_bytes) in forms.items():
+                call = self._call(self.device.ops().experts, x, packed, shares, ids)
+                seconds, label = self._seconds(call), f"experts{name}, {rows} tokens"
+                if is_few:
+                    moved = num_bytes * len(ids.unique()) // count
+                    measured.append(by_bytes(label, "quire", seconds, moved, self.ceiling))
+                else:
+                    flops = 6.0 * rows * chosen * inner * hidden
+                    measured.append(by_flops(label, "quire", seconds, flops, self.ceiling))
         return measured
+
+    def _packed_experts(self) -> dict[str, tuple[PackedExperts, int]]:
+        """All experts in bfloat16 and in each form of codes, and the bytes of their weights."""
+        count, hidden, inner, _ = self.shapes.experts
+        ops, claims = self.device.ops(), self.device.capabilities
+        wide = ExpertWeights(
+            gate_up=self._draw(count, 2 * inner, hidden), down=self._draw(count, hidden, inner)
+        )
+        forms = {"": (ops.pack_experts(wide), wide.gate_up.nbytes + wide.down.nbytes)}
+        if "quantized_experts" not in claims.features:
+            return forms
+        for name in self._forms():
+            up, down = (
+                [self._weight(name, n, k) for _ in range(count)]
+                for n, k in ((2 * inner, hidden), (hidden, inner))
+            )
+            size = sum(w.codes.nbytes + w.scales.nbytes for w in (*up, *down))
+            codes = QuantizedExperts(gate_up=up, down=down)
+            forms[f" in {name}"] = (ops.pack_quantized_experts(codes, "bfloat16"), size)
+        return forms
 
     def latent(self) -> list[Measurement]:
         """Decoding over a latent cache, which is read once for all heads."""
