@@ -60,12 +60,37 @@ def run_vision(name: str) -> dict[str, Any]:
     from tiny_image_text import make_tiny_image_text
 
     row = model_matrix.run_architecture(name, make_tiny_image_text, image_refusal)
+    if row["status"] == "no_reference":
+        return refusal_at_load(name) or row
     cause = row.pop("also", None)
     if row["status"] == "exact":
         if not cause:
             return {**row, "status": "failed", "detail": "a prompt with an image is not refused"}
         return {**row, "status": "text_only", "detail": cause}
     return row
+
+
+def refusal_at_load(name: str) -> dict[str, Any] | None:
+    """The row of a model that answers no text alone, in transformers neither, if it is refused."""
+    from tiny_image_text import make_tiny_image_text
+    from tiny_models import make_tiny_tokenizer
+
+    from quire import LLM
+    from quire.core.errors import UnsupportedError
+
+    try:
+        model = make_tiny_image_text(name)
+    # transformers' own code, on a shrunk config or without a library that it wants.
+    except Exception:
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        make_tiny_tokenizer().save_pretrained(directory)
+        try:
+            LLM(model=directory, device="cpu", dtype="float32", num_threads=1).close()
+        except UnsupportedError as error:
+            return matrix_pages.refused(error)
+    return None
 
 
 def image_refusal(llm: Any) -> str:

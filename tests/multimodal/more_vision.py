@@ -188,6 +188,14 @@ MORE = {
         settings={"processor_class": "Qwen3VLProcessor"},
         make_images=_qwen_images,
     ),
+    "granite_docling": Recipe(
+        mark="<image>", token="<image>",
+        changes={"vision_config": {"scale_factor": 2, "deepstack_visual_indexes": [0, 1]}},
+        settings={"image_seq_len": 4},
+        make_images=lambda hf: hf.GraniteDoclingImageProcessorPil(
+            size={"height": 32, "width": 32}, max_patches=2
+        ),
+    ),
     "lfm3_vl": Recipe(
         mark=_QWEN_MARK, token="<|image_pad|>",
         changes={"vision_config": {"patch_size": 4}, "video_token_id": 7,

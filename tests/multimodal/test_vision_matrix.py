@@ -10,7 +10,7 @@ import vision_matrix
 from model_matrix import ROOT
 
 RESULTS = json.loads((ROOT / vision_matrix.DEFAULT_JSON).read_text())
-SERVED = ("exact", "text_only")
+SERVED = ("exact",)
 
 
 def test_page_holds_the_results_of_the_file():
@@ -47,3 +47,10 @@ def test_more_rows_run_again_are_as_written(name):
     """The same for architectures that differ in the way they run."""
     row = vision_matrix.run_vision(name)
     assert row["status"] == RESULTS["results"][name]["status"], row
+
+
+def test_load_model_that_answers_no_text_alone_is_refused():
+    """A captioner wants an image with every text: it is refused at load, with what it wants."""
+    row = vision_matrix.run_vision("blip")
+    assert row["status"] == "refused"
+    assert "pixel_values" in row["detail"]

@@ -67,7 +67,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "step3p5": {"sliding_window": 32},
 }
 """By `model_type`: what a part's config must say for the model to be made at all."""
-_NAMED_BY_CHECKPOINTS = {"shieldgemma2": "ShieldGemma2ForImageClassification"}
+_NAMED_BY_CHECKPOINTS = {
+    "shieldgemma2": "ShieldGemma2ForImageClassification",
+    "evolla": "EvollaForProteinText2Text",
+}
 """Where the class of the mapping reads none of the checkpoints there are, nor its own."""
 
 

@@ -49,6 +49,7 @@ def load_adapted(config: WorkerConfig, device: Device) -> LanguageModel:
     directory = Path(config.model)
     hf_config = read_config(directory, trust_remote_code=config.trust_remote_code)
     text_model = TextModel(_load(config, directory, hf_config, device))
+    _refuse_more_than_text(text_model, directory)
     _refuse_changed_inputs(text_model, directory)
     text_model.part()
     fix_frequencies(text_model.model, config.max_model_len)
@@ -92,6 +93,27 @@ def _first_right_way(
             model.routed_providers = routed.providers()
             return model
     raise UnsupportedError(rejected, what=f"running {type(text_model.model).__name__}")
+
+
+def _refuse_more_than_text(text_model: TextModel, directory: Path) -> None:
+    """Raises UnsupportedError if the model runs no text alone."""
+    tokens = torch.arange(3, 10, device=text_model.device)
+    try:
+        with torch.no_grad():
+            text_model.run(tokens, torch.arange(7, device=text_model.device))
+    except torch.OutOfMemoryError:
+        raise
+    # The model's own code, which may want anything.
+    except Exception as error:
+        reason = Reason(
+            code="model.inputs",
+            need=f"more than a text ({type(error).__name__}: {error})"[:400],
+            have="text, in which images may stand",
+            remedy="use a model that answers texts",
+        )
+        raise UnsupportedError(
+            [reason], what=f"a text with the checkpoint in {directory}"
+        ) from None
 
 
 def _refuse_changed_inputs(text_model: TextModel, directory: Path) -> None:

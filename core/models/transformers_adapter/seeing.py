@@ -103,6 +103,7 @@ SIGHTS = {
     "glm_ocr": Sight(has_grid=True),
     "glmga": Sight(has_grid=True),
     "cosmos3_omni": Sight(has_grid=True),
+    "granite_docling": Sight(language_model="text_model"),
     "lfm3_vl": Sight(sees_cached=True),
     "qwen3_5": Sight(has_grid=True, sees_cached=True),
     "qwen3_5_moe": Sight(has_grid=True, sees_cached=True),
