@@ -37,6 +37,10 @@ MAX_NUM_TOKENS = 24
 def main() -> int:
     """Runs the matrix; 1 if an architecture gave a wrong token."""
     arguments = matrix_pages.parse(__doc__.split("\n", 1)[0], DEFAULT_JSON)
+    import torchvision_beside
+
+    # Before transformers looks for it.
+    torchvision_beside.use()
     import torch
     import transformers
 
@@ -159,6 +163,8 @@ def image_cases(
             )
         for unused in ("num_crops", "labels"):
             inputs.pop(unused, None)
+        # Llama 4's processor makes images in bfloat16, whatever the model is in.
+        inputs = inputs.to(torch.float32)
         with torch.inference_mode():
             out = model.generate(
                 **inputs, max_new_tokens=MAX_NUM_TOKENS, do_sample=False, eos_token_id=None,

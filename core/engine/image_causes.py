@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ _SEEING = ("vision", "visual", "vq_config", "image_token", "image_size", "image_
 """Parts of names of settings that only models with images have."""
 _TOKENS = ("image_token_id", "image_token_index", "vocabulary_map")
 """Settings of which one says the token that stands for images."""
+_TORCHVISION = "torchvision (pip install torchvision)"
 _PAGED = "transformers (paged)"
 
 
@@ -32,6 +34,7 @@ def why_no_images(facts: EngineFacts) -> str:
     return (
         _why_not_placed(settings, facts)
         or _why_not_processed(str(settings.get("model_type", "")), path.parent)
+        or _why_not_native(facts)
         or "its images were not held against transformers' own generation"
     )
 
@@ -47,11 +50,16 @@ def _why_not_placed(settings: dict[str, Any], facts: EngineFacts) -> str:
     if forward.startswith("transformers") and forward != _PAGED:
         way = forward.removeprefix("transformers (").removesuffix(")")
         return f"it runs {way}, where its images were not held against its own generation"
-    if not forward:
-        return "its native family reads text alone; model_impl transformers may see"
-    if all(settings.get(name) is None for name in _TOKENS):
+    if forward and all(settings.get(name) is None for name in _TOKENS):
         return "its config names no token that stands for an image"
     return ""
+
+
+def _why_not_native(facts: EngineFacts) -> str:
+    """What a native family leaves to transformers' code; empty: none runs."""
+    if facts.providers.get("forward"):
+        return ""
+    return "its native family reads text alone; model_impl transformers may see"
 
 
 def _why_not_processed(model_type: str, directory: Path) -> str:
@@ -65,12 +73,13 @@ def _why_not_processed(model_type: str, directory: Path) -> str:
     except KeyError:
         return f"neither transformers nor the checkpoint names a processor of {model_type!r}"
     except ImportError:
-        return "its processor wants torchvision"
+        return f"its processor wants {_TORCHVISION}"
     named = module.IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type)
     if named is None:
         return ""  # the checkpoint names its own
     pil = named.get("pil") if isinstance(named, dict) else named
-    if pil is None:
-        return "its image processor wants torchvision"
+    if pil is None and not find_spec("torchvision"):
+        return f"its image processor wants {_TORCHVISION}"
     missing = missing_backends(processor) or missing_backends(getattr(transformers, str(pil), None))
-    return f"its processor wants {', '.join(missing)}" if missing else ""
+    names = ", ".join(missing)
+    return f"its processor wants {names} (pip install {' '.join(missing)})" if missing else ""

@@ -6,6 +6,7 @@ Every image is processed alone, so that its arrays and its hash do not depend on
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -57,13 +58,12 @@ class ImageReader:
         self._policy = policy
         self._image_token_id = image_token_id
         self._max_images = max_images
+        self._placeholder = _placeholder_of(processor)
 
     @property
     def placeholder(self) -> str:
         """What stands for an image in a text."""
-        names = ("boi_token", "image_placeholder_token", "image_token")
-        found = (getattr(self._processor, name, None) for name in names)
-        return str(next(mark for mark in found if mark))
+        return self._placeholder
 
     def read(self, parsed: ParsedPrompt, encode: Encode, *, add_special_tokens: bool) -> ModelInput:
         """Token ids with every placeholder written out, and a feature for each image."""
@@ -118,7 +118,7 @@ class ImageReader:
         ids = [int(token) for token in output["input_ids"][0]]
         ids = ids[: len(ids) // copies]
         arrays = {
-            name: _first_part(np.asarray(value), copies)
+            name: _first_part(_array(value), copies)
             for name, value in output.items()
             if name not in _NOT_FOR_THE_TOWER
         }
@@ -156,7 +156,10 @@ class ImageReader:
     def _process(self, text: str, images: Sequence[Any], **settings: Any) -> Any:
         try:
             return self._processor(
-                text=[text], images=[list(images)], return_tensors="np", **settings
+                text=[text],
+                images=[list(images)],
+                return_tensors=_kind(self._processor),
+                **settings,
             )
         # The processor refuses sizes and ratios in errors of its own.
         except Exception as error:
@@ -262,8 +265,37 @@ def make_image_reader(config: EngineConfig, facts: EngineFacts) -> ImageReader |
     )
 
 
+def _kind(processor: Any) -> str:
+    """Of the arrays that a processor is asked for: one in torch may make some numpy has not."""
+    is_torch = getattr(processor.image_processor, "backend", "pil") == "torchvision"
+    return "pt" if is_torch else "np"
+
+
+def _array(value: Any) -> Any:
+    """An array of numpy, which has no 16-bit floats of eight exponent bits: widened, exactly."""
+    if str(getattr(value, "dtype", "")) == "torch.bfloat16":
+        value = value.float()
+    return np.asarray(value)
+
+
+def _placeholder_of(processor: Any) -> str:
+    """Of the tokens that a processor names, the one it takes for an image in a text."""
+    names = ("boi_token", "image_placeholder_token", "image_token")
+    found = (getattr(processor, name, None) for name in names)
+    marks = [str(mark) for mark in dict.fromkeys(found) if mark]
+    if len(marks) == 1:
+        return marks[0]
+    image = np.zeros((64, 64, 3), np.uint8)
+    for mark in marks:
+        # A processor that counts another token refuses this one, with an error of its own.
+        with contextlib.suppress(Exception):
+            processor(text=[mark], images=[[image]], return_tensors=_kind(processor))
+            return mark
+    return marks[0]
+
+
 def load_processor(directory: Path, tokenizer: str | None = None) -> Any:
-    """The checkpoint's processor, without its part for videos, which is not asked.
+    """The checkpoint's processor, without its parts for videos and sound, which are not asked.
 
     Raises: CheckpointError if it cannot be made.
     """
@@ -289,7 +321,7 @@ def load_processor(directory: Path, tokenizer: str | None = None) -> Any:
 
 def _make(processor_class: Any, images: Any, texts: Any, settings: dict[str, Any]) -> Any:
     class WithoutVideo(processor_class):  # type: ignore[misc]
-        """The processor of images and text alone: that of videos wants libraries of its own."""
+        """The processor of images and text alone: those of videos and sound stay away."""
 
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
             return (
@@ -299,8 +331,9 @@ def _make(processor_class: Any, images: Any, texts: Any, settings: dict[str, Any
             )
 
     WithoutVideo.__name__ = processor_class.__name__
-    if "video_processor" in inspect.signature(processor_class.__init__).parameters:
-        settings = {**settings, "video_processor": None}
+    parameters = inspect.signature(processor_class.__init__).parameters
+    unused = ("video_processor", "feature_extractor")
+    settings = {**settings, **{name: None for name in unused if name in parameters}}
     return WithoutVideo(image_processor=images, tokenizer=texts, **settings)
 
 

@@ -35,6 +35,8 @@ class Recipe:
     """Special tokens that the processor asks its tokenizer for."""
     extra: tuple[str, ...] = ()
     """Tokens of this family alone, behind all others."""
+    needs_torchvision: bool = False
+    """Whether its image processor is written in torchvision alone, or its tower in timm."""
 
 
 _QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -202,8 +204,115 @@ MORE = {
                  "vision_start_token_id": 4, "vision_end_token_id": 5},
         make_images=_qwen_images,
     ),
+    "llama4": Recipe(
+        mark="<|image|>", token="<|patch|>", needs_torchvision=True,
+        extra=("<|image|>", "<|patch|>", "<|image_start|>", "<|image_end|>",
+               "<|tile_x_separator|>", "<|tile_y_separator|>"),
+        changes={"vision_config": {"pixel_shuffle_ratio": 0.5, "image_size": 32, "patch_size": 8,
+                                   "vision_output_dim": 64, "intermediate_size": 256}},
+        settings={"patch_size": 8},
+        make_images=lambda hf: hf.Llama4ImageProcessor(
+            size={"height": 32, "width": 32}, max_patches=2
+        ),
+    ),
+    "lfm2_vl": Recipe(
+        mark="<image>", token="<image>", needs_torchvision=True,
+        named={"image_token": "<image>", "image_start_token": "<|image_start|>",
+               "image_end_token": "<|image_end|>", "image_thumbnail_token": "<|img_thumbnail|>"},
+        extra=("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>",
+               *(f"<|img_row_{row}_col_{col}|>" for row in (1, 2) for col in (1, 2))),
+        changes={"vision_config": {"patch_size": 8, "num_patches": 16}},
+        make_images=lambda hf: hf.Lfm2VlImageProcessor(
+            size={"height": 32, "width": 32}, encoder_patch_size=8, tile_size=32,
+            min_image_tokens=1, max_image_tokens=4, max_tiles=2,
+        ),
+    ),
+    "cohere2_vision": Recipe(
+        mark="<image>", token="<image>", needs_torchvision=True,
+        named={"image_token": "<image>", "boi_token": "<start_of_image>",
+               "eoi_token": "<end_of_image>", "img_line_break_token": "<|IMG_LINE_BREAK|>"},
+        changes={"vision_config": {"image_size": 32, "patch_size": 8}, "downsample_factor": 2},
+        make_images=lambda hf: hf.Cohere2VisionImageProcessor(
+            size={"height": 32, "width": 32}, patch_size=2, max_patches=2
+        ),
+    ),
+    "kimi_k25": Recipe(
+        mark="<|media_pad|>", token="<|media_pad|>", needs_torchvision=True,
+        extra=("<|media_pad|>", "<|kimi_k25_video_placeholder|>"),
+        changes={"vision_config": {"patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8},
+                 "projection_hidden_size": 64},
+        make_images=lambda hf: hf.Kimi_K25ImageProcessor(
+            size={"max_height": 16, "max_width": 16}, patch_size=4, max_patches=64
+        ),
+    ),
+    "gemma3n": Recipe(
+        mark="<image_part>", token="<image_part>", needs_torchvision=True,
+        named={"image_token": "<image_part>", "boi_token": "<start_of_image>",
+               "eoi_token": "<end_of_parts>", "audio_token": "<audio>", "boa_token": "<boa>",
+               "eoa_token": "<eoa>"},
+        # Behind the words of the text: what the embedders of images and of sound embed.
+        extra=("<image_part>", "<end_of_parts>", "<audio>", "<boa>", "<eoa>"),
+        changes={"vision_config": {"architecture": "test_resnet", "hidden_size": 96,
+                                   "vocab_offset": 57, "vocab_size": 2},
+                 "audio_config": {"vocab_offset": 59, "vocab_size": 453},
+                 "text_config": {"vocab_size_per_layer_input": 57},
+                 "vision_soft_tokens_per_image": 4, "eoi_token_id": 58, "audio_token_id": 59},
+        settings={"image_seq_length": 4},
+        make_images=lambda hf: hf.SiglipImageProcessorPil(size={"height": 64, "width": 64}),
+    ),
+    "perception_lm": Recipe(
+        mark="<image>", token="<image>", needs_torchvision=True,
+        named={"image_token": "<image>", "video_token": "<video>"},
+        changes={"vision_config": {"architecture": "test_vit", "hidden_size": 64,
+                                   "model_args": {"img_size": 64, "embed_dim": 64}},
+                 "projector_pooling_ratio": 2},
+        settings={"patch_size": 16, "pooling_ratio": 2},
+        make_images=lambda hf: hf.PerceptionLMImageProcessor(tile_size=64, max_num_tiles=2),
+    ),
+    "fast_vlm": Recipe(
+        mark="<image>", token="<image>", needs_torchvision=True,
+        named={"image_token": "<image>"},
+        changes={"vision_config": {"architecture": "test_convnext", "hidden_size": 64,
+                                   "model_args": {}}, "image_seq_length": 9},
+        settings={"patch_size": 32, "vision_feature_select_strategy": "full",
+                  "processor_class": "LlavaProcessor"},
+        make_images=lambda hf: hf.CLIPImageProcessorPil(
+            size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96}
+        ),
+    ),
+    "minimax_m3_vl": Recipe(
+        mark="]<]image[>[", token="]<]image[>[", needs_torchvision=True,
+        extra=("]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>["),
+        changes={"vision_config": {"patch_size": 4, "spatial_merge_size": 2}},
+        make_images=lambda hf: hf.MiniMaxM3VLImageProcessor(
+            patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 40 * 40}
+        ),
+    ),
+    "muse_glimmer": Recipe(
+        mark="<|patch|>", token="<|patch|>", needs_torchvision=True,
+        extra=("<|patch|>", "<|image_start|>", "<|image_end|>", "<|video|>"),
+        changes={"vision_config": {"patch_size": 4, "merge_size": 2}, "out_hidden_size": 256},
+        make_images=lambda hf: hf.MuseGlimmerImageProcessor(
+            patch_size=4, merge_size=2, max_image_tokens=24
+        ),
+    ),
+    "step3p7": Recipe(
+        mark="<im_patch>", token="<im_patch>", needs_torchvision=True,
+        extra=("<im_patch>", "<patch_start>", "<patch_end>", "<patch_newline>", "<im_start>",
+               "<im_end>"),
+        changes={"vision_config": {"patch_size": 4, "image_size": 32}},
+        make_images=lambda hf: hf.Step3p7ImageProcessor(
+            size={"height": 32, "width": 32}, patch_size=32, vision_patch_size=4,
+            max_image_size=64,
+        ),
+    ),
 }  # fmt: skip
 """By `model_type`."""
+
+
+def needs_torchvision(family: str) -> bool:
+    """Whether a tiny model of a family cannot be made, or not be asked, without torchvision."""
+    return family in MORE and MORE[family].needs_torchvision
 
 
 def recipe_config(family: str, ids: Mapping[str, int]) -> Any:

@@ -31,7 +31,7 @@ def test_no_architecture_gives_wrong_tokens():
     assert not unexplained
 
 
-@pytest.mark.parametrize("name", ["llava", "cohere2_vision"])
+@pytest.mark.parametrize("name", ["llava", "molmo2"])
 def test_rows_run_again_are_as_written(name):
     """One that is served with images, and one that refuses them by name."""
     row = vision_matrix.run_vision(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +53,14 @@ class Sight:
     """
     sees_cached: bool = False
     """Whether images are placed too where requests run with a cache of transformers' own."""
+    embedders: tuple[str, ...] = ()
+    """Attributes of the body that embed the ids from their `vocab_offset` on, each its own."""
+    has_layer_inputs: bool = False
+    """Whether the language model takes rows for each layer besides, which it makes of ids."""
+    needs_torchvision: bool = False
+    """Whether its images are prepared by torchvision alone; without it the model reads text."""
+    projector: str = ""
+    """The attribute of the body that makes rows of the tower's output; empty: the tower does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,6 +114,16 @@ SIGHTS = {
     "cosmos3_omni": Sight(has_grid=True),
     "granite_docling": Sight(language_model="text_model"),
     "lfm3_vl": Sight(sees_cached=True),
+    "llama4": Sight(projector="multi_modal_projector", needs_torchvision=True),
+    "lfm2_vl": Sight(sees_cached=True, needs_torchvision=True),
+    "cohere2_vision": Sight(needs_torchvision=True),
+    "kimi_k25": Sight(needs_torchvision=True),
+    "gemma3n": Sight(embedders=("embed_vision", "embed_audio"), has_layer_inputs=True),
+    "minimax_m3_vl": Sight(needs_torchvision=True),
+    "muse_glimmer": Sight(needs_torchvision=True),
+    "step3p7": Sight(needs_torchvision=True),
+    "perception_lm": Sight(needs_torchvision=True),
+    "fast_vlm": Sight(),
     "qwen3_5": Sight(has_grid=True, sees_cached=True),
     "qwen3_5_moe": Sight(has_grid=True, sees_cached=True),
     "paligemma": Sight(sees_whole_prompt=True, first_position=1),
@@ -113,10 +132,13 @@ SIGHTS = {
 
 
 def sight_of(config: Any) -> Sight | None:
-    """How a model of this config sees; None: it takes text alone."""
+    """How a model of this config sees; None: it takes text alone, here or anywhere."""
     if all(getattr(config, name, None) is None for name in ("vision_config", "vq_config")):
         return None
-    return SIGHTS.get(config.model_type)
+    sight = SIGHTS.get(config.model_type)
+    if sight is not None and sight.needs_torchvision and not find_spec("torchvision"):
+        return None
+    return sight
 
 
 def settle_direction(config: Any) -> None:
@@ -177,6 +199,9 @@ class Eyes:
         if deep:
             arguments["visual_pos_masks"] = is_image.unsqueeze(0)
             arguments["deepstack_visual_embeds"] = [layer[is_image] for layer in deep]
+        if self.sight.has_layer_inputs:
+            ids = step.token_ids.unsqueeze(0)
+            arguments["per_layer_inputs"] = self._language_model.get_per_layer_inputs(ids)
         return Seen(embeddings=embeddings, positions=self._positions(step), arguments=arguments)
 
     def spans(self, request: RequestImages) -> list[tuple[int, int]]:
@@ -207,6 +232,11 @@ class Eyes:
         # A placeholder may have an id past the table's end.
         ids = step.token_ids.clamp(max=table.weight.shape[0] - 1)
         embeddings: Tensor = table(ids).clone()
+        for name in self.sight.embedders:
+            embedder = getattr(self._body, name)
+            own = step.token_ids - embedder.vocab_offset
+            rows = (own >= 0) & (own < embedder.vocab_size)
+            embeddings[rows] = embedder(step.token_ids[rows]).to(embeddings.dtype)
         if self.sight.mark_table:
             self._embed_marks(step, embeddings)
         return embeddings
@@ -257,8 +287,14 @@ class Eyes:
             arrays[name] = tensor.to(like.dtype) if tensor.is_floating_point() else tensor
         output = self._body.get_image_features(**arrays, return_dict=True)
         deep = tuple(_flat(layer) for layer in getattr(output, "deepstack_features", None) or ())
-        rows = _flat(output.pooler_output).to(like.dtype)
+        rows = _flat(self._projected(output)).to(like.dtype)
         return EncodedImage(rows=rows, deep_rows=deep)
+
+    def _projected(self, output: Any) -> Any:
+        """What the tower returns, in the width of the language model."""
+        if not self.sight.projector:
+            return output.pooler_output
+        return getattr(self._body, self.sight.projector)(_flat(output.last_hidden_state))
 
     def _places(self, request: RequestImages, feature: Feature) -> Any:
         """int64 [n]: where the placeholders of an image stand in the prompt."""
