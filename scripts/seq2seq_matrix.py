@@ -117,10 +117,14 @@ def _asked_of_pictures(
     model: Any, directory: Path, start: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     import numpy as np
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+    import transformers
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-    size = model.config.encoder.image_size
-    processor = ViTImageProcessorPil(size={"height": size, "width": size})
+    config = model.config
+    size = (getattr(config, "encoder", None) or config.vision_config).image_size
+    named = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type) or {"pil": "ViTImageProcessorPil"}
+    processor_class = getattr(transformers, named.get("pil") or named["torchvision"])
+    processor = processor_class(size={"height": size, "width": size})
     processor.save_pretrained(directory)
     rng = np.random.default_rng(7)
     shapes = ((40, 60, 3), (64, 32, 3), (32, 32, 3))

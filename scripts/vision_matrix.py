@@ -29,6 +29,8 @@ LABELS = {
     **{key: value for key, value in model_matrix.LABELS.items() if key != "exact"},
 }
 DEFAULT_JSON = "docs/reports/vision.json"
+PICTURES_ENCODED = ("vision-encoder-decoder", "pp_formulanet")
+"""Whose encoder takes pictures, and whose decoder tokens alone."""
 NUM_TOKENS = 8
 MAX_NUM_TOKENS = 24
 """Of the run in a cache that is too small for all requests."""
@@ -63,6 +65,10 @@ def run_vision(name: str) -> dict[str, Any]:
         return run_with_images(name)
     from tiny_image_text import make_tiny_image_text
 
+    if name in PICTURES_ENCODED:
+        import seq2seq_matrix
+
+        return seq2seq_matrix.run_seq2seq(name, _make_encoder_of_pictures)
     row = model_matrix.run_architecture(name, make_tiny_image_text, image_refusal)
     if row["status"] == "no_reference":
         return refusal_at_load(name) or row
@@ -72,6 +78,17 @@ def run_vision(name: str) -> dict[str, Any]:
             return {**row, "status": "failed", "detail": "a prompt with an image is not refused"}
         return {**row, "status": "text_only", "detail": cause}
     return row
+
+
+def _make_encoder_of_pictures(name: str) -> Any:
+    from tiny_image_text import make_tiny_image_text
+    from tiny_seq2seq import make_tiny_seq2seq, seq2seq_architectures, sign_last_norms
+
+    if name in seq2seq_architectures():
+        return make_tiny_seq2seq(name)
+    model = make_tiny_image_text(name)
+    sign_last_norms(model)
+    return model
 
 
 def refusal_at_load(name: str) -> dict[str, Any] | None:

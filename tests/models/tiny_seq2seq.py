@@ -66,11 +66,17 @@ def make_tiny_seq2seq(model_type: str, seed: int = 0, **changes: Any) -> Any:
         for name, parameter in model.named_parameters():
             if "sinusoid" not in type(parameter).__name__.lower() and parameter.requires_grad:
                 parameter.copy_(random_weight(name, parameter, seed))
-                if _is_last_norm(name):
-                    parameter.mul_(random_signs(parameter, seed))
+        sign_last_norms(model, seed)
         if hasattr(model, "tie_weights"):
             model.tie_weights()
     return model
+
+
+def sign_last_norms(model: Any, seed: int = 0) -> None:
+    """Writes signs to norms that logits follow: without them a tied model repeats its last token."""
+    for name, parameter in model.named_parameters():
+        if _is_last_norm(name) and parameter.requires_grad:
+            parameter.data.mul_(random_signs(parameter, seed))
 
 
 def tiny_extractor(model: Any) -> Any:
@@ -94,7 +100,7 @@ def tiny_extractor(model: Any) -> Any:
 
 
 def _is_last_norm(name: str) -> bool:
-    """Whether logits follow it: with plain signs a tied model would repeat its last token."""
+    """Whether logits follow it."""
     return "decoder" in name and "norm" in name and "layers." not in name and "block." not in name
 
 

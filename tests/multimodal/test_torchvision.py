@@ -55,3 +55,18 @@ def test_family_that_wants_torchvision_is_exact_beside_it(family):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "2 passed" in done.stdout, done.stdout[-4000:]
+
+
+@pytest.mark.slow
+def test_decoder_that_reads_what_a_projector_made_is_exact(tmp_path):
+    """PP-FormulaNet's tower makes maps; its decoder reads the rows that they become."""
+    if not torchvision_beside.is_installed():
+        pytest.skip("torchvision is not installed; scripts/install puts it beside the tests")
+    report = tmp_path / "rows.json"
+    script = ROOT / "scripts" / "vision_matrix.py"
+    subprocess.run(
+        [sys.executable, script, "--json", report, "pp_formulanet"],
+        capture_output=True, timeout=300, check=True,
+    )  # fmt: skip
+    row = json.loads(report.read_text())["results"]["pp_formulanet"]
+    assert row["status"] == RESULTS["pp_formulanet"]["status"] == "exact", row

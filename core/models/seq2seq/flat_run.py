@@ -69,7 +69,7 @@ class FlatRun:
         """
         is_kept = len(step.new_cross_slots) == 0
         with self._running(step):
-            self._stand_in = encoded.last_hidden_state.new_zeros((1, *shapes[0][:1], 1, 1))
+            self._stand_in = encoded[0].new_zeros((1, *shapes[0][:1], 1, 1))
             output = self.model(
                 decoder_input_ids=token_ids.unsqueeze(0),
                 encoder_outputs=encoded,

@@ -37,6 +37,7 @@ class SourceModel:
         find_encoder: Any = model.get_encoder
         self.encoder: Any = find_encoder()
         self._output_class: Any = None
+        self._is_pooled = False
         self.flat: FlatRun | None = None
         """Set: many requests run in one flat row."""
         self.input_kind = TOKENS
@@ -88,6 +89,9 @@ class SourceModel:
             output = self.encoder(**{self.input_name: batch}, return_dict=True)
             self._output_class = type(output)
             hidden = output[0]
+            # A tower of feature maps: the decoder reads what a projector made of them.
+            self._is_pooled = hidden.dim() != 3 and "pooler_output" in output
+            hidden = output["pooler_output"] if self._is_pooled else hidden
             for index, rows in zip(indices, hidden, strict=True):
                 found[index] = rows
         return [rows for rows in found if rows is not None]
@@ -122,7 +126,8 @@ class SourceModel:
         """Rows [S, H] as an encoder's output."""
         assert self._output_class is not None, "nothing was ever encoded"
         rows = source.clone() if self.copies_source else source
-        return self._output_class(last_hidden_state=rows.unsqueeze(0))
+        name = "pooler_output" if self._is_pooled else "last_hidden_state"
+        return self._output_class(**{name: rows.unsqueeze(0)})
 
     def whole_logits(self, token_ids: Tensor, source: Tensor) -> Tensor:
         """Logits [n, V] of an uncached run."""
