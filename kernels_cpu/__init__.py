@@ -7,7 +7,6 @@ words, and every function raises that as a RuntimeError.
 from __future__ import annotations
 
 from quire.kernels_cpu.attention import paged_attention, write_cache
-from quire.kernels_cpu.decoder import DecoderChain, FusedDecoderLayer, FusedMlp, Step
 from quire.kernels_cpu.delta_mixer import FusedDelta
 from quire.kernels_cpu.elementwise import (
     add_rms_norm,
@@ -25,8 +24,11 @@ from quire.kernels_cpu.experts import (
     pack_experts,
     route_experts,
 )
+from quire.kernels_cpu.heads import FusedHeads
+from quire.kernels_cpu.latent import FusedLatent
+from quire.kernels_cpu.layer import FusedMixing, FusedMlp, FusedWholeLayer, LayerChain
 from quire.kernels_cpu.linear import PackedWeights, pack_codes, pack_dense, read_memory
-from quire.kernels_cpu.mixer import FusedMixer, Pieces
+from quire.kernels_cpu.mixer import FusedMixer
 from quire.kernels_cpu.mixture import FusedMixture
 from quire.kernels_cpu.native import (
     HAVE_NATIVE,
@@ -43,6 +45,7 @@ from quire.kernels_cpu.recurrence import (
     selective_scan,
     ssd_scan,
 )
+from quire.kernels_cpu.step import Pieces, Rounds, Step
 from quire.kernels_cpu.vocabulary import (
     logprobs,
     mask_tokens,
@@ -55,16 +58,20 @@ __all__ = [
     "GROUP_SIZES",
     "HAVE_NATIVE",
     "WHY_NOT_NATIVE",
-    "DecoderChain",
-    "FusedDecoderLayer",
     "FusedDelta",
+    "FusedHeads",
+    "FusedLatent",
     "FusedMixer",
+    "FusedMixing",
     "FusedMixture",
     "FusedMlp",
+    "FusedWholeLayer",
+    "LayerChain",
     "PackedExpertCodes",
     "PackedExpertWeights",
     "PackedWeights",
     "Pieces",
+    "Rounds",
     "Step",
     "add_rms_norm",
     "available_isas",

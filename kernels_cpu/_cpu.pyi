@@ -231,38 +231,6 @@ def gated_delta_rule(
     sizes: Sequence[int],
     /,
 ) -> None: ...
-
-class FusedDelta:
-    def __init__(
-        self,
-        dtype: int,
-        in_proj: Linear,
-        out_proj: Linear,
-        tensors: Sequence[int],
-        sizes: Sequence[int],
-        eps: float,
-    ) -> None: ...
-    def run(
-        self, x: int, out: int, num_rows: int, pages: Sequence[int], rounds: Sequence[Sequence[int]]
-    ) -> None: ...
-
-class FusedMixer:
-    def __init__(
-        self,
-        dtype: int,
-        in_proj: Linear,
-        out_proj: Linear,
-        x_proj: Linear | None,
-        dt_proj: Linear | None,
-        tensors: Sequence[int],
-        sizes: Sequence[int],
-        eps: float,
-        is_norm_first: bool,
-    ) -> None: ...
-    def run(
-        self, x: int, out: int, num_rows: int, pages: Sequence[int], rounds: Sequence[Sequence[int]]
-    ) -> None: ...
-
 def mask_tokens(logits: int, rows: int, mask: int, sizes: Sequence[int], /) -> None: ...
 def most_likely(
     dtype: int, logits: int, out: int, is_broken: int, sizes: Sequence[int], /
@@ -291,7 +259,9 @@ def logprobs(
     /,
 ) -> None: ...
 
-class Step:
+class StepPart: ...
+
+class Step(StepPart):
     def __init__(
         self,
         query_start_loc: int,
@@ -301,43 +271,25 @@ class Step:
         sizes: Sequence[int],
     ) -> None: ...
 
-class Mixture:
-    def __init__(
-        self,
-        dtype: int,
-        router: Linear,
-        bias: int,
-        experts: Experts,
-        shared_gate_up: Linear | None,
-        shared_down: Linear | None,
-        gate: int,
-        sizes: Sequence[int],
-        scale: float,
-        is_sigmoid: bool,
-        is_renormalised: bool,
-        adds_two_best: bool,
-        /,
-    ) -> None: ...
+class Rounds(StepPart):
+    def __init__(self, rounds: Sequence[Sequence[int]], num_tokens: int) -> None: ...
 
-class DecoderLayer:
+class Mixing: ...
+
+class HeadAttention(Mixing):
     def __init__(
         self,
         dtype: int,
-        element_size: int,
         qkv: Linear,
         output: Linear,
-        gate_up: Linear | None,
-        down: Linear | None,
-        mixture: Mixture | None,
         norms: Sequence[int],
         sinks: int,
         sizes: Sequence[int],
-        gate: int,
         eps: float,
         scale: float,
         soft_cap: float,
-        is_interleaved: bool,
-        is_norm_joint: bool,
+        flags: Sequence[bool],
+        /,
     ) -> None: ...
     def bind_cache(
         self,
@@ -348,16 +300,114 @@ class DecoderLayer:
         v_scales: int,
         sizes: Sequence[int],
         strides: Sequence[int],
+        /,
     ) -> None: ...
 
-class DecoderChain:
+class LatentAttention(Mixing):
     def __init__(
-        self, layers: Sequence[DecoderLayer], groups: Sequence[int], ropes: Sequence[int]
+        self,
+        dtype: int,
+        q_down: Linear | None,
+        q_up: Linear,
+        kv_down: Linear,
+        output: Linear,
+        norms: Sequence[int],
+        key_up: Sequence[int],
+        value_up: Sequence[int],
+        sizes: Sequence[int],
+        eps: float,
+        scale: float,
+        is_interleaved: bool,
+        /,
+    ) -> None: ...
+    def bind_cache(
+        self,
+        stored: int,
+        k: int,
+        v: int,
+        k_scales: int,
+        v_scales: int,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        /,
+    ) -> None: ...
+
+class FusedDelta(Mixing):
+    def __init__(
+        self,
+        dtype: int,
+        in_proj: Linear,
+        out_proj: Linear,
+        tensors: Sequence[int],
+        sizes: Sequence[int],
+        eps: float,
+    ) -> None: ...
+    def bind_pages(self, pages: Sequence[int], /) -> None: ...
+    def run(self, x: int, out: int, rounds: Rounds, /) -> None: ...
+
+class FusedMixer(Mixing):
+    def __init__(
+        self,
+        dtype: int,
+        in_proj: Linear,
+        out_proj: Linear,
+        x_proj: Linear | None,
+        dt_proj: Linear | None,
+        tensors: Sequence[int],
+        sizes: Sequence[int],
+        eps: float,
+        is_norm_first: bool,
+    ) -> None: ...
+    def bind_pages(self, pages: Sequence[int], /) -> None: ...
+    def run(self, x: int, out: int, rounds: Rounds, /) -> None: ...
+
+class Mixture:
+    def __init__(
+        self,
+        dtype: int,
+        router: Linear,
+        bias: int,
+        experts: Experts,
+        shared_gate_up: Linear | None,
+        shared_down: Linear | None,
+        shared_gate: Linear | None,
+        gate: int,
+        sizes: Sequence[int],
+        scale: float,
+        flags: Sequence[bool],
+        /,
+    ) -> None: ...
+
+class Layer:
+    def __init__(
+        self,
+        dtype: int,
+        element_size: int,
+        hidden_size: int,
+        mixings: Sequence[Mixing],
+        gate_up: Linear | None,
+        down: Linear | None,
+        mixture: Mixture | None,
+        norms: Sequence[int],
+        gate: int,
+        eps: float,
+        is_residual_wide: bool,
+        /,
+    ) -> None: ...
+
+class LayerChain:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        groups: Sequence[Sequence[int]],
+        ropes: Sequence[Sequence[int]],
+        /,
     ) -> None: ...
     def run(
         self,
-        steps: Sequence[Step],
+        parts: Sequence[StepPart],
         x: int,
         residual: int,
         angles: Sequence[tuple[int, int, int, int]],
+        /,
     ) -> None: ...

@@ -70,7 +70,7 @@ def paged_attention(
     _cpu.paged_attention(  # type: ignore[call-arg]
         checks.dtype_code(q.dtype),
         stored,
-        *map(_address, tensors + lists),  # type: ignore[arg-type]
+        *map(checks.address_of, tensors + lists),  # type: ignore[arg-type]
         sizes,
         strides,
         scale,
@@ -78,10 +78,6 @@ def paged_attention(
         chunk,
         soft_cap,
     )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _check(
@@ -162,7 +158,7 @@ def _write(name: str, source: Tensor, cached: Tensor, scales: Tensor | None, slo
         source.element_size(),
         source.data_ptr(),
         cached.data_ptr(),
-        _address(scales),
+        checks.address_of(scales),
         slots.data_ptr(),
         (num_tokens, num_heads, head_size, block_size, num_blocks),
         (*source_strides[:2], *cache_strides[:3]),

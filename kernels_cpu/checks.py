@@ -86,3 +86,8 @@ def check_rotation(cos: Tensor, sin: Tensor, num_tokens: int, head_size: int) ->
     if 2 * cos.shape[1] > head_size:
         raise ValueError(f"{cos.shape[1]} pairs do not fit into heads of {head_size} features")
     return cos.stride(0), sin.stride(0)
+
+
+def address_of(tensor: Tensor | None) -> int:
+    """0 where there is none."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quire.kernels_cpu import checks, native
-from quire.kernels_cpu.mixer import Pieces, address_of, check_pages, checked
+from quire.kernels_cpu.heads import is_known
+from quire.kernels_cpu.mixer import check_pages, checked
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
 
     import torch
     from torch import Tensor
 
     from quire.kernels_cpu.linear import PackedWeights
+    from quire.kernels_cpu.step import Rounds
 
 if native.HAVE_NATIVE:
     from quire.kernels_cpu import _cpu
@@ -28,7 +30,8 @@ class FusedDelta:
     """
 
     __slots__ = (
-        "_dtype", "_handle", "_hidden_size", "_kept", "_output_size", "_page_shapes",
+        "_dtype", "_kept", "_output_size", "_page_shapes", "_pages", "handle", "hidden_size",
+        "num_angles",
     )  # fmt: skip
 
     def __init__(
@@ -68,26 +71,42 @@ class FusedDelta:
             norm,
         )
         checks.check_list("norm", norm, "float32")
-        self._handle = _cpu.FusedDelta(
+        self.handle = _cpu.FusedDelta(
             checks.dtype_code(dtype),
             in_proj.handle,
             out_proj.handle,
-            [address_of(tensor) for tensor in tensors],
+            [checks.address_of(tensor) for tensor in tensors],
             (conv.element_size(), num_keys, key_size, heads, v_size, taps),
             eps,
         )
         self._kept = (tensors, in_proj, out_proj)
         self._dtype = dtype
-        self._hidden_size, self._output_size = in_proj.num_inputs, out_proj.num_outputs
+        self.hidden_size, self._output_size = in_proj.num_inputs, out_proj.num_outputs
+        self.num_angles = 0
+        self._pages: tuple[Tensor, ...] = ()
         self._page_shapes = ((convolved, taps - 1), (heads, key_size, v_size))
 
-    def run(self, x: Tensor, pages: tuple[Tensor, Tensor], rounds: Sequence[Pieces]) -> Tensor:
+    @property
+    def row_kind(self) -> tuple[int, torch.dtype]:
+        """Hidden size and dtype of the rows that it takes."""
+        return self.hidden_size, self._dtype
+
+    def bind(self, cache: Mapping[str, Tensor]) -> None:
+        """Where states lie, as `bind_pages` has them: `conv` and `state`."""
+        self.bind_pages((cache["conv"], cache["state"]))
+
+    def bind_pages(self, pages: tuple[Tensor, Tensor]) -> None:
+        """As `FusedMixer.bind`."""
+        if not is_known(self._pages, pages):
+            self.handle.bind_pages(check_pages(pages, self._page_shapes, self._dtype))
+            self._pages = pages
+
+    def run(self, x: Tensor, pages: tuple[Tensor, Tensor], rounds: Rounds) -> Tensor:
         """As `FusedMixer.run`."""
         checks.check_contiguous(
-            "x", x, str(self._dtype).removeprefix("torch."), (len(x), self._hidden_size)
+            "x", x, str(self._dtype).removeprefix("torch."), (rounds.num_tokens, self.hidden_size)
         )
-        where = check_pages(pages, self._page_shapes, self._dtype)
+        self.bind_pages(pages)
         out = x.new_empty((len(x), self._output_size))
-        addresses = [pieces.addresses for pieces in rounds]
-        self._handle.run(x.data_ptr(), out.data_ptr(), len(x), where, addresses)
+        self.handle.run(x.data_ptr(), out.data_ptr(), rounds.handle)
         return out

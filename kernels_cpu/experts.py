@@ -50,9 +50,9 @@ class PackedExpertWeights:
         self.handle = _cpu.Experts(
             code,
             lanes[0].data_ptr(),
-            _address(biases[0]),
+            checks.address_of(biases[0]),
             lanes[1].data_ptr(),
-            _address(biases[1]),
+            checks.address_of(biases[1]),
             self.num_experts,
             self.hidden_size,
             inner_size,
@@ -217,7 +217,7 @@ def route_experts(
         )
     _cpu.route_experts(
         logits.data_ptr(),
-        _address(bias),
+        checks.address_of(bias),
         weights.data_ptr(),
         expert_ids.data_ptr(),
         (num_tokens, num_experts, num_chosen, num_groups, num_kept_groups, stride),
@@ -276,7 +276,3 @@ def _biases(bias: Tensor | None) -> Tensor | None:
     padded = bias.new_zeros((count, -(-size // _PANEL) * _PANEL)).float()
     padded[:, :size] = bias
     return padded
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -65,9 +65,9 @@ class PackedWeights:
             _ROUNDINGS[rounding],
             lanes.data_ptr(),
             0 if scales is None else checks.dtype_code(scales.dtype),
-            _address(kept[1]),
-            _address(kept[2]),
-            _address(kept[3]),
+            checks.address_of(kept[1]),
+            checks.address_of(kept[2]),
+            checks.address_of(kept[3]),
             self.num_outputs,
             num_inputs,
             group_size,
@@ -204,10 +204,6 @@ def _padded(bias: Tensor | None) -> Tensor | None:
     padded = bias.new_zeros((-(-bias.shape[0] // 64) * 64,)).float()
     padded[: bias.shape[0]] = bias
     return padded
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _uint8(like: Tensor) -> torch.dtype:

@@ -5,40 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quire.kernels_cpu import checks, native
+from quire.kernels_cpu.heads import is_known
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor
 
     from quire.kernels_cpu.linear import PackedWeights
+    from quire.kernels_cpu.step import Rounds
 
 if native.HAVE_NATIVE:
     from quire.kernels_cpu import _cpu
-
-
-class Pieces:
-    """Pieces of a step that do not wait for one another, and where their states lie.
-
-    Piece s is rows [begins[s], ends[s]) of the flat batch, int32 [S]; it starts from the state in
-    block sources[s], from zeros where that is negative, and leaves its last in targets[s],
-    int64 [S]. Keeps them alive. Raises: ValueError, TypeError.
-    """
-
-    __slots__ = ("_kept", "addresses")
-
-    def __init__(self, begins: Tensor, ends: Tensor, sources: Tensor, targets: Tensor) -> None:
-        count = len(begins)
-        for name, tensor, dtype in (
-            ("begins", begins, "int32"),
-            ("ends", ends, "int32"),
-            ("sources", sources, "int64"),
-            ("targets", targets, "int64"),
-        ):
-            checks.check_list(name, tensor, dtype, count)
-        self._kept = (begins, ends, sources, targets)
-        self.addresses = (*(tensor.data_ptr() for tensor in self._kept), count)
 
 
 class FusedMixer:
@@ -52,7 +31,8 @@ class FusedMixer:
     """
 
     __slots__ = (
-        "_dtype", "_handle", "_hidden_size", "_kept", "_output_size", "_page_shapes",
+        "_dtype", "_kept", "_output_size", "_page_shapes", "_pages", "handle", "hidden_size",
+        "num_angles",
     )  # fmt: skip
 
     def __init__(
@@ -97,36 +77,55 @@ class FusedMixer:
         )
         checks.check_list("dt_bias", dt_bias, "float32")
         element_size = conv.element_size()
-        self._handle = _cpu.FusedMixer(
+        self.handle = _cpu.FusedMixer(
             checks.dtype_code(dtype),
             in_proj.handle,
             out_proj.handle,
             None if x_proj is None else x_proj.handle,
             None if dt_proj is None else dt_proj.handle,
-            [address_of(tensor) for tensor in tensors],
+            [checks.address_of(tensor) for tensor in tensors],
             (element_size, inner, convolved, taps, state_size, steps, num_groups),
             eps,
             is_norm_first,
         )
         self._kept = (tensors, in_proj, out_proj, x_proj, dt_proj)
         self._dtype = dtype
-        self._hidden_size, self._output_size = in_proj.num_inputs, out_proj.num_outputs
+        self.hidden_size, self._output_size = in_proj.num_inputs, out_proj.num_outputs
+        self.num_angles = 0
+        self._pages: tuple[Tensor, ...] = ()
         self._page_shapes = ((convolved, taps - 1), state)
 
-    def run(self, x: Tensor, pages: tuple[Tensor, Tensor], rounds: Sequence[Pieces]) -> Tensor:
+    @property
+    def row_kind(self) -> tuple[int, torch.dtype]:
+        """Hidden size and dtype of the rows that it takes."""
+        return self.hidden_size, self._dtype
+
+    def bind(self, cache: Mapping[str, Tensor]) -> None:
+        """Where states lie, as `bind_pages` has them: `conv` and `state`."""
+        self.bind_pages((cache["conv"], cache["state"]))
+
+    def bind_pages(self, pages: tuple[Tensor, Tensor]) -> None:
+        """Where states lie: the convolution's inputs [n, C, W - 1] of x's dtype, states in float32.
+
+        Both are dense but for their first dimension, and checked when they first come.
+        Raises: ValueError, TypeError.
+        """
+        if not is_known(self._pages, pages):
+            self.handle.bind_pages(check_pages(pages, self._page_shapes, self._dtype))
+            self._pages = pages
+
+    def run(self, x: Tensor, pages: tuple[Tensor, Tensor], rounds: Rounds) -> Tensor:
         """x [T, H] to [T, H]; overwrites the target blocks of the pages.
 
-        x: dense rows. pages: inputs of the convolution [n, C, W - 1] of x's dtype, and states
-        float32 [n, ...], dense but for their first dimension. Rounds follow one another, and rows
-        of no piece are undefined. Raises: ValueError, TypeError, IndexError.
+        x: dense rows, as many as `rounds` has tokens. pages: see `bind`.
+        Raises: ValueError, TypeError, IndexError.
         """
         checks.check_contiguous(
-            "x", x, str(self._dtype).removeprefix("torch."), (len(x), self._hidden_size)
+            "x", x, str(self._dtype).removeprefix("torch."), (rounds.num_tokens, self.hidden_size)
         )
-        where = check_pages(pages, self._page_shapes, self._dtype)
+        self.bind_pages(pages)
         out = x.new_empty((len(x), self._output_size))
-        addresses = [pieces.addresses for pieces in rounds]
-        self._handle.run(x.data_ptr(), out.data_ptr(), len(x), where, addresses)
+        self.handle.run(x.data_ptr(), out.data_ptr(), rounds.handle)
         return out
 
 
@@ -179,8 +178,3 @@ def checked(
     if tensor is not None:
         checks.check_contiguous(name, tensor, str(dtype).removeprefix("torch."), shape)
     return tensor
-
-
-def address_of(tensor: Tensor | None) -> int:
-    """0 where there is none."""
-    return 0 if tensor is None else tensor.data_ptr()

@@ -19,10 +19,12 @@ if native.HAVE_NATIVE:
 
 
 class FusedMixture:
-    """The kernels of a mixture's operators in their order, as a part of a `FusedDecoderLayer`.
+    """The kernels of a mixture's operators in their order, as a part of a `FusedWholeLayer`.
 
     router: float32 [E, H]; bias float32 [E] or None; `shared`: gate and up, stacked, and down, or
-    None; the rest as in `route_experts`. Rows are float32 or bfloat16.
+    None; `shared_gate` [1, H], whose sigmoid weighs what the shared MLP makes; with `weighs_input`
+    the experts of the largest logits are chosen, and sigmoids of these weigh their inputs; the rest
+    as in `route_experts`. Rows are float32 or bfloat16.
     Raises: ValueError, TypeError for parts that do not fit each other.
     """
 
@@ -36,6 +38,7 @@ class FusedMixture:
         *,
         bias: Tensor | None,
         shared: tuple[PackedWeights, PackedWeights] | None,
+        shared_gate: PackedWeights | None = None,
         gate: str,
         num_chosen: int,
         num_groups: int,
@@ -44,6 +47,7 @@ class FusedMixture:
         is_sigmoid: bool,
         is_renormalised: bool,
         adds_two_best: bool,
+        weighs_input: bool = False,
     ) -> None:
         native.require_native()
         self.dtype, self.hidden_size = dtype, experts.hidden_size
@@ -56,7 +60,12 @@ class FusedMixture:
             wanted = (self.hidden_size, 2 * down.num_inputs, self.hidden_size)
             if (gate_up.num_inputs, gate_up.num_outputs, down.num_outputs) != wanted:
                 raise ValueError("the shared MLP does not fit the experts")
-        self._kept = (router, experts, bias, shared)
+        if shared_gate is not None and (
+            gate_up is None
+            or (shared_gate.num_outputs, shared_gate.num_inputs) != (1, self.hidden_size)
+        ):
+            raise ValueError("the gate of the shared MLP does not fit the experts")
+        self._kept = (router, experts, bias, shared, shared_gate)
         self.handle = _cpu.Mixture(
             checks.dtype_code(dtype),
             router.handle,
@@ -64,10 +73,9 @@ class FusedMixture:
             experts.handle,
             None if gate_up is None else gate_up.handle,
             None if down is None else down.handle,
+            None if shared_gate is None else shared_gate.handle,
             GATES[gate],
             (num_chosen, num_groups, num_kept_groups),
             scale,
-            is_sigmoid,
-            is_renormalised,
-            adds_two_best,
+            (is_sigmoid, is_renormalised, adds_two_best, weighs_input),
         )

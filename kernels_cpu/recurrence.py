@@ -59,7 +59,7 @@ def causal_conv1d(
         checks.dtype_code(dtype),
         x.data_ptr(),
         weight.data_ptr(),
-        _address(bias),
+        checks.address_of(bias),
         states.data_ptr(),
         out.data_ptr(),
         starts.data_ptr(),
@@ -108,7 +108,7 @@ def selective_scan(
         b.data_ptr(),
         checks.dtype_code(c.dtype),
         c.data_ptr(),
-        _address(d),
+        checks.address_of(d),
         states.data_ptr(),
         out.data_ptr(),
         starts.data_ptr(),
@@ -160,7 +160,7 @@ def ssd_scan(
         b.data_ptr(),
         checks.dtype_code(c.dtype),
         c.data_ptr(),
-        _address(d),
+        checks.address_of(d),
         states.data_ptr(),
         out.data_ptr(),
         starts.data_ptr(),
@@ -261,7 +261,3 @@ def _check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: str = 
     if len(shape) == 3 and tensor.stride(1) != shape[2] and shape[1] != 1:
         raise ValueError(f"{name}: the last two dimensions are not dense ({tensor.stride()})")
     return tensor.stride(0)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

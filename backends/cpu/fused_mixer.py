@@ -19,6 +19,18 @@ from quire.core.interface import (
 
 def fuse(parts: MixerParts) -> FusedMixer | None:
     """One call for a mixer; None where a product of it is not by the compiled kernels."""
+    mixer = mixer_of(parts)
+    return None if mixer is None else FusedCpuMixer(mixer)
+
+
+def fuse_delta(parts: DeltaMixerParts) -> FusedMixer | None:
+    """One call for a mixer; None where a product of it is not by the compiled kernels."""
+    mixer = delta_of(parts)
+    return None if mixer is None else FusedCpuMixer(mixer)
+
+
+def mixer_of(parts: MixerParts) -> kernels_cpu.FusedMixer | None:
+    """The kernels of a mixer of Mamba or Mamba-2."""
     dtype = parts.conv.dtype
     dense = (parts.conv_bias, parts.norm, *(parts.inner_norms or ()))
     if any(tensor is not None and tensor.dtype != dtype for tensor in dense):
@@ -31,7 +43,7 @@ def fuse(parts: MixerParts) -> FusedMixer | None:
     is_missing = is_missing or (parts.dt_proj is None) != (dt_proj is None)
     if in_proj is None or out_proj is None or is_missing:
         return None
-    mixer = kernels_cpu.FusedMixer(
+    return kernels_cpu.FusedMixer(
         dtype,
         in_proj,
         out_proj,
@@ -49,11 +61,10 @@ def fuse(parts: MixerParts) -> FusedMixer | None:
         eps=parts.eps,
         is_norm_first=parts.is_norm_first,
     )
-    return FusedCpuMixer(mixer)
 
 
-def fuse_delta(parts: DeltaMixerParts) -> FusedMixer | None:
-    """One call for a mixer; None where a product of it is not by the compiled kernels."""
+def delta_of(parts: DeltaMixerParts) -> kernels_cpu.FusedDelta | None:
+    """The kernels of a mixer of a gated delta net."""
     dtype = parts.conv.dtype
     is_other = parts.conv_bias is not None and parts.conv_bias.dtype != dtype
     numbers = (parts.a, parts.dt_bias, parts.norm)
@@ -62,7 +73,7 @@ def fuse_delta(parts: DeltaMixerParts) -> FusedMixer | None:
         return None
     if in_proj is None or out_proj is None:
         return None
-    mixer = kernels_cpu.FusedDelta(
+    return kernels_cpu.FusedDelta(
         dtype,
         in_proj,
         out_proj,
@@ -74,7 +85,6 @@ def fuse_delta(parts: DeltaMixerParts) -> FusedMixer | None:
         key_size=parts.key_size,
         eps=parts.eps,
     )
-    return FusedCpuMixer(mixer)
 
 
 class FusedCpuMixer:
@@ -88,11 +98,16 @@ class FusedCpuMixer:
     def __call__(
         self, x: Tensor, pages: tuple[Tensor, Tensor], rounds: Sequence[StatePieces]
     ) -> Tensor:
-        return self._mixer.run(x.contiguous(), pages, [_pieces(one) for one in rounds])
+        return self._mixer.run(x.contiguous(), pages, rounds_of(rounds, len(x)))
 
 
-def _pieces(one: StatePieces) -> kernels_cpu.Pieces:
-    return kernels_cpu.Pieces(one.begins, one.ends, one.slots.sources, one.slots.targets)
+def rounds_of(rounds: Sequence[StatePieces], num_tokens: int) -> kernels_cpu.Rounds:
+    """The same for the kernels."""
+    pieces = [
+        kernels_cpu.Pieces(one.begins, one.ends, one.slots.sources, one.slots.targets)
+        for one in rounds
+    ]
+    return kernels_cpu.Rounds(pieces, num_tokens)
 
 
 def _payload(linear: PackedLinear | None) -> kernels_cpu.PackedWeights | None:

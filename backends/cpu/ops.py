@@ -21,15 +21,15 @@ from quire.backends.reference import ReferenceOps
 from quire.backends.reference.sampling import draw
 from quire.core.interface import (
     AttentionBackend,
-    DecoderLayerParts,
     DeltaMixerParts,
     DeviceError,
     ExpertWeights,
     FusedLayer,
     FusedLayers,
     FusedMixer,
+    LayerParts,
     MixerParts,
-    MixtureLayerParts,
+    MixingPlace,
     PackedExperts,
     PackedLinear,
     QuantizedExperts,
@@ -161,24 +161,18 @@ class CpuOps(ReferenceOps):
         else:
             super().rotary(q, k, cos, sin, is_interleaved=is_interleaved)
 
-    def fuse_decoder_layer(
-        self, parts: DecoderLayerParts, attention: AttentionBackend
+    def fuse_layer(
+        self, parts: LayerParts, attention: AttentionBackend | None
     ) -> FusedLayer | None:
-        if type(self) is not CpuOps:  # a subclass may compute an operator in its own way
+        # A subclass may compute an operator in its own way.
+        if type(self) is not CpuOps or not self._has_native:
             return None
         return fused_layer.fuse(parts, attention)
 
-    def fuse_mixture_layer(
-        self, parts: MixtureLayerParts, attention: AttentionBackend
-    ) -> FusedLayer | None:
-        if type(self) is not CpuOps:
-            return None
-        return fused_layer.fuse(parts, attention)
-
-    def chain_decoder_layers(
-        self, layers: Sequence[FusedLayer], groups: Sequence[int], ropes: Sequence[int]
+    def chain_layers(
+        self, layers: Sequence[FusedLayer], places: Sequence[Sequence[MixingPlace]]
     ) -> FusedLayers | None:
-        return fused_layer.chain(layers, groups, ropes)
+        return fused_layer.chain(layers, places)
 
     def fuse_mixer(self, parts: MixerParts) -> FusedMixer | None:
         if type(self) is not CpuOps or not self._has_native:

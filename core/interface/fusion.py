@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,67 +16,64 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LayerParts:
-    """What layers have in common, in the order in which it is computed.
+class HeadParts:
+    """Attention with keys and values of its own heads, in the order in which it is computed.
 
-    With x normalised: qkv of x, norms of queries and keys, rotary, attention, `output`, its norm;
-    residual += that, `mlp_norm`; what stands in the place of the MLP, its norm; residual += that,
-    `following_norm`. Norms are RMS norms with `eps`.
+    With x normalised: qkv of x; norms of queries and keys; rotary; `rotated_norm` of both; queries
+    times their token's factor; attention; its result times sigmoid(gates); `output`. Norms are RMS
+    norms with `eps`.
     """
 
     qkv: PackedLinear
-    """Query, key and value, stacked: heads of `head_size`."""
+    """Query, key and value, stacked: heads of `head_size`; then gates [Hq * D], if it has them."""
     output: PackedLinear
-    mlp_norm: Tensor
-    """[H]."""
-    following_norm: Tensor
-    """[H]: of the next layer, or the last of the model."""
     num_heads: int
     num_kv_heads: int
     head_size: int
     num_rotated: int
-    """Features of a head that are rotated."""
-    activation: str
-    """Of the gate, as `Ops.gated_activation` names it."""
-    eps: float
+    """Features of a head that are rotated; 0: positions change nothing here."""
     is_rope_interleaved: bool
-    attention_output_norm: Tensor | None = None
-    """[H]."""
-    mlp_output_norm: Tensor | None = None
-    """[H]."""
+    eps: float
     q_norm: Tensor | None = None
     """[D], or over all heads [Hq * D]."""
     k_norm: Tensor | None = None
     is_qk_norm_joint: bool = False
+    rotated_norm: Tensor | None = None
+    """[D], of queries and keys after the rotation."""
+    has_factors: bool = False
+    """The layer is given factors float32 [T, 1] in the place of cosines."""
+    has_gates: bool = False
     sinks: Tensor | None = None
     """float32 [Hq]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DecoderLayerParts(LayerParts):
-    """A layer of attention and one MLP: `gate_up`, the gated activation, `down`."""
+class LatentParts:
+    """Attention over a latent that all heads share, in the order in which it is computed.
 
-    gate_up: PackedLinear
-    """Gate and up, stacked."""
-    down: PackedLinear
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MixtureLayerParts(LayerParts):
-    """A layer of attention and a mixture of experts.
-
-    The router of x in float32, `Ops.route_experts`, `Ops.experts`, to which what the shared MLP
-    makes of x is added, if there is one.
+    kv_down of x gives the latent [T, R], which is normalised, and features [T, P], which are
+    rotated: the key of the only head. Queries [T, Hq, plain + P] come from x, or from what q_down
+    makes of it, normalised; their last P features are rotated, the others go to the latent by
+    `key_up`. After attention `value_up` makes a value of each head's latent; then `output`.
+    Source: DeepSeek-V2 report, section 2.1 and appendix C.
     """
 
-    router: PackedLinear
-    """From `Ops.pack_router`."""
-    routing: RoutingSpec
-    experts: PackedExperts
-    correction_bias: Tensor | None = None
-    """float32 [E]."""
-    shared_gate_up: PackedLinear | None = None
-    shared_down: PackedLinear | None = None
+    q_down: PackedLinear | None
+    q_norm: Tensor | None
+    """Of what q_down gives."""
+    q_up: PackedLinear
+    kv_down: PackedLinear
+    kv_norm: Tensor
+    """[R]."""
+    key_up: Tensor
+    """[Hq, R, plain]."""
+    value_up: Tensor
+    """[Hq, value, R]."""
+    output: PackedLinear
+    num_rotated: int
+    """P."""
+    is_rope_interleaved: bool
+    eps: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -143,6 +140,71 @@ class DeltaMixerParts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DenseParts:
+    """One MLP: `gate_up`, the gated activation, `down`."""
+
+    gate_up: PackedLinear
+    """Gate and up, stacked."""
+    down: PackedLinear
+    activation: str
+    """Of the gate, as `Ops.gated_activation` names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MixtureParts:
+    """A mixture of experts: the router of x in float32, the choice, `Ops.experts`, the shared MLP.
+
+    The choice is `Ops.route_experts`; with `weighs_input`, the experts of the largest logits, whose
+    sigmoids weigh their inputs. What the shared MLP makes of x is added, times sigmoid(shared_gate
+    of x) if that is there.
+    """
+
+    router: PackedLinear
+    """From `Ops.pack_router`."""
+    routing: RoutingSpec
+    experts: PackedExperts
+    weighs_input: bool = False
+    correction_bias: Tensor | None = None
+    """float32 [E]."""
+    shared: DenseParts | None = None
+    shared_gate: PackedLinear | None = None
+    """[1, H]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerParts:
+    """A whole layer, in the order in which it is computed.
+
+    With x normalised: the sum of what the mixings make of it, its norm; residual += that,
+    `mlp_norm`; the MLP, its norm; residual += that, `following_norm`. Without an MLP,
+    `following_norm` stands in the place of `mlp_norm`. Norms are RMS norms [H] with `eps`.
+    """
+
+    mixings: Sequence[Mixing]
+    """What tells the tokens of a text of one another: one, or several that are added up."""
+    mlp: DenseParts | MixtureParts | None
+    mlp_norm: Tensor | None
+    """None if there is no MLP."""
+    following_norm: Tensor
+    """Of the next layer, or the last of the model."""
+    eps: float
+    mixing_norm: Tensor | None = None
+    mlp_output_norm: Tensor | None = None
+    is_residual_wide: bool = False
+    """The residual is float32: sums are taken there, and rounded to the dtype before each norm."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixingPlace:
+    """Which of a call's caches, plans and angles are those of a mixing."""
+
+    cache: int
+    plan: int
+    angles: int = 0
+    """Ignored where positions change nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StatePieces:
     """Pieces of a step that do not wait for one another, as rows of the flat batch."""
 
@@ -164,15 +226,16 @@ states float32 [num_blocks, ...]; each round overwrites the blocks in which its 
 start where one before it ended.
 """
 
-FusedLayer = Callable[
-    ["Tensor", "Tensor", tuple["Tensor", "Tensor"], "LayerCache", "AttentionPlan"], "Tensor"
-]
-"""(x, residual, (cos, sin), cache, plan) -> the normalised input [T, H] of what follows.
+Mixing: TypeAlias = HeadParts | LatentParts | MixerParts | DeltaMixerParts
+"""What tells the tokens of a text of one another in a layer."""
 
-x [T, H] is normalised; it may be overwritten, and be what is returned. `residual` [T, H] is added
-to in place; cos, sin float32 [T, F]; the step's keys and values are written to `cache`; `plan` is
-what the layer's attention planned.
-"""
+MixingPlan: TypeAlias = "AttentionPlan | Sequence[StatePieces]"
+"""What a layer's attention planned; of a mixer, its rounds."""
+
+
+class FusedLayer(Protocol):
+    """A layer that a device computes in one call, as `FusedLayers` of one layer would."""
+
 
 FusedLayers = Callable[
     [
@@ -180,12 +243,14 @@ FusedLayers = Callable[
         "Tensor",
         Sequence[tuple["Tensor", "Tensor"]],
         Sequence["LayerCache"],
-        Sequence["AttentionPlan"],
+        Sequence[MixingPlan],
     ],
     "Tensor",
 ]
 """(x, residual, angles, caches, plans) -> the normalised input [T, H] of what follows the last.
 
-As `FusedLayer` for layers that follow each other: `angles` of each rope, `caches` of each layer,
-`plans` of each group of layers.
+x [T, H] is normalised; it may be overwritten, and be what is returned. `residual` [T, H] is added
+to in place, in the dtype of x or, if it is wide, in float32. angles: (cos, sin) float32 [T, F] of
+each rope, or factors [T, 1] twice. Keys, values and states of the step are written to the caches.
+Which of all these a mixing reads, its `MixingPlace` says.
 """

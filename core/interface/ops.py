@@ -30,13 +30,13 @@ if TYPE_CHECKING:
         RoutingSpec,
     )
     from quire.core.interface.fusion import (
-        DecoderLayerParts,
         DeltaMixerParts,
         FusedLayer,
         FusedLayers,
         FusedMixer,
+        LayerParts,
         MixerParts,
-        MixtureLayerParts,
+        MixingPlace,
     )
     from quire.core.interface.quantization import QuantizedWeight
     from quire.core.interface.recurrence import Sequences
@@ -206,29 +206,26 @@ class Ops(ABC):
     def soft_cap(self, x: Tensor, cap: float) -> None:
         """X = cap * tanh(x / cap), in place. Source: Gemma 2 report, section 2."""
 
-    def fuse_decoder_layer(
-        self, parts: DecoderLayerParts, attention: AttentionBackend
+    def fuse_layer(
+        self, parts: LayerParts, attention: AttentionBackend | None
     ) -> FusedLayer | None:
-        """One call for a whole layer; None: it is computed operator by operator. Asked at load.
+        """A whole layer for one call; None: it is computed operator by operator. Asked at load.
 
-        Its result is, bit for bit, what this device's operators give one by one. `attention` is
-        what this device gave for the layer.
+        Its result is what this device's operators give one by one, and `fuse_mixer` of its mixers:
+        bit for bit, but for sigmoids of gates, which may be rounded otherwise. `attention` is what
+        this device gave for the layer, None where no mixing attends. Layers with mixers are for
+        devices that claim `state_slots`; their caches hold `conv` and `state`, as pages of
+        `FusedMixer`.
         """
         return None
 
-    def fuse_mixture_layer(
-        self, parts: MixtureLayerParts, attention: AttentionBackend
-    ) -> FusedLayer | None:
-        """The same for a layer with a mixture of experts in the place of its MLP."""
-        return None
-
-    def chain_decoder_layers(
-        self, layers: Sequence[FusedLayer], groups: Sequence[int], ropes: Sequence[int]
+    def chain_layers(
+        self, layers: Sequence[FusedLayer], places: Sequence[Sequence[MixingPlace]]
     ) -> FusedLayers | None:
-        """One call for layers that follow each other, all from the two calls above.
+        """One call for layers that follow each other, all from the call above.
 
-        groups, ropes: of each layer, which of a call's plans and angles are its own. Bit for bit
-        the layers' result one by one. None: they are called one by one. Asked at load.
+        places: of each layer, for each of its mixings. None: operator by operator. Asked at load;
+        the result serves every step.
         """
         return None
 

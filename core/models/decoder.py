@@ -10,10 +10,11 @@ from torch import Tensor
 from quire.core.errors import Reason, UnsupportedError
 from quire.core.interface.attention import AttentionBackend
 from quire.core.interface.backend import Device
-from quire.core.interface.fusion import FusedLayers
+from quire.core.interface.fusion import FusedLayers, MixingPlace
 from quire.core.interface.op_specs import OP_SPECS
 from quire.core.interface.ops import PackedLinear
 from quire.core.models.description import ModelDescription
+from quire.core.models.latent_prompts import MixedPlan
 from quire.core.models.layers import DecoderLayer, LayerWeights
 from quire.core.models.rotary import make_position_tables
 from quire.core.models.step_context import StepContext
@@ -88,7 +89,7 @@ class CausalLM:
         out = residual.new_empty((residual.shape[0], *self._attended_shape))
         x = self._ops.rms_norm(residual, self._first_norm, decoder.norm_eps)
         plans = step.plans
-        if self._chain is not None:
+        if self._chain is not None and not any(isinstance(plan, MixedPlan) for plan in plans):
             return self._chain(x, residual, angles, step.caches, plans)
         for layer, cache in zip(self._layers, step.caches, strict=True):
             x = layer.forward(x, residual, angles[layer.rope], cache, plans[layer.group], out)
@@ -119,9 +120,11 @@ class CausalLM:
         known = [one for one in fused if one is not None]
         if len(known) != len(fused):
             return None
-        groups = [layer.group for layer in self._layers]
-        ropes = [layer.rope for layer in self._layers]
-        return self._ops.chain_decoder_layers(known, groups, ropes)
+        places = [
+            [MixingPlace(cache=index, plan=layer.group, angles=layer.rope)]
+            for index, layer in enumerate(self._layers)
+        ]
+        return self._ops.chain_layers(known, places)
 
     def _make_layers(self, weights: DecoderWeights) -> list[DecoderLayer]:
         group_of = {

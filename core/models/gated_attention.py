@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from quire.core.interface.attention import AttentionBackend, AttentionPlan, LayerCache
-from quire.core.interface.ops import Ops
+from quire.core.interface.fusion import HeadParts
+from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.self_attention import HeadWeights
 
@@ -66,3 +67,19 @@ class GatedAttention:
         self._rotary(q, k, angles[0], angles[1], is_interleaved=self._is_interleaved)
         out = self._attend(q, k, v, cache, plan, out)
         return (out * torch.sigmoid(gate)).view(num_tokens, -1)
+
+    def parts(self, output: PackedLinear, num_rotated: int) -> HeadParts:
+        """The same as a part of a whole layer."""
+        return HeadParts(
+            qkv=self._weights.qkv,
+            output=output,
+            num_heads=self._head_counts[0],
+            num_kv_heads=self._head_counts[1],
+            head_size=self._head_size,
+            num_rotated=num_rotated,
+            is_rope_interleaved=self._is_interleaved,
+            eps=self._eps,
+            q_norm=self._weights.q_norm,
+            k_norm=self._weights.k_norm,
+            has_gates=True,
+        )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quire.core.interface.attention import AttentionBackend, AttentionPlan, LayerCache
+from quire.core.interface.fusion import LatentParts
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.latent_prompts import ExpandedStep, MixedPlan, PromptExpansion, pieces_of
@@ -74,6 +75,23 @@ class LatentAttention:
         if isinstance(plan, MixedPlan):
             return self._mixed(query, key, cache, plan, out).view(len(x), -1)
         return self._absorbed(query, key, cache, plan, out).view(len(x), -1)
+
+    def parts(self, output: PackedLinear, num_rotated: int) -> LatentParts:
+        """The same as a part of a whole layer, for steps that are absorbed."""
+        weights = self._weights
+        return LatentParts(
+            q_down=weights.q_down,
+            q_norm=weights.q_norm,
+            q_up=weights.q_up,
+            kv_down=weights.kv_down,
+            kv_norm=weights.kv_norm,
+            key_up=weights.key_up,
+            value_up=weights.value_up,
+            output=output,
+            num_rotated=num_rotated,
+            is_rope_interleaved=self._is_interleaved,
+            eps=self._eps,
+        )
 
     def _queries(self, x: Tensor) -> Tensor:
         weights = self._weights

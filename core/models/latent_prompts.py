@@ -102,6 +102,11 @@ class PromptExpansion(AttentionBackend):
         """Who serves the latent; heads are served by the same device."""
         return self._latent.provider()
 
+    @property
+    def absorbed(self) -> AttentionBackend:
+        """The device's latent attention itself."""
+        return self._latent
+
     @classmethod
     def reasons_against(cls, spec: AttentionSpec) -> list[Reason]:  # noqa: ARG003
         """None: the device was asked for both forms."""

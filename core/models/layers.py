@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from quire.core.interface.attention import AttentionBackend, AttentionPlan, LayerCache
-from quire.core.interface.fusion import DecoderLayerParts, FusedLayer, MixtureLayerParts
+from quire.core.interface.fusion import FusedLayer, FusedLayers, LayerParts, MixingPlace
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.gated_attention import GatedAttention
 from quire.core.models.latent_attention import LatentAttention, LatentWeights
+from quire.core.models.latent_prompts import MixedPlan, PromptExpansion
 from quire.core.models.mixed_rope_attention import MixedRopeAttention
 from quire.core.models.mlp import DenseMlp, DenseWeights, MixtureMlp, MixtureWeights, Mlp
 from quire.core.models.self_attention import (
@@ -45,9 +45,9 @@ class DecoderLayer:
     """
 
     __slots__ = (
-        "_add_rms_norm", "_attention", "_attention_output_norm", "_eps", "_following_norm",
-        "_fused", "_linear", "_mlp", "_mlp_norm", "_mlp_output_norm", "_output", "_rms_norm",
-        "group", "rope",
+        "_add_rms_norm", "_alone", "_attention", "_attention_output_norm", "_eps",
+        "_following_norm", "_fused", "_linear", "_mlp", "_mlp_norm", "_mlp_output_norm", "_output",
+        "_rms_norm", "group", "rope",
     )  # fmt: skip
 
     def __init__(
@@ -76,11 +76,16 @@ class DecoderLayer:
         self._linear = ops.linear
         self._rms_norm = ops.rms_norm
         self._add_rms_norm = ops.add_rms_norm
-        self._fused = _fuse(decoder, weights, following_norm, rope, ops, attention)
+        own = attention.absorbed if isinstance(attention, PromptExpansion) else attention
+        num_rotated = 0 if rope is None else decoder.ropes[rope].rotary_size
+        self._fused = ops.fuse_layer(self._parts(num_rotated), own)
+        self._alone: FusedLayers | None = None
+        if self._fused is not None:
+            self._alone = ops.chain_layers([self._fused], [[MixingPlace(cache=0, plan=0)]])
 
     @property
     def fused(self) -> FusedLayer | None:
-        """The device's one call for the layer, if it has one."""
+        """What the device makes of the whole layer, if it does; not for steps of a `MixedPlan`."""
         return self._fused
 
     def forward(
@@ -97,8 +102,8 @@ class DecoderLayer:
         angles: (cos, sin), float32 [T, F]. May overwrite x and return it. Adds to `residual`
         [T, H], writes to `cache`, and uses `out` [T, Hq, Dv] of the attention as scratch.
         """
-        if self._fused is not None:
-            return self._fused(x, residual, angles, cache, plan)
+        if self._alone is not None and not isinstance(plan, MixedPlan):
+            return self._alone(x, residual, [angles], [cache], [plan])
         x = self._linear(self._attention(x, angles, cache, plan, out), self._output)
         if self._attention_output_norm is not None:
             x = self._rms_norm(x, self._attention_output_norm, self._eps)
@@ -106,6 +111,17 @@ class DecoderLayer:
         if self._mlp_output_norm is not None:
             x = self._rms_norm(x, self._mlp_output_norm, self._eps)
         return self._add_rms_norm(x, residual, self._following_norm, self._eps)
+
+    def _parts(self, num_rotated: int) -> LayerParts:
+        return LayerParts(
+            mixings=[self._attention.parts(self._output, num_rotated)],
+            mlp=self._mlp.parts(),
+            mlp_norm=self._mlp_norm,
+            following_norm=self._following_norm,
+            eps=self._eps,
+            mixing_norm=self._attention_output_norm,
+            mlp_output_norm=self._mlp_output_norm,
+        )
 
 
 def _make_attention(
@@ -134,54 +150,3 @@ def _make_mlp(decoder: DecoderSpec, weights: DenseWeights | MixtureWeights, ops:
         return DenseMlp(decoder.activation, weights, ops)
     assert decoder.mixture is not None
     return MixtureMlp(decoder.mixture, decoder.activation, weights, ops)
-
-
-def _fuse(
-    decoder: DecoderSpec,
-    weights: LayerWeights,
-    following_norm: Tensor,
-    rope: int | None,
-    ops: Ops,
-    attention: AttentionBackend,
-) -> FusedLayer | None:
-    """The device's one call for a layer of plain heads, if it has one."""
-    heads, mlp = weights.attention, weights.mlp
-    if not isinstance(heads, HeadWeights):
-        return None
-    if rope is None or decoder.has_rotated_norm or decoder.has_attention_gate:
-        return None
-    common: dict[str, Any] = {
-        "qkv": heads.qkv,
-        "output": weights.output,
-        "mlp_norm": weights.mlp_norm,
-        "following_norm": following_norm,
-        "num_heads": decoder.num_heads,
-        "num_kv_heads": decoder.num_kv_heads,
-        "head_size": decoder.head_size,
-        "num_rotated": decoder.ropes[rope].rotary_size,
-        "activation": decoder.activation,
-        "eps": decoder.norm_eps,
-        "is_rope_interleaved": decoder.is_rope_interleaved,
-        "attention_output_norm": weights.attention_output_norm,
-        "mlp_output_norm": weights.mlp_output_norm,
-        "q_norm": heads.q_norm,
-        "k_norm": heads.k_norm,
-        "is_qk_norm_joint": decoder.is_qk_norm_joint,
-        "sinks": heads.sinks,
-    }
-    if isinstance(mlp, DenseWeights):
-        dense = DecoderLayerParts(**common, gate_up=mlp.gate_up, down=mlp.down)
-        return ops.fuse_decoder_layer(dense, attention)
-    mixture = decoder.mixture
-    if mixture is None or mixture.weighs_input or mlp.shared_gate is not None:
-        return None
-    parts = MixtureLayerParts(
-        **common,
-        router=mlp.router,
-        routing=mixture.routing,
-        experts=mlp.experts,
-        correction_bias=mlp.correction_bias,
-        shared_gate_up=None if mlp.shared is None else mlp.shared.gate_up,
-        shared_down=None if mlp.shared is None else mlp.shared.down,
-    )
-    return ops.fuse_mixture_layer(parts, attention)

@@ -239,7 +239,9 @@ class WeightBuilder:
         assert latent is not None
         kv_up = self._stack((tensors.kv_up,)).view(self._decoder.num_heads, -1, latent.kv_rank)
         value_size = latent.value_size
-        key_up, value_up = kv_up[:, :-value_size], kv_up[:, -value_size:]
+        # Apart, so that each is read in one run.
+        key_up = kv_up[:, :-value_size].contiguous()
+        value_up = kv_up[:, -value_size:].contiguous()
         self._size_bytes += kv_up.nbytes
         return LatentWeights(
             q_down=None if tensors.q_down is None else self._linear(tensors.q_down),

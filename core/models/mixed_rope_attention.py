@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from quire.core.interface.attention import AttentionBackend, AttentionPlan, LayerCache
-from quire.core.interface.ops import Ops
+from quire.core.interface.fusion import HeadParts
+from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import DecoderSpec
 from quire.core.models.self_attention import HeadWeights
 
@@ -68,3 +69,18 @@ class MixedRopeAttention:
             # In float32: the factors of long texts lie close to each other.
             q = (q * angles[0].unsqueeze(-1)).to(q.dtype)
         return self._attend(q, k, v, cache, plan, out).view(num_tokens, -1)
+
+    def parts(self, output: PackedLinear, num_rotated: int) -> HeadParts:
+        """The same as a part of a whole layer."""
+        return HeadParts(
+            qkv=self._qkv,
+            output=output,
+            num_heads=self._head_counts[0],
+            num_kv_heads=self._head_counts[1],
+            head_size=self._head_size,
+            num_rotated=num_rotated if self._is_rotated else 0,
+            is_rope_interleaved=self._is_interleaved,
+            eps=self._eps,
+            rotated_norm=self._norm if self._is_rotated else None,
+            has_factors=self._uses_temperature,
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.core.interface.experts import PackedExperts, RoutingSpec
+from quire.core.interface.fusion import DenseParts, MixtureParts
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import MixtureSpec
 
@@ -18,6 +19,10 @@ class Mlp(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The result; x is left as it is."""
+        ...
+
+    def parts(self) -> DenseParts | MixtureParts:
+        """The same as a part of a whole layer."""
         ...
 
 
@@ -60,6 +65,10 @@ class DenseMlp:
         inner = self._gated_activation(self._linear(x, self._gate_up), self._activation)
         return self._linear(inner, self._down)
 
+    def parts(self) -> DenseParts:
+        """The same as a part of a whole layer."""
+        return DenseParts(gate_up=self._gate_up, down=self._down, activation=self._activation)
+
 
 class MixtureMlp:
     """The experts that each token chooses, and the one that all share."""
@@ -89,6 +98,19 @@ class MixtureMlp:
         if weights.shared_gate is not None:
             shared = shared * torch.sigmoid(ops.linear(x, weights.shared_gate))
         return out.add_(shared)
+
+    def parts(self) -> MixtureParts:
+        """The same as a part of a whole layer."""
+        weights = self._weights
+        return MixtureParts(
+            router=weights.router,
+            routing=self._routing,
+            experts=weights.experts,
+            weighs_input=self._weighs_input,
+            correction_bias=weights.correction_bias,
+            shared=None if self._shared is None else self._shared.parts(),
+            shared_gate=weights.shared_gate,
+        )
 
 
 def _largest(logits: Tensor, routing: RoutingSpec) -> tuple[Tensor, Tensor]:

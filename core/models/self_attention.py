@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from quire.core.interface.attention import AttentionBackend, AttentionPlan, LayerCache
+from quire.core.interface.fusion import HeadParts, LatentParts
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.models.decoder_spec import DecoderSpec
 
@@ -24,6 +25,13 @@ class SelfAttention(Protocol):
         out: Tensor,
     ) -> Tensor:
         """x [T, H] to all heads' values [T, Hq * Dv]. Writes to `cache`; `out` is scratch."""
+        ...
+
+    def parts(self, output: PackedLinear, num_rotated: int) -> HeadParts | LatentParts:
+        """The same as a part of a whole layer.
+
+        output: the projection that follows. num_rotated: features of a head that `angles` turn.
+        """
         ...
 
 
@@ -86,6 +94,23 @@ class HeadAttention:
         else:
             out = self._attend(q, k, v, cache, plan, out, sinks=self._sinks)
         return out.view(num_tokens, -1)
+
+    def parts(self, output: PackedLinear, num_rotated: int) -> HeadParts:
+        """The same as a part of a whole layer."""
+        return HeadParts(
+            qkv=self._qkv,
+            output=output,
+            num_heads=self._head_counts[0],
+            num_kv_heads=self._head_counts[1],
+            head_size=self._head_size,
+            num_rotated=num_rotated,
+            is_rope_interleaved=self._is_interleaved,
+            eps=self._eps,
+            q_norm=self._q_norm,
+            k_norm=self._k_norm,
+            is_qk_norm_joint=self._is_joint,
+            sinks=self._sinks,
+        )
 
     def _normalised(self, heads: Tensor, weight: Tensor) -> Tensor:
         if self._is_joint:

@@ -8,17 +8,14 @@
 #include <vector>
 
 #include "buffers.h"
-#include "levels.h"
-#include "linear_module.h"
-#include "mixer_module.h"
-#include "mixer_pieces.h"
+#include "mixing.h"
 
 namespace nb = nanobind;
 
 namespace quire {
 namespace {
 
-class FusedDelta {
+class FusedDelta : public Mixing {
  public:
   // tensors: weight and bias of the convolution, a, bias of the time steps, norm; 0 where there is none. sizes: bytes of
   // an element, heads of keys, their size, heads of values, their size, taps.
@@ -29,13 +26,25 @@ class FusedDelta {
     values_ = heads_ * v_size_, convolved_ = 2 * groups_ * size_ + values_;
   }
 
-  // x, out [T, H], contiguous. pages: addresses of the convolution's inputs and of the states, blocks, strides of both.
-  void run(int64_t x, int64_t out, int64_t num_rows, const Sizes& pages, const std::vector<Sizes>& rounds) const {
-    if (pages.size() != 5) throw std::invalid_argument("two pages, and three sizes");
-    int64_t num_covered = 0;
-    const std::vector<Pieces> pieces = pieces_of(rounds, num_rows, pages[2], num_covered);
+  // x, out [T, H], contiguous, of as many rows as the step has.
+  void run_alone(int64_t x, int64_t out, const Rounds& rounds) const {
+    rounds.check(pages_.at(2));
     nb::gil_scoped_release released;
-    Call{*this, chosen_level(), num_rows, pages, pieces, num_covered < num_rows}.run(at<const char>(x), at<char>(out));
+    run({chosen_level(), rounds.num_tokens, nullptr}, rounds, {}, at<const char>(x), at<char>(out));
+  }
+
+  // Addresses of the convolution's inputs and of the states, blocks, strides of both.
+  void bind_pages(const Sizes& pages) {
+    if (pages.size() != 5) throw std::invalid_argument("two pages, and three sizes");
+    pages_ = pages;
+  }
+
+  void check(const StepPart& part) const override { part_as<Rounds>(part).check(pages_.at(2)); }
+  const LinearWeights& first() const override { return in_.weights(); }
+
+  void run(const Turn& turn, const StepPart& part, const Angles&, const char* x, char* out) const override {
+    const Rounds& rounds = part_as<Rounds>(part);
+    Call{*this, turn, pages_, rounds.pieces, rounds.check(pages_[2]) < turn.rows}.run(x, out);
   }
 
  private:
@@ -44,16 +53,16 @@ class FusedDelta {
     float *q, *k, *v, *y, *decay, *beta;
   };
 
-  // One call: the level is chosen once.
+  // One call.
   struct Call {
     const FusedDelta& mixer;
-    const Level level;
-    int64_t rows;
+    const Turn& turn;
     const Sizes& pages;
     const std::vector<Pieces>& rounds;
     bool has_padding;
 
     void run(const char* x, char* out) const {
+      const int64_t rows = turn.rows;
       const int64_t size = mixer.element_size_, width = mixer.in_.weights().num_outputs;
       const int64_t of_all = rows * width * size, of_mixed = rows * mixer.convolved_ * size;
       const int64_t of_opened = rows * mixer.values_ * size, word = sizeof(float);
@@ -66,46 +75,48 @@ class FusedDelta {
       const Numbers n{floats(of_keys),   floats(of_keys),  floats(of_values),
                       floats(of_values), floats(of_heads), floats(of_heads)};
       multiply(mixer.in_, x, all, mixer.in_.weights().num_inputs);
+      announce(turn.team, ahead_of(mixer.out_.weights()));
       if (has_padding) std::memset(mixed, 0, size_t(of_mixed)), std::memset(n.y, 0, size_t(of_values));
       convolve(all, width, mixed);
       const char *gate = all + mixer.convolved_ * size, *betas = gate + mixer.values_ * size;
-      level.layers->associate({mixer.dtype_, mixed, betas, betas + mixer.heads_ * size, numbers(2), numbers(3), n.q, n.k,
+      turn.level.layers->associate({mixer.dtype_, mixed, betas, betas + mixer.heads_ * size, numbers(2), numbers(3), n.q, n.k,
                                n.v, n.decay, n.beta, rows, mixer.groups_, mixer.size_, mixer.heads_, mixer.v_size_, width,
-                               1e-6f});
+                               1e-6f, turn.team});
       recall(n);
-      level.layers->open_heads(
-          {mixer.dtype_, n.y, gate, numbers(4), opened, rows, mixer.heads_, mixer.v_size_, width, mixer.eps_});
+      turn.level.layers->open_heads(
+          {mixer.dtype_, n.y, gate, numbers(4), opened, rows, mixer.heads_, mixer.v_size_, width, mixer.eps_,
+           turn.team});
       multiply(mixer.out_, opened, out, mixer.values_);
     }
 
     const float* numbers(size_t index) const { return at<const float>(mixer.tensors_[index]); }
 
     void multiply(const Linear& by, const char* in, char* out, int64_t stride) const {
-      const LinearWeights& w = by.weights();
-      if (!level.linear->multiply({&w, mixer.dtype_, in, out, rows, stride, w.num_outputs})) throw std::bad_alloc();
+      turn.multiply(by, mixer.dtype_, in, out, stride);
     }
 
     void convolve(const char* x, int64_t stride, char* out) const {
       for (const Pieces& piece : rounds)
-        if (!level.layers->conv({mixer.dtype_, x, at<const void>(mixer.tensors_[0]), at<const void>(mixer.tensors_[1]),
+        if (!turn.level.layers->conv({mixer.dtype_, x, at<const void>(mixer.tensors_[0]), at<const void>(mixer.tensors_[1]),
                                  at<void>(pages[0]), out, piece.with_stride(pages[3]), mixer.convolved_, mixer.taps_, stride,
-                                 true}))
+                                 true, turn.team}))
           throw std::bad_alloc();
     }
 
     void recall(const Numbers& n) const {
       const int64_t keys = mixer.groups_ * mixer.size_;
       for (const Pieces& piece : rounds)
-        if (!level.layers->delta_rule({DType::f32, n.v, {DType::f32, n.q, keys}, {DType::f32, n.k, keys}, n.decay, n.beta,
+        if (!turn.level.layers->delta_rule({DType::f32, n.v, {DType::f32, n.q, keys}, {DType::f32, n.k, keys}, n.decay, n.beta,
                                        at<float>(pages[1]), n.y, piece.with_stride(pages[4]), mixer.heads_, mixer.v_size_,
-                                       mixer.groups_, mixer.size_, mixer.values_, mixer.heads_, mixer.heads_}))
+                                       mixer.groups_, mixer.size_, mixer.values_, mixer.heads_, mixer.heads_,
+                                       turn.team}))
           throw std::bad_alloc();
     }
   };
 
   DType dtype_;
   const Linear &in_, &out_;  // Python keeps them alive
-  Sizes tensors_;
+  Sizes tensors_, pages_ = Sizes(5, 0);
   float eps_;
   int64_t element_size_ = 0, groups_ = 0, size_ = 0, heads_ = 0, v_size_ = 0, taps_ = 0, values_ = 0, convolved_ = 0;
 };
@@ -113,11 +124,12 @@ class FusedDelta {
 }  // namespace
 
 void bind_delta(nb::module_& m) {
-  nb::class_<FusedDelta>(m, "FusedDelta")
+  nb::class_<FusedDelta, Mixing>(m, "FusedDelta")
       .def(nb::init<int, const Linear&, const Linear&, const Sizes&, const Sizes&, float>(), nb::arg("dtype"),
            nb::arg("in_proj"), nb::arg("out_proj"), nb::arg("tensors"), nb::arg("sizes"), nb::arg("eps"),
            nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
-      .def("run", &FusedDelta::run);
+      .def("run", &FusedDelta::run_alone)
+      .def("bind_pages", &FusedDelta::bind_pages);
 }
 
 }  // namespace quire

@@ -60,26 +60,6 @@ float float_of(uint16_t bits) {
   return x;
 }
 
-// To nearest, halves to even.
-uint16_t bfloat16_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-  return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
-
-void add(DType dtype, const char* x, char* sum, int64_t count) {
-  if (dtype == DType::f32) {
-    const float* from = reinterpret_cast<const float*>(x);
-    float* to = reinterpret_cast<float*>(sum);
-    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-  } else {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(x);
-    uint16_t* to = reinterpret_cast<uint16_t*>(sum);
-    for (int64_t i = 0; i < count; ++i) to[i] = bfloat16_of(float_of(to[i]) + float_of(from[i]));
-  }
-}
-
 void require_memory(bool has_memory) {
   if (!has_memory) throw std::bad_alloc();
 }
@@ -129,19 +109,19 @@ void Experts::run(int dtype, uintptr_t x, uintptr_t shares, uintptr_t chosen, ui
 }
 
 Mixture::Mixture(int dtype, const Linear& router, uintptr_t bias, const Experts& experts, const Linear* shared_gate_up,
-                 const Linear* shared_down, int gate, const std::vector<int64_t>& sizes, float scale, bool is_sigmoid,
-                 bool is_renormalised, bool adds_two_best)
+                 const Linear* shared_down, const Linear* shared_gate, int gate, const std::vector<int64_t>& sizes,
+                 float scale, const std::vector<bool>& flags)
     : dtype_(DType(dtype)), router_(router), bias_(at<const float>(bias)), experts_(experts),
-      shared_gate_up_(shared_gate_up), shared_down_(shared_down), gate_(Gate(gate)) {
-  if (sizes.size() != 3) throw std::invalid_argument("three sizes");
+      shared_gate_up_(shared_gate_up), shared_down_(shared_down), shared_gate_(shared_gate), gate_(Gate(gate)) {
+  if (sizes.size() != 3 || flags.size() != 4) throw std::invalid_argument("three sizes and four flags");
   if (dtype_ != DType::f32 && dtype_ != DType::bf16) throw std::invalid_argument("rows are float32 or bfloat16");
   const LinearWeights& w = router.weights();
   if (w.num_outputs != experts.count() || w.num_inputs != experts.hidden_size() || w.format != Format::f32)
     throw std::invalid_argument("the router does not fit the experts");
   routing_.bias = bias_, routing_.num_experts = routing_.logits_stride = experts.count();
   routing_.num_chosen = sizes[0], routing_.num_groups = sizes[1], routing_.num_kept_groups = sizes[2];
-  routing_.scale = scale, routing_.is_sigmoid = is_sigmoid, routing_.is_renormalised = is_renormalised;
-  routing_.adds_two_best = adds_two_best;
+  routing_.scale = scale, routing_.is_sigmoid = flags[0], routing_.is_renormalised = flags[1];
+  routing_.adds_two_best = flags[2], routing_.is_by_logits = weighs_input_ = flags[3];
   if (sizes[0] < 1 || sizes[0] > experts.count() || sizes[1] < 1 || experts.count() % sizes[1] || sizes[2] < 1 ||
       sizes[2] > sizes[1] || sizes[0] > experts.count() / sizes[1] * sizes[2])
     throw std::invalid_argument("so many experts of such groups cannot be chosen");
@@ -176,7 +156,13 @@ void Mixture::share(const Level& level, const char* x, char* out, int64_t rows, 
   announce(team, ahead_of(down));
   level.kernels->gated_activation({dtype_, gate_, both, gated, rows, inner, 2 * inner, inner});
   require_memory(level.linear->multiply({&down, dtype_, gated, sum, rows, inner, hidden, team}));
-  add(dtype_, sum, out, rows * hidden);
+  if (shared_gate_) {
+    Buffers gates(Buffers::padded(rows * size));
+    char* gate = gates.take(rows * size);
+    require_memory(level.linear->multiply({&shared_gate_->weights(), dtype_, x, gate, rows, hidden, 1, team}));
+    level.layers->weigh({dtype_, sum, gate, rows, hidden, 1, true});
+  }
+  level.layers->add({dtype_, sum, out, rows * hidden});
 }
 
 void Mixture::run(const Level& level, const char* x, char* out, int64_t rows, Team* team) const {
@@ -191,6 +177,7 @@ void Mixture::run(const Level& level, const char* x, char* out, int64_t rows, Te
   ExpertArgs a = experts_.arguments();
   a.dtype = dtype_, a.x = x, a.shares = shares, a.chosen = chosen, a.out = out;
   a.tokens = rows, a.num_chosen = k, a.x_stride = a.out_stride = hidden;
+  a.weighs_input = weighs_input_;
   a.team = team;
   require_memory(level.layers->experts(a));
   for (int64_t row = 0; shared_down_ && row < rows; row += ROWS) {
@@ -205,11 +192,11 @@ void bind_experts(nb::module_& m) {
       .def(nb::init<const std::vector<const Linear*>&, const std::vector<const Linear*>&, int, float, float>())
       .def("run", &Experts::run);
   nb::class_<Mixture>(m, "Mixture")
-      .def(nb::init<int, const Linear&, uintptr_t, const Experts&, const Linear*, const Linear*, int,
-                    const std::vector<int64_t>&, float, bool, bool, bool>(),
-           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
-           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>(),
-           nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>());
+      .def(nb::init<int, const Linear&, uintptr_t, const Experts&, const Linear*, const Linear*, const Linear*, int,
+                    const std::vector<int64_t>&, float, const std::vector<bool>&>(),
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
+           nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>());
 }
 
 }  // namespace quire

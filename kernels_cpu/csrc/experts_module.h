@@ -35,10 +35,12 @@ class Experts {
 // A router, the experts that it chooses and the MLP that all tokens share: the kernels of their operators in their order.
 class Mixture {
  public:
-  // router float32 [E, H]; bias float32 [E] or 0; shared: null, or both. sizes: chosen, groups, kept groups.
+  // router float32 [E, H]; bias float32 [E] or 0; shared: null, or both, and perhaps its gate [1, H]. sizes: chosen, groups,
+  // kept groups. flags: scores are sigmoids; shares sum to 1; a group's score is the sum of its two best; shares weigh
+  // inputs, and experts are chosen by logits.
   Mixture(int dtype, const Linear& router, uintptr_t bias, const Experts& experts, const Linear* shared_gate_up,
-          const Linear* shared_down, int gate, const std::vector<int64_t>& sizes, float scale, bool is_sigmoid,
-          bool is_renormalised, bool adds_two_best);
+          const Linear* shared_down, const Linear* shared_gate, int gate, const std::vector<int64_t>& sizes, float scale,
+          const std::vector<bool>& flags);
 
   // x [rows, H] to out [rows, H], both contiguous, of the dtype. Throws std::bad_alloc.
   void run(const Level& level, const char* x, char* out, int64_t rows, Team* team) const;
@@ -51,8 +53,9 @@ class Mixture {
   const Linear& router_;  // Python keeps it and what follows alive
   const float* bias_;
   const Experts& experts_;
-  const Linear *shared_gate_up_, *shared_down_;
+  const Linear *shared_gate_up_, *shared_down_, *shared_gate_;
   Gate gate_;
+  bool weighs_input_;
   RouteArgs routing_{};
 };
 

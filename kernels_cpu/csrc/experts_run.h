@@ -21,6 +21,21 @@ static inline int threads_of(int64_t units, int64_t work) {
 #endif
 }
 
+// `work(i)` for all of `count`, by all threads if `is_much`.
+template <class Work>
+static void by_parts(Team* team, bool is_much, int64_t count, const Work& work) {
+  if (!team) {
+#pragma omp parallel for schedule(static) if (is_much)
+    for (int64_t i = 0; i < count; ++i) work(i);
+    return;
+  }
+  const int sharing = is_much ? team->threads : 1;
+  auto job = [&](int thread) {
+    for (int64_t i = share_of(count, sharing, thread); i < share_of(count, sharing, thread + 1); ++i) work(i);
+  };
+  spread(team, sharing, job);
+}
+
 struct Piece {  // pairs [first, end) of one expert
   int64_t expert, first, end;
 };
@@ -416,8 +431,10 @@ static bool route(const RouteArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < a.tokens; ++t) {
       if (!memory) continue;
-      score_experts(a, a.logits + t * a.logits_stride, scores);
-      for (int64_t e = 0; e < n; ++e) choosing[e] = scores[e] + (a.bias ? a.bias[e] : 0.0f), is_taken[e] = false;
+      const float* logits = a.logits + t * a.logits_stride;
+      score_experts(a, logits, scores);
+      const float* compared = a.is_by_logits ? logits : scores;
+      for (int64_t e = 0; e < n; ++e) choosing[e] = compared[e] + (a.bias ? a.bias[e] : 0.0f), is_taken[e] = false;
       if (a.num_kept_groups < a.num_groups) drop_groups(a, choosing, groups, is_kept, is_taken);
       float sum = 0;
       for (int64_t j = 0; j < a.num_chosen; ++j) {
@@ -433,104 +450,4 @@ static bool route(const RouteArgs& a) {
     __builtin_free(memory);
   }
   return has_memory;
-}
-
-// --- projections of single heads -------------------------------------------------------------------------------------
-
-// ROWS tokens times COLUMNS outputs of one head: dot products along the inputs, each in one order.
-template <class T, int ROWS, int COLUMNS>
-static inline void dot_tile(const HeadLinearArgs& a, const T* x, const T* weight, T* out) {
-  vf sums[ROWS][COLUMNS] = {};
-  for (int64_t i = 0; i < a.num_inputs; i += W) {
-    const int64_t left = a.num_inputs - i;
-    vf columns[COLUMNS];
-#pragma GCC unroll 8
-    for (int n = 0; n < COLUMNS; ++n) columns[n] = load_up_to(weight + n * a.weight_row_stride + i, left);
-#pragma GCC unroll 8
-    for (int m = 0; m < ROWS; ++m) {
-      const vf row = load_up_to(x + m * a.x_token_stride + i, left);
-#pragma GCC unroll 8
-      for (int n = 0; n < COLUMNS; ++n) sums[m][n] += row * columns[n];
-    }
-  }
-  for (int m = 0; m < ROWS; ++m)
-    for (int n = 0; n < COLUMNS; ++n) {
-      const vf sum = splat(sum_of(sums[m][n]));
-      store_part(out + m * a.heads * a.num_outputs + n, sum, 1);
-    }
-}
-
-template <class T, int ROWS>
-static void dot_rows(const HeadLinearArgs& a, const T* x, const T* weight, T* out, int64_t first, int64_t end) {
-  int64_t n = first;
-  for (; n + 4 <= end; n += 4) dot_tile<T, ROWS, 4>(a, x, weight + n * a.weight_row_stride, out + n);
-  for (; n < end; ++n) dot_tile<T, ROWS, 1>(a, x, weight + n * a.weight_row_stride, out + n);
-}
-
-// ROWS tokens times VECS vectors of outputs of one head, whose weights lie with outputs beside one another.
-template <class T, int ROWS, int VECS>
-static inline void outer_tile(const HeadLinearArgs& a, const T* x, const T* weight, T* out, int64_t left) {
-  constexpr int64_t INPUTS = 128;
-  float inputs[ROWS][INPUTS];
-  vf sums[ROWS][VECS] = {};
-  for (int64_t begin = 0; begin < a.num_inputs; begin += INPUTS) {
-    const int64_t count = a.num_inputs - begin < INPUTS ? a.num_inputs - begin : INPUTS;
-    for (int m = 0; m < ROWS; ++m)
-      for (int64_t i = 0; i < count; i += W)
-        store(inputs[m] + i, load_up_to(x + m * a.x_token_stride + begin + i, count - i));
-    for (int64_t i = 0; i < count; ++i) {
-      const T* row = weight + (begin + i) * a.weight_column_stride;
-      vf columns[VECS];
-#pragma GCC unroll 4
-      for (int n = 0; n < VECS; ++n) columns[n] = load_up_to(row + n * W, left - n * W);
-#pragma GCC unroll 4
-      for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-        for (int n = 0; n < VECS; ++n) sums[m][n] = fma_of(splat(inputs[m][i]), columns[n], sums[m][n]);
-    }
-  }
-  for (int m = 0; m < ROWS; ++m)
-    for (int n = 0; n < VECS; ++n) store_up_to(out + m * a.heads * a.num_outputs + n * W, sums[m][n], left - n * W);
-}
-
-template <class T, int ROWS>
-static void outer_rows(const HeadLinearArgs& a, const T* x, const T* weight, T* out, int64_t first, int64_t end) {
-  constexpr int VECS = W == 16 ? 4 : 2;
-  int64_t n = first;
-  for (; n + VECS * W <= end; n += VECS * W) outer_tile<T, ROWS, VECS>(a, x, weight + n, out + n, end - n);
-  for (; n < end; n += W) outer_tile<T, ROWS, 1>(a, x, weight + n, out + n, end - n);
-}
-
-template <class T, int ROWS>
-static void rows_of(const HeadLinearArgs& a, const T* x, const T* weight, T* out, int64_t first, int64_t end) {
-  if (a.weight_column_stride == 1)
-    dot_rows<T, ROWS>(a, x, weight, out, first, end);
-  else
-    outer_rows<T, ROWS>(a, x, weight, out, first, end);
-}
-
-template <class T>
-static void head_linear_of(const HeadLinearArgs& a) {
-  constexpr int64_t STEP = 64;  // outputs of a unit of work
-  const int64_t steps = (a.num_outputs + STEP - 1) / STEP;
-  const int threads = threads_of(a.heads * steps, a.tokens * a.heads * a.num_outputs * a.num_inputs);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t unit = 0; unit < a.heads * steps; ++unit) {
-    const int64_t head = unit / steps, first = unit % steps * STEP;
-    const int64_t end = first + STEP < a.num_outputs ? first + STEP : a.num_outputs;
-    const T* x = static_cast<const T*>(a.x) + head * a.x_head_stride;
-    const T* weight = static_cast<const T*>(a.weight) + head * a.weight_head_stride;
-    T* out = static_cast<T*>(a.out) + head * a.num_outputs;
-    int64_t t = 0;
-    for (; t + 4 <= a.tokens; t += 4)
-      rows_of<T, 4>(a, x + t * a.x_token_stride, weight, out + t * a.heads * a.num_outputs, first, end);
-    for (; t < a.tokens; ++t)
-      rows_of<T, 1>(a, x + t * a.x_token_stride, weight, out + t * a.heads * a.num_outputs, first, end);
-  }
-}
-
-static void head_linear(const HeadLinearArgs& a) {
-  if (a.dtype == DType::f32) return head_linear_of<float>(a);
-  if (a.dtype == DType::bf16) return head_linear_of<bf16>(a);
-  head_linear_of<f16>(a);
 }

@@ -28,10 +28,12 @@ namespace {
 #include "gemm_tiles.h"
 #include "gemm.h"
 #include "experts_run.h"
+#include "heads_run.h"
 #include "recurrence_rows.h"
 #include "recurrence_steps.h"
 #include "recurrence_run.h"
 #include "mixer_run.h"
+#include "between_run.h"
 #include "vocabulary_run.h"
 #include "greedy_run.h"
 }  // namespace
@@ -41,7 +43,7 @@ extern const LayerTable QUIRE_CAT(layers_, QUIRE_ISA);
 const LayerTable QUIRE_CAT(layers_, QUIRE_ISA) = {
     QUIRE_ISA::experts,    QUIRE_ISA::route,       QUIRE_ISA::head_linear, QUIRE_ISA::conv,   QUIRE_ISA::selective_scan,
     QUIRE_ISA::ssd_scan,   QUIRE_ISA::delta_rule,  QUIRE_ISA::soften,      QUIRE_ISA::open_gate,   QUIRE_ISA::associate,
-    QUIRE_ISA::open_heads, QUIRE_ISA::mask_tokens,
+    QUIRE_ISA::open_heads, QUIRE_ISA::add,         QUIRE_ISA::add_wide,    QUIRE_ISA::scale,       QUIRE_ISA::weigh,  QUIRE_ISA::mask_tokens,
     QUIRE_ISA::sample,     QUIRE_ISA::logprobs,    QUIRE_ISA::most_likely,
 };
 }  // namespace quire

@@ -35,16 +35,19 @@ struct RouteArgs {
   int64_t tokens, num_experts, num_chosen, num_groups, num_kept_groups, logits_stride;
   float scale;
   bool is_sigmoid, is_renormalised, adds_two_best;  // the last: a group's score is the sum of its two best
+  bool is_by_logits = false;  // the largest are chosen, by their logits, not by their scores
 };
 
 struct HeadLinearArgs {
   DType dtype;         // of x, weight and out
   const void* x;       // [T, M, K]
   const void* weight;  // [M, N, K]
-  void* out;           // [T, M, N], contiguous
+  void* out;           // [T, M, N]
   int64_t tokens, heads, num_outputs, num_inputs;
   int64_t x_token_stride, x_head_stride, weight_head_stride;
   int64_t weight_row_stride, weight_column_stride;  // of outputs and of inputs; one of them is 1
+  int64_t out_token_stride, out_head_stride;
+  Team* team = nullptr;  // whose leader calls
 };
 
 // --- recurrences -----------------------------------------------------------------------------------------------------
@@ -67,6 +70,7 @@ struct ConvArgs {
   Rows rows;
   int64_t channels, taps, x_stride;
   bool has_silu;
+  Team* team = nullptr;  // whose leader calls; of what follows too
 };
 
 // A matrix of the step whose dtype may differ from x's: [T, groups, size], the last two dense.
@@ -87,6 +91,7 @@ struct SelectiveArgs {
   void* out;        // [T, C]
   Rows rows;
   int64_t channels, size, x_stride, dt_stride;
+  Team* team = nullptr;
 };
 
 struct SsdArgs {
@@ -100,6 +105,7 @@ struct SsdArgs {
   void* out;        // [T, M, P]
   Rows rows;
   int64_t heads, channels, groups, size, x_stride, dt_stride;
+  Team* team = nullptr;
 };
 
 struct DeltaArgs {
@@ -112,6 +118,7 @@ struct DeltaArgs {
   void* out;           // [T, M, Dv]
   Rows rows;
   int64_t heads, v_size, groups, size, v_stride, decay_stride, beta_stride;
+  Team* team = nullptr;
 };
 
 struct SoftenArgs {
@@ -120,6 +127,7 @@ struct SoftenArgs {
   const float* bias;  // [n]
   float* out;         // [rows, n], contiguous: log(1 + exp(x + bias))
   int64_t rows, n, x_stride;
+  Team* team = nullptr;
 };
 
 struct OpenArgs {
@@ -130,6 +138,7 @@ struct OpenArgs {
   int64_t rows, n, groups, gate_stride;
   float eps;
   bool is_norm_first;  // the norm is of y alone, not of y silu(gate)
+  Team* team = nullptr;
 };
 
 // What a delta rule is given, from what was projected and convolved.
@@ -143,6 +152,7 @@ struct AssociateArgs {
   float *decay, *beta;        // [rows, M]: a log(1 + exp(steps + bias)), 1 / (1 + exp(-betas))
   int64_t rows, groups, size, heads, v_size, stride;
   float eps;  // added to the squared length
+  Team* team = nullptr;
 };
 
 struct OpenHeadsArgs {
@@ -153,6 +163,40 @@ struct OpenHeadsArgs {
   void* out;            // [rows, M, Dv]: the RMS norm of each head of y times silu(gate)
   int64_t rows, heads, v_size, gate_stride;
   float eps;
+  Team* team = nullptr;
+};
+
+// --- what stands between the parts of a layer ------------------------------------------------------------------------
+
+struct AddArgs {
+  DType dtype;
+  const void* x;  // [n]
+  void* sum;      // [n], in place
+  int64_t n;
+};
+
+// A residual that is kept wider than what is added to it.
+struct WidenArgs {
+  DType dtype;
+  const void* x;  // [n]
+  float* sum;     // [n], in place
+  void* out;      // [n]: the sum, rounded to the dtype
+  int64_t n;
+};
+
+struct ScaleArgs {
+  DType dtype;
+  void* x;              // [rows, n], in place
+  const float* factor;  // [rows]
+  int64_t rows, n, x_stride, factor_stride;
+};
+
+struct WeighArgs {
+  DType dtype;
+  void* x;           // [rows, n], contiguous, in place: times 1 / (1 + exp(-gate)), rounded to the dtype
+  const void* gate;  // [rows, n], or one of each row
+  int64_t rows, n, gate_stride;
+  bool is_of_row;
 };
 
 // --- vocabulary ------------------------------------------------------------------------------------------------------
@@ -206,6 +250,10 @@ struct LayerTable {  // false: out of memory
   void (*open_gate)(const OpenArgs&);
   void (*associate)(const AssociateArgs&);
   void (*open_heads)(const OpenHeadsArgs&);
+  void (*add)(const AddArgs&);
+  void (*add_wide)(const WidenArgs&);
+  void (*scale)(const ScaleArgs&);
+  void (*weigh)(const WeighArgs&);
   void (*mask)(const MaskArgs&);
   bool (*sample)(const SampleArgs&);
   bool (*logprobs)(const LogprobArgs&);

@@ -62,7 +62,8 @@ void route(uintptr_t logits, uintptr_t bias, uintptr_t weights, uintptr_t ids, c
 void head_linear(int dtype, uintptr_t x, uintptr_t weight, uintptr_t out, const Sizes& sizes) {
   check_count(sizes, 9);
   const HeadLinearArgs a{DType(dtype), at<const void>(x), at<const void>(weight), at<void>(out), sizes[0], sizes[1],
-                         sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8]};
+                         sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8],
+                         sizes[1] * sizes[2], sizes[2]};
   if (sizes[7] != 1 && sizes[8] != 1) throw std::invalid_argument("a head's weight is dense in neither direction");
   call(kernels().head_linear, a);
 }

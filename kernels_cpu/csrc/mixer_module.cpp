@@ -1,6 +1,6 @@
 // A mixer of Mamba or Mamba-2 in one call: projections, convolution, scan and gate in their order.
 // Shapes and dtypes are checked in Python (kernels_cpu/mixer.py); what only the contents can tell, here.
-#include "mixer_module.h"
+#include "mixing.h"
 
 #include <nanobind/stl/vector.h>
 
@@ -11,9 +11,6 @@
 #include <vector>
 
 #include "buffers.h"
-#include "levels.h"
-#include "linear_module.h"
-#include "mixer_pieces.h"
 
 namespace nb = nanobind;
 
@@ -21,7 +18,7 @@ namespace quire {
 namespace {
 
 // Mamba has `x_proj` and `dt_proj`; Mamba-2 has neither.
-class FusedMixer {
+class FusedMixer : public Mixing {
  public:
   // tensors: weight and bias of the convolution, a, d, bias of the time steps, norm after the scan; norms of time steps,
   // B and C; 0 where there is none. sizes: bytes of an element, inner, convolved channels, taps, size of the state, rank
@@ -35,26 +32,38 @@ class FusedMixer {
     rank_ = sizes[5], groups_ = sizes[6];
   }
 
-  // x, out [T, H], contiguous. pages: addresses of the convolution's inputs and of the states, blocks, strides of both.
-  void run(int64_t x, int64_t out, int64_t num_rows, const Sizes& pages, const std::vector<Sizes>& rounds) const {
-    if (pages.size() != 5) throw std::invalid_argument("two pages, and three sizes");
-    int64_t num_covered = 0;
-    const std::vector<Pieces> pieces = pieces_of(rounds, num_rows, pages[2], num_covered);
+  // x, out [T, H], contiguous, of as many rows as the step has.
+  void run_alone(int64_t x, int64_t out, const Rounds& rounds) const {
+    rounds.check(pages_.at(2));
     nb::gil_scoped_release released;
-    Call{*this, chosen_level(), num_rows, pages, pieces, num_covered < num_rows}.run(at<const char>(x), at<char>(out));
+    run({chosen_level(), rounds.num_tokens, nullptr}, rounds, {}, at<const char>(x), at<char>(out));
+  }
+
+  // Addresses of the convolution's inputs and of the states, blocks, strides of both.
+  void bind_pages(const Sizes& pages) {
+    if (pages.size() != 5) throw std::invalid_argument("two pages, and three sizes");
+    pages_ = pages;
+  }
+
+  void check(const StepPart& part) const override { part_as<Rounds>(part).check(pages_.at(2)); }
+  const LinearWeights& first() const override { return in_.weights(); }
+
+  void run(const Turn& turn, const StepPart& part, const Angles&, const char* x, char* out) const override {
+    const Rounds& rounds = part_as<Rounds>(part);
+    Call{*this, turn, pages_, rounds.pieces, rounds.check(pages_[2]) < turn.rows}.run(x, out);
   }
 
  private:
-  // One call: the level is chosen once.
+  // One call.
   struct Call {
     const FusedMixer& mixer;
-    const Level level;
-    int64_t rows;
+    const Turn& turn;
     const Sizes& pages;
     const std::vector<Pieces>& rounds;
     bool has_padding;
 
     void run(const char* x, char* out) const {
+      const int64_t rows = turn.rows;
       const int64_t size = mixer.element_size_, width = mixer.in_.weights().num_outputs;
       const bool is_first = mixer.x_proj_;
       const int64_t of_all = rows * width * size, of_mixed = rows * mixer.convolved_ * size;
@@ -65,6 +74,7 @@ class FusedMixer {
       char *all = buffers.take(of_all), *mixed = buffers.take(of_mixed), *scanned = buffers.take(of_scanned);
       float* times = reinterpret_cast<float*>(buffers.take(of_times));
       multiply(mixer.in_, x, all, mixer.in_.weights().num_inputs);
+      announce(turn.team, ahead_of((mixer.x_proj_ ? *mixer.x_proj_ : mixer.out_).weights()));
       if (has_padding) std::memset(mixed, 0, size_t(of_mixed)), std::memset(scanned, 0, size_t(of_scanned));
       convolve(all + (is_first ? 0 : mixer.inner_ * size), width, mixed);
       if (is_first)
@@ -72,8 +82,8 @@ class FusedMixer {
       else
         scan_heads(all + (mixer.inner_ + mixer.convolved_) * size, width, mixed, times, scanned);
       const char* gate = all + (is_first ? mixer.inner_ * size : 0);
-      level.layers->open_gate({mixer.dtype_, scanned, gate, tensor(5), rows, mixer.inner_,
-                               tensor(5) ? mixer.groups_ : 1, width, mixer.eps_, mixer.is_norm_first_});
+      turn.level.layers->open_gate({mixer.dtype_, scanned, gate, tensor(5), rows, mixer.inner_,
+                               tensor(5) ? mixer.groups_ : 1, width, mixer.eps_, mixer.is_norm_first_, turn.team});
       multiply(mixer.out_, scanned, out, mixer.inner_);
     }
 
@@ -81,20 +91,19 @@ class FusedMixer {
     const float* numbers(size_t index) const { return at<const float>(mixer.tensors_[index]); }
 
     void multiply(const Linear& by, const char* in, char* out, int64_t stride) const {
-      const LinearWeights& w = by.weights();
-      if (!level.linear->multiply({&w, mixer.dtype_, in, out, rows, stride, w.num_outputs})) throw std::bad_alloc();
+      turn.multiply(by, mixer.dtype_, in, out, stride);
     }
 
     void convolve(const char* x, int64_t stride, char* out) const {
       for (const Pieces& piece : rounds)
-        if (!level.layers->conv({mixer.dtype_, x, tensor(0), tensor(1), at<void>(pages[0]), out, piece.with_stride(pages[3]),
-                                 mixer.convolved_, mixer.taps_, stride, true}))
+        if (!turn.level.layers->conv({mixer.dtype_, x, tensor(0), tensor(1), at<void>(pages[0]), out, piece.with_stride(pages[3]),
+                                 mixer.convolved_, mixer.taps_, stride, true, turn.team}))
           throw std::bad_alloc();
     }
 
     // Mamba: time steps, B and C come from the convolved channels.
     void scan_channels(const char* mixed, float* times, char* out) const {
-      const int64_t size = mixer.element_size_, rank = mixer.rank_, state = mixer.state_, width = rank + 2 * state;
+      const int64_t rows = turn.rows, size = mixer.element_size_, rank = mixer.rank_, state = mixer.state_, width = rank + 2 * state;
       Buffers buffers(Buffers::padded(rows * width * size) + Buffers::padded(rows * mixer.inner_ * size));
       char *small = buffers.take(rows * width * size), *steps = buffers.take(rows * mixer.inner_ * size);
       multiply(*mixer.x_proj_, mixed, small, mixer.inner_);
@@ -103,11 +112,12 @@ class FusedMixer {
       norm(b, 7, state, width);
       norm(c, 8, state, width);
       multiply(*mixer.dt_proj_, small, steps, width);
-      level.layers->soften({mixer.dtype_, steps, numbers(4), times, rows, mixer.inner_, mixer.inner_});
+      turn.level.layers->soften({mixer.dtype_, steps, numbers(4), times, rows, mixer.inner_, mixer.inner_, turn.team});
       for (const Pieces& piece : rounds)
-        if (!level.layers->selective_scan({mixer.dtype_, mixed, times, numbers(2), {mixer.dtype_, b, width},
+        if (!turn.level.layers->selective_scan({mixer.dtype_, mixed, times, numbers(2), {mixer.dtype_, b, width},
                                            {mixer.dtype_, c, width}, numbers(3), at<float>(pages[1]), out,
-                                           piece.with_stride(pages[4]), mixer.inner_, state, mixer.inner_, mixer.inner_}))
+                                           piece.with_stride(pages[4]), mixer.inner_, state, mixer.inner_, mixer.inner_,
+                                           turn.team}))
           throw std::bad_alloc();
     }
 
@@ -115,25 +125,25 @@ class FusedMixer {
     void scan_heads(const char* steps, int64_t stride, const char* mixed, float* times, char* out) const {
       const int64_t size = mixer.element_size_, heads = mixer.rank_, state = mixer.state_, convolved = mixer.convolved_;
       const char *b = mixed + mixer.inner_ * size, *c = b + mixer.groups_ * state * size;
-      level.layers->soften({mixer.dtype_, steps, numbers(4), times, rows, heads, stride});
+      turn.level.layers->soften({mixer.dtype_, steps, numbers(4), times, turn.rows, heads, stride, turn.team});
       for (const Pieces& piece : rounds)
-        if (!level.layers->ssd_scan({mixer.dtype_, mixed, times, numbers(2), {mixer.dtype_, b, convolved},
+        if (!turn.level.layers->ssd_scan({mixer.dtype_, mixed, times, numbers(2), {mixer.dtype_, b, convolved},
                                      {mixer.dtype_, c, convolved}, numbers(3), at<float>(pages[1]), out,
                                      piece.with_stride(pages[4]), heads, mixer.inner_ / heads, mixer.groups_, state,
-                                     convolved, heads}))
+                                     convolved, heads, turn.team}))
           throw std::bad_alloc();
     }
 
     void norm(char* x, size_t index, int64_t width, int64_t stride) const {
       if (tensor(index))
-        level.kernels->rms_norm({mixer.dtype_, x, nullptr, tensor(index), x, rows, width, stride, 0, stride, mixer.eps_});
+        turn.level.kernels->rms_norm({mixer.dtype_, x, nullptr, tensor(index), x, turn.rows, width, stride, 0, stride, mixer.eps_});
     }
   };
 
   DType dtype_;
   const Linear &in_, &out_;  // Python keeps them alive
   const Linear *x_proj_, *dt_proj_;
-  Sizes tensors_;
+  Sizes tensors_, pages_ = Sizes(5, 0);
   float eps_;
   bool is_norm_first_;
   int64_t element_size_ = 0, inner_ = 0, convolved_ = 0, taps_ = 0, state_ = 0, rank_ = 0, groups_ = 1;
@@ -142,13 +152,14 @@ class FusedMixer {
 }  // namespace
 
 void bind_mixer(nb::module_& m) {
-  nb::class_<FusedMixer>(m, "FusedMixer")
+  nb::class_<FusedMixer, Mixing>(m, "FusedMixer")
       .def(nb::init<int, const Linear&, const Linear&, const Linear*, const Linear*, const Sizes&, const Sizes&, float,
                     bool>(),
            nb::arg("dtype"), nb::arg("in_proj"), nb::arg("out_proj"), nb::arg("x_proj").none(), nb::arg("dt_proj").none(),
            nb::arg("tensors"), nb::arg("sizes"), nb::arg("eps"), nb::arg("is_norm_first"), nb::keep_alive<1, 3>(),
            nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
-      .def("run", &FusedMixer::run);
+      .def("run", &FusedMixer::run_alone)
+      .def("bind_pages", &FusedMixer::bind_pages);
 }
 
 }  // namespace quire

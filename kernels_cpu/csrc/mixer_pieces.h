@@ -49,15 +49,4 @@ struct Pieces {
   }
 };
 
-// Checked, in their order; `num_covered` is raised by their rows.
-static inline std::vector<Pieces> pieces_of(const std::vector<Sizes>& rounds, int64_t num_rows, int64_t num_blocks,
-                                            int64_t& num_covered) {
-  std::vector<Pieces> pieces;
-  for (const Sizes& round : rounds) {
-    pieces.emplace_back(round);
-    num_covered += pieces.back().check(num_rows, num_blocks);
-  }
-  return pieces;
-}
-
 }  // namespace quire

@@ -33,13 +33,12 @@ static inline vf softplus_of(vf x) {
 
 template <class T>
 static void soften_of(const SoftenArgs& a) {
-#pragma omp parallel for schedule(static) if (a.rows * a.n > PARALLEL_ELEMENTS / 4)
-  for (int64_t row = 0; row < a.rows; ++row) {
+  by_parts(a.team, a.rows * a.n > PARALLEL_ELEMENTS / 4, a.rows, [&](int64_t row) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
     float* out = a.out + row * a.n;
     for (int64_t i = 0; i < a.n; i += W)
       store_up_to(out + i, softplus_of(load_up_to(x + i, a.n - i) + load_up_to(a.bias + i, a.n - i)), a.n - i);
-  }
+  });
 }
 
 static void soften(const SoftenArgs& a) {
@@ -51,8 +50,7 @@ static void soften(const SoftenArgs& a) {
 template <class T>
 static void open_of(const OpenArgs& a) {
   const int64_t width = a.n / a.groups;
-#pragma omp parallel for schedule(static) if (a.rows * a.n > PARALLEL_ELEMENTS / 4)
-  for (int64_t part = 0; part < a.rows * a.groups; ++part) {
+  by_parts(a.team, a.rows * a.n > PARALLEL_ELEMENTS / 4, a.rows * a.groups, [&](int64_t part) {
     const int64_t row = part / a.groups, first = part % a.groups * width;
     T* y = static_cast<T*>(a.y) + row * a.n + first;
     const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + first;
@@ -62,7 +60,7 @@ static void open_of(const OpenArgs& a) {
     };
     if (!weight) {
       for (int64_t i = 0; i < width; i += W) store_up_to(y + i, opened(i), width - i);
-      continue;
+      return;
     }
     vf sum{};
     for (int64_t i = 0; i < width; i += W) {
@@ -72,7 +70,7 @@ static void open_of(const OpenArgs& a) {
     const vf factor = splat(1.0f / __builtin_sqrtf(sum_of(sum) / float(width) + a.eps));
     for (int64_t i = 0; i < width; i += W)
       store_up_to(y + i, opened(i) * factor * load_up_to(weight + i, width - i), width - i);
-  }
+  });
 }
 
 static void open_gate(const OpenArgs& a) {
@@ -97,8 +95,7 @@ template <class T>
 static void associate_of(const AssociateArgs& a) {
   const int64_t keys = a.groups * a.size, values = a.heads * a.v_size;
   const float scale = 1.0f / __builtin_sqrtf(float(a.size));
-#pragma omp parallel for schedule(static) if (a.rows * (keys + values) > PARALLEL_ELEMENTS / 4)
-  for (int64_t row = 0; row < a.rows; ++row) {
+  by_parts(a.team, a.rows * (keys + values) > PARALLEL_ELEMENTS / 4, a.rows, [&](int64_t row) {
     const T* mixed = static_cast<const T*>(a.mixed) + row * (2 * keys + values);
     for (int64_t g = 0; g < a.groups; ++g) {
       lengthen(mixed + g * a.size, a.q + row * keys + g * a.size, a.size, scale, a.eps);
@@ -114,7 +111,7 @@ static void associate_of(const AssociateArgs& a) {
       store_up_to(a.decay + row * a.heads + i, soft * load_up_to(a.a + i, left), left);
       store_up_to(a.beta + row * a.heads + i, sigmoid_of(load_up_to(betas + i, left)), left);
     }
-  }
+  });
 }
 
 static void associate(const AssociateArgs& a) {
@@ -125,8 +122,7 @@ static void associate(const AssociateArgs& a) {
 
 template <class T>
 static void open_heads_of(const OpenHeadsArgs& a) {
-#pragma omp parallel for schedule(static) if (a.rows * a.heads * a.v_size > PARALLEL_ELEMENTS / 4)
-  for (int64_t part = 0; part < a.rows * a.heads; ++part) {
+  by_parts(a.team, a.rows * a.heads * a.v_size > PARALLEL_ELEMENTS / 4, a.rows * a.heads, [&](int64_t part) {
     const int64_t row = part / a.heads, first = part % a.heads * a.v_size, n = a.v_size;
     const float* y = a.y + row * a.heads * n + first;
     const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + first;
@@ -141,7 +137,7 @@ static void open_heads_of(const OpenHeadsArgs& a) {
       const vf normed = load_up_to(y + i, n - i) * factor * load_up_to(a.weight + i, n - i);
       store_up_to(out + i, normed * activate<Gate::silu>(load_up_to(gate + i, n - i)), n - i);
     }
-  }
+  });
 }
 
 static void open_heads(const OpenHeadsArgs& a) {

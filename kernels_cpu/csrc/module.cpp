@@ -10,12 +10,11 @@
 #include <vector>
 
 #include "batch_checks.h"
-#include "decoder_module.h"
 #include "experts_module.h"
 #include "layers_module.h"
 #include "levels.h"
 #include "linear_module.h"
-#include "mixer_module.h"
+#include "mixing.h"
 #include "quantize_module.h"
 
 #if defined(__linux__)
@@ -147,8 +146,11 @@ NB_MODULE(_cpu, m) {
   quire::bind_linear(m);
   quire::bind_layers(m);
   quire::bind_experts(m);
-  quire::bind_decoder(m);
+  quire::bind_mixing(m);
+  quire::bind_attention(m);
+  quire::bind_latent(m);
   quire::bind_mixer(m);
   quire::bind_delta(m);
+  quire::bind_layers_in_one_call(m);
   quire::bind_quantize(m);
 }

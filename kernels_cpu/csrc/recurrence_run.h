@@ -51,17 +51,9 @@ template <class T>
 static bool conv_of(const ConvArgs& a) {
   const int64_t units = (a.channels + W - 1) / W;
   const int threads = threads_of(units, extent_of(a.rows).count * a.channels * (a.taps + 4) * 4);
-  bool has_memory = true;
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : has_memory)
-  {
-    float* memory = static_cast<float*>(__builtin_malloc(size_t(2 * a.taps * W) * sizeof(float)));
-    has_memory = memory != nullptr;
-#pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < units; ++unit)
-      if (memory) conv_lanes<T>(a, unit * W, memory, memory + a.taps * W);
-    __builtin_free(memory);
-  }
-  return has_memory;
+  return in_two_phases(
+      a.team, threads, 0, [](int64_t) {}, units, (units + threads - 1) / threads, 2 * a.taps * W,
+      [&](int64_t unit, float* memory) { conv_lanes<T>(a, unit * W, memory, memory + a.taps * W); });
 }
 
 static bool conv(const ConvArgs& a) {
@@ -149,21 +141,13 @@ static bool selective_of(const SelectiveArgs& a) {
   float* b = static_cast<float*>(__builtin_malloc(size_t(2 * tokens * padded) * sizeof(float)));
   if (!b) return false;
   float* c = b + tokens * padded;
-  bool has_memory = true;
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : has_memory)
-  {
-    float* memory = static_cast<float*>(__builtin_malloc(size_t(2 * padded * W) * sizeof(float)));
-    has_memory = memory != nullptr;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; ++t) {
-      widen_operand(a.b, first_row + t, 1, a.size, padded, b + t * padded);
-      widen_operand(a.c, first_row + t, 1, a.size, padded, c + t * padded);
-    }
-#pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < units; ++unit)
-      if (memory) selective_lanes<T>(a, unit * W, b, c, first_row, padded, memory);
-    __builtin_free(memory);
-  }
+  const auto widen = [&](int64_t t) {
+    widen_operand(a.b, first_row + t, 1, a.size, padded, b + t * padded);
+    widen_operand(a.c, first_row + t, 1, a.size, padded, c + t * padded);
+  };
+  const bool has_memory = in_two_phases(
+      a.team, threads, tokens, widen, units, (units + threads - 1) / threads, 2 * padded * W,
+      [&](int64_t unit, float* memory) { selective_lanes<T>(a, unit * W, b, c, first_row, padded, memory); });
   __builtin_free(b);
   return has_memory;
 }
@@ -247,24 +231,16 @@ static bool ssd_of(const SsdArgs& a) {
   float* b = static_cast<float*>(__builtin_malloc(size_t(2 * tokens * width) * sizeof(float)));
   if (!b) return false;
   float* c = b + tokens * width;
-  bool has_memory = true;
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : has_memory)
-  {
-    const int64_t floats = padded * W + 2 * TIMES * W + TIMES + W;
-    float* memory = static_cast<float*>(__builtin_malloc(size_t(floats) * sizeof(float)));
-    has_memory = memory != nullptr;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; ++t) {
-      widen_operand(a.b, first_row + t, a.groups, a.size, padded, b + t * width);
-      widen_operand(a.c, first_row + t, a.groups, a.size, padded, c + t * width);
-    }
-#pragma omp for schedule(dynamic, grain)
-    for (int64_t unit = 0; unit < units; ++unit)
-      if (memory)
-        ssd_unit<T>(a, unit / blocks / a.heads, unit / blocks % a.heads, unit % blocks * W, b, c, first_row, padded,
-                    memory);
-    __builtin_free(memory);
-  }
+  const auto widen = [&](int64_t t) {
+    widen_operand(a.b, first_row + t, a.groups, a.size, padded, b + t * width);
+    widen_operand(a.c, first_row + t, a.groups, a.size, padded, c + t * width);
+  };
+  const auto scan = [&](int64_t unit, float* memory) {
+    const int64_t part = unit / blocks;
+    ssd_unit<T>(a, part / a.heads, part % a.heads, unit % blocks * W, b, c, first_row, padded, memory);
+  };
+  const int64_t floats = padded * W + 2 * TIMES * W + TIMES + W;
+  const bool has_memory = in_two_phases(a.team, threads, tokens, widen, units, grain, floats, scan);
   __builtin_free(b);
   return has_memory;
 }
@@ -352,25 +328,17 @@ static bool delta_of(const DeltaArgs& a) {
   float* q = static_cast<float*>(__builtin_malloc(size_t(tokens * (2 * width + a.groups)) * sizeof(float)));
   if (!q) return false;
   float *k = q + tokens * width, *dots = k + tokens * width;
-  bool has_memory = true;
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : has_memory)
-  {
-    float* h = static_cast<float*>(__builtin_calloc(size_t(padded * VECS * W), sizeof(float)));
-    has_memory = h != nullptr;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; ++t) {
-      widen_operand(a.q, first_row + t, a.groups, a.size, padded, q + t * width);
-      widen_operand(a.k, first_row + t, a.groups, a.size, padded, k + t * width);
-      for (int64_t g = 0; g < a.groups; ++g)
-        dots[t * a.groups + g] = dot_of(q + t * width + g * padded, k + t * width + g * padded, padded);
-    }
-#pragma omp for schedule(dynamic, grain)
-    for (int64_t unit = 0; unit < units; ++unit)
-      if (h)
-        delta_unit<T, VECS>(a, unit / blocks / a.heads, unit / blocks % a.heads, unit % blocks * VECS * W, q, k, dots,
-                            first_row, padded, h);
-    __builtin_free(h);
-  }
+  const auto widen = [&](int64_t t) {
+    widen_operand(a.q, first_row + t, a.groups, a.size, padded, q + t * width);
+    widen_operand(a.k, first_row + t, a.groups, a.size, padded, k + t * width);
+    for (int64_t g = 0; g < a.groups; ++g)
+      dots[t * a.groups + g] = dot_of(q + t * width + g * padded, k + t * width + g * padded, padded);
+  };
+  const auto recall = [&](int64_t unit, float* h) {
+    const int64_t part = unit / blocks;
+    delta_unit<T, VECS>(a, part / a.heads, part % a.heads, unit % blocks * VECS * W, q, k, dots, first_row, padded, h);
+  };
+  const bool has_memory = in_two_phases(a.team, threads, tokens, widen, units, grain, padded * VECS * W, recall);
   __builtin_free(q);
   return has_memory;
 }

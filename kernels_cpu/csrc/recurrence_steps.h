@@ -63,6 +63,8 @@ static inline int64_t grain_of(const Rows& rows, int64_t units, int threads) {
   return grain > 1 ? grain : 1;
 }
 
+constexpr int64_t FLOATS_AFTER = 1024;  // a state goes through once, front to back: what comes so much later is asked for
+
 // W channels of one sequence; the state has whole vectors.
 template <class T>
 static void selective_step(const SelectiveArgs& a, int64_t sequence, int64_t first, const float* b, const float* c,
@@ -81,6 +83,8 @@ static void selective_step(const SelectiveArgs& a, int64_t sequence, int64_t fir
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
       const int64_t at = i * a.size + n;
+      if (old) __builtin_prefetch(old + at + FLOATS_AFTER, 1);
+      __builtin_prefetch(rates + at + FLOATS_AFTER);
       next[i] = fma_of(exp_of(splat(dt[i]) * load(rates + at)), old ? load(old + at) : vf{}, splat(added[i]) * add);
       store(now + at, next[i]);
     }
@@ -103,16 +107,19 @@ static void ssd_step(const SsdArgs& a, int64_t sequence, int64_t head, int64_t f
   const vf keep = splat(exp_of(splat(dt * a.a[head]))[0]);
   const vf x = load(static_cast<const T*>(a.x) + t * a.x_stride + offset);
   const vf added = x * splat(dt);
+  // Channel after channel, so that memory is one stream; what is asked of them comes from the first cache.
+  for (int i = 0; i < W; ++i) {
+    const vf adds = splat(added[i]);
+    for (int64_t at = i * a.size, n = 0; n < a.size; n += W, at += W) {
+      if (old) __builtin_prefetch(old + at + FLOATS_AFTER, 1);
+      store(now + at, fma_of(keep, old ? load(old + at) : vf{}, adds * load(b + row + n)));
+    }
+  }
   vf sum{};
   for (int64_t n = 0; n < a.size; n += W) {
-    const vf add = load(b + row + n);
     vf next[W];
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      const int64_t at = i * a.size + n;
-      next[i] = fma_of(keep, old ? load(old + at) : vf{}, splat(added[i]) * add);
-      store(now + at, next[i]);
-    }
+    for (int i = 0; i < W; ++i) next[i] = load(now + i * a.size + n);
     sum = sum + asked_of_rows(next, load(c + row + n));
   }
   const vf d = splat(a.d ? a.d[head] : 0.0f);

@@ -269,9 +269,9 @@ static void try_experts() {
   const auto heads = draw(T * 2 * (H / 2 + 1));
   std::vector<float> projected(T * 2 * I);
   layers.head_linear({DType::f32, heads.data(), weight.data(), projected.data(), T, 2, I, H / 2 + 1, 2 * (H / 2 + 1),
-                      H / 2 + 1, I * (H / 2 + 1), H / 2 + 1, 1});
+                      H / 2 + 1, I * (H / 2 + 1), H / 2 + 1, 1, 2 * I, I});
   layers.head_linear({DType::f32, heads.data(), weight.data(), projected.data(), T, 2, I, H / 2 + 1, 2 * (H / 2 + 1),
-                      H / 2 + 1, I * (H / 2 + 1), 1, I});
+                      H / 2 + 1, I * (H / 2 + 1), 1, I, 2 * I, I});
   std::vector<float> weights(T * k), logits = draw(T * E);
   layers.route({logits.data(), nullptr, weights.data(), chosen.data(), T, E, k, 1, 1, E, 1.0f, false, true, false});
 }

@@ -17,6 +17,7 @@ from quire.core.interface import (  # noqa: E402
     AttentionBatch,
     AttentionSpec,
     ExpertWeights,
+    MixingPlace,
     QuantizedExperts,
     QuantizedWeight,
     RoutingSpec,
@@ -25,7 +26,6 @@ from quire.core.models.layers import DecoderLayer, LayerWeights  # noqa: E402
 from quire.core.models.mlp import DenseWeights, MixtureWeights  # noqa: E402
 from quire.core.models.self_attention import HeadWeights  # noqa: E402
 from quire.core.models.weights.quantization import quantize_int8  # noqa: E402
-from quire.kernels_cpu import Step  # noqa: E402
 
 pytestmark = [
     pytest.mark.native,
@@ -403,27 +403,22 @@ def test_fused_layer_rows_that_do_not_match_the_step_are_refused():
         run_one(layer, attention, cache, dtype=torch.float32)
 
 
-def test_step_angles_are_checked_whenever_others_come():
-    """Angles that were checked once vouch for no others, and for no smaller heads."""
-    step = Step(
-        torch.tensor([0, 1], dtype=torch.int32),
-        torch.tensor([1], dtype=torch.int32),
-        torch.zeros((1, 1), dtype=torch.int32),
-        torch.tensor([0]),
-    )
-    cos, sin = torch.ones(1, 8), torch.zeros(1, 8)
-    known = (cos.data_ptr(), sin.data_ptr(), 8, 8)
-    assert step.rotation(cos, sin, 16) == known
-    assert step.rotation(cos, sin, 16) == known
-    with pytest.raises(ValueError, match="8 pairs do not fit"):
-        step.rotation(cos, sin, 8)
-    with pytest.raises(TypeError, match="sin is"):
-        step.rotation(cos, sin.double(), 16)
-    other = torch.ones(2, 8)[1:]
-    assert step.rotation(other, sin, 16)[0] == other.data_ptr()
+@pytest.mark.parametrize(
+    ("angles", "error"),
+    [
+        ((torch.ones(1, 8), torch.zeros(1, 8).double()), "sin is"),
+        ((torch.ones(1, 7), torch.zeros(1, 7)), "7 pairs, expected 8"),
+        ((torch.ones(2, 8), torch.zeros(2, 8)), "cos has the shape"),
+    ],
+)
+def test_angles_that_do_not_fit_are_refused(angles, error):
+    """A row of angles for each token, as many as the layer rotates."""
+    layer, attention = make_layer(CpuOps, BASE)
+    with pytest.raises((ValueError, TypeError), match=error):
+        run_one(layer, attention, attention.allocate(1), angles=angles)
 
 
-def run_one(layer, attention, cache, *, slot=0, rows=1, dtype=torch.bfloat16):
+def run_one(layer, attention, cache, *, slot=0, rows=1, dtype=torch.bfloat16, angles=None):
     """One token of one request."""
     batch = AttentionBatch(
         query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
@@ -439,7 +434,7 @@ def run_one(layer, attention, cache, *, slot=0, rows=1, dtype=torch.bfloat16):
     )
     x = torch.ones(rows, BASE["hidden"], dtype=dtype)
     out = x.new_empty((1, BASE["heads"], BASE["head_size"]))
-    angles = (torch.ones(1, BASE["pairs"]), torch.zeros(1, BASE["pairs"]))
+    angles = angles or (torch.ones(1, BASE["pairs"]), torch.zeros(1, BASE["pairs"]))
     return layer.forward(x, x.clone(), angles, cache, attention.plan(batch), out)
 
 
@@ -466,9 +461,10 @@ def test_chained_layers_have_the_bits_of_layers_one_by_one(precision, steps):
     p = BASE | sizes | {"precision": precision, "steps": steps}
     layers = [make_layer(CpuOps, p | {"seed": seed}) for seed in range(3)]
     plain = [make_layer(OneByOne, p | {"seed": seed}) for seed in range(3)]
-    chain = CpuOps().chain_decoder_layers(
-        [layer.fused for layer, _ in layers], [0, 0, 0], [0, 1, 0]
-    )
+    places = [
+        [MixingPlace(cache=index, plan=0, angles=rope)] for index, rope in enumerate([0, 1, 0])
+    ]
+    chain = CpuOps().chain_layers([layer.fused for layer, _ in layers], places)
 
     def chained(x, residual, angles, caches, plans):
         return chain(x, residual, angles, caches, plans[:1])
@@ -488,5 +484,23 @@ def test_chained_layers_have_the_bits_of_layers_one_by_one(precision, steps):
 def test_layers_of_another_device_are_not_chained():
     """A layer that the kernels did not fuse is called on its own."""
     (layer, _) = make_layer(CpuOps, BASE)
-    strange = lambda x, residual, angles, cache, plan: x  # noqa: E731
-    assert CpuOps().chain_decoder_layers([layer.fused, strange], [0, 0], [0, 0]) is None
+    places = [[MixingPlace(cache=index, plan=0)] for index in range(2)]
+    assert CpuOps().chain_layers([layer.fused, object()], places) is None
+
+
+def test_layers_that_share_angles_of_other_sizes_are_refused():
+    """One rope has angles of one size."""
+    layers = [make_layer(CpuOps, BASE | {"pairs": pairs})[0].fused for pairs in (8, 4)]
+    places = [[MixingPlace(cache=index, plan=0)] for index in range(2)]
+    with pytest.raises(ValueError, match="rope 0"):
+        CpuOps().chain_layers(layers, places)
+
+
+def test_step_of_a_mixer_is_refused_by_attention():
+    """Rounds of states say nothing of keys."""
+    layer, attention = make_layer(CpuOps, BASE)
+    chain = CpuOps().chain_layers([layer.fused], [[MixingPlace(cache=0, plan=0)]])
+    x = torch.ones(1, BASE["hidden"], dtype=torch.bfloat16)
+    angles = [(torch.ones(1, BASE["pairs"]), torch.zeros(1, BASE["pairs"]))]
+    with pytest.raises(ValueError, match="mixer"):
+        chain(x, x.clone(), angles, [attention.allocate(1)], [[]])

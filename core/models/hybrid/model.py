@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quire.core.interface.attention import AttentionBackend, AttentionPlan, LayerCache
 from quire.core.interface.backend import Device
+from quire.core.interface.fusion import FusedLayer, FusedLayers, LayerParts, Mixing, MixingPlace
 from quire.core.interface.op_specs import OP_SPECS
 from quire.core.interface.ops import PackedLinear
 from quire.core.models.description import ModelDescription
@@ -103,6 +104,7 @@ class HybridModel:
         ]
         self.weight_bytes = weights.size_bytes + sum(rope.size_bytes for rope in self._ropes)
         self._layers = [self._make_layer(index) for index in range(len(weights.layers))]
+        self._chain = self._make_chain()
 
     def forward(self, step: StepContext) -> Tensor:
         """Runs the T tokens of a step; hidden states [T, H], final norm applied.
@@ -115,8 +117,10 @@ class HybridModel:
             residual *= decoder.embedding_scale
         shared = self._start(step, residual)
         x = ops.rms_norm(residual, weights.layers[0].input_norm, decoder.norm_eps)
-        following = [layer.input_norm for layer in weights.layers[1:]] + [weights.final_norm]
-        for layer, norm in zip(self._layers, following, strict=True):
+        if self._chain is not None:
+            rounds = [one.pieces for one in shared.rounds]
+            return self._chain(x, residual, [shared.angles], step.caches, [shared.keys, rounds])
+        for layer, norm in zip(self._layers, self._following_norms, strict=True):
             mixed = self._mix(layer, x, step.caches, shared)
             x = ops.add_rms_norm(mixed, residual, layer.weights.mlp_norm, decoder.norm_eps)
             x = ops.add_rms_norm(layer.mlp(x), residual, norm, decoder.norm_eps)
@@ -163,6 +167,50 @@ class HybridModel:
         attended = layer.attention(x, step.angles, cache, step.keys, step.out)
         attended = self._ops.linear(attended, layer.weights.output)
         return attended if mixed is None else mixed + attended
+
+    @property
+    def _following_norms(self) -> list[Tensor]:
+        """Of each layer: the first norm of the next one, or the last of the model."""
+        weights = self._weights
+        return [layer.input_norm for layer in weights.layers[1:]] + [weights.final_norm]
+
+    def _make_chain(self) -> FusedLayers | None:
+        """The device's one call for all layers, if it has one."""
+        if not self._scans_in_pages:
+            return None
+        following = self._following_norms
+        fused = [
+            self._fuse(layer, norm) for layer, norm in zip(self._layers, following, strict=True)
+        ]
+        known = [one for one in fused if one is not None]
+        if len(known) != len(fused):
+            return None
+        return self._ops.chain_layers(known, [self._places(layer) for layer in self._layers])
+
+    def _fuse(self, layer: _Layer, following_norm: Tensor) -> FusedLayer | None:
+        mixings: list[Mixing] = []
+        if layer.mixer is not None:
+            mixings.append(layer.mixer.parts())
+        if layer.attention is not None and layer.weights.output is not None:
+            rope = self._spec.decoder.ropes[0].rotary_size if self._spec.has_rope else 0
+            mixings.append(layer.attention.parts(layer.weights.output, rope))
+        parts = LayerParts(
+            mixings=mixings,
+            mlp=layer.mlp.parts(),
+            mlp_norm=layer.weights.mlp_norm,
+            following_norm=following_norm,
+            eps=self._spec.decoder.norm_eps,
+        )
+        return self._ops.fuse_layer(parts, self.attention_backends[0])
+
+    def _places(self, layer: _Layer) -> list[MixingPlace]:
+        """As `_fuse` has the mixings: keys and values are the first group, states the second."""
+        places = []
+        if layer.mixer is not None:
+            places.append(MixingPlace(cache=layer.state_index, plan=1))
+        if layer.attention is not None:
+            places.append(MixingPlace(cache=layer.keys_index, plan=0))
+        return places
 
     def _make_layer(self, index: int) -> _Layer:
         spec, weights = self._spec, self._weights.layers[index]

@@ -44,9 +44,10 @@ class DeltaMixer(Mixer):
         self._length_eps = _EPS / size
         self._k_scale = torch.full_like(weights.norm[:1], size**-0.5).expand(size).contiguous()
         self._q_scale = self._k_scale * size**-0.5
-        self._fused = ops.fuse_delta_mixer(self._parts()) if scans_in_pages else None
+        self._fused = ops.fuse_delta_mixer(self.parts()) if scans_in_pages else None
 
-    def _parts(self) -> DeltaMixerParts:
+    def parts(self) -> DeltaMixerParts:
+        """The same as a part of a whole layer."""
         spec, weights = self._spec, self._weights
         return DeltaMixerParts(
             in_proj=weights.in_proj,

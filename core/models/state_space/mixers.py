@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quire.core.interface.attention import LayerCache
 from quire.core.interface.backend import Device
-from quire.core.interface.fusion import FusedMixer, MixerParts
+from quire.core.interface.fusion import DeltaMixerParts, FusedMixer, MixerParts
 from quire.core.interface.ops import Ops, PackedLinear
 from quire.core.interface.recurrence import Sequences
 from quire.core.models.state_space.rounds import Round
@@ -87,6 +87,10 @@ class Mixer(ABC):
         return self._scan(projected, states[0], states[1], sequences)
 
     @abstractmethod
+    def parts(self) -> MixerParts | DeltaMixerParts:
+        """The same as a part of a whole layer."""
+
+    @abstractmethod
     def _scan(self, projected: Tensor, conv: Tensor, state: Tensor, sequences: Sequences) -> Tensor:
         """Rows [n, C] for the last projection; overwrites the states of the sequences."""
 
@@ -106,9 +110,10 @@ class _StateSpaceMixer(Mixer):
         super().__init__(weights, ops, scans_in_pages=scans_in_pages)
         self._spec = spec
         self._weights = weights
-        self._fused = ops.fuse_mixer(self._parts()) if scans_in_pages else None
+        self._fused = ops.fuse_mixer(self.parts()) if scans_in_pages else None
 
-    def _parts(self) -> MixerParts:
+    def parts(self) -> MixerParts:
+        """The same as a part of a whole layer."""
         spec, weights = self._spec, self._weights
         return MixerParts(
             in_proj=weights.in_proj,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quire.core.interface.attention import AttentionBackend
 from quire.core.interface.backend import Device
+from quire.core.interface.fusion import FusedLayers, LayerParts, MixingPlace
 from quire.core.interface.op_specs import OP_SPECS
 from quire.core.interface.ops import PackedLinear
 from quire.core.models.description import ModelDescription
@@ -60,6 +61,7 @@ class StateSpaceModel:
         self._mixers = [
             make_mixer(spec, mixer, ops, scans_in_pages=in_pages) for mixer in weights.mixers
         ]
+        self._chain = self._make_chain() if in_pages else None
 
     def forward(self, step: StepContext) -> Tensor:
         """Runs the T tokens of a step; hidden states [T, H], final norm applied.
@@ -73,6 +75,9 @@ class StateSpaceModel:
         dtype = residual.dtype
         if self._spec.keeps_residual_in_float32:
             residual = residual.float()
+        if self._chain is not None:
+            x = self._norm(residual, self._weights.norms[0], dtype)
+            return self._chain(x, residual, [], step.caches, [[one.pieces for one in rounds]])
         for mixer, norm, cache in zip(self._mixers, self._weights.norms, step.caches, strict=False):
             residual = residual + mixer(self._norm(residual, norm, dtype), cache, rounds)
         return self._norm(residual, self._weights.norms[-1], dtype)
@@ -85,6 +90,28 @@ class StateSpaceModel:
         """Who serves each operator."""
         names = [spec.name for spec in OP_SPECS if spec.name in self.description.ops]
         return {name: self._ops.provider(name) for name in names}
+
+    def _make_chain(self) -> FusedLayers | None:
+        """The device's one call for all layers, if it has one."""
+        fused = [
+            self._ops.fuse_layer(
+                LayerParts(
+                    mixings=[mixer.parts()],
+                    mlp=None,
+                    mlp_norm=None,
+                    following_norm=norm,
+                    eps=self._spec.norm_eps,
+                    is_residual_wide=self._spec.keeps_residual_in_float32,
+                ),
+                None,
+            )
+            for mixer, norm in zip(self._mixers, self._weights.norms[1:], strict=True)
+        ]
+        known = [one for one in fused if one is not None]
+        if len(known) != len(fused):
+            return None
+        places = [[MixingPlace(cache=index, plan=0)] for index in range(len(known))]
+        return self._ops.chain_layers(known, places)
 
     def _norm(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return self._ops.rms_norm(x.to(dtype), weight, self._spec.norm_eps)
