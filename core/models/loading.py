@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +48,8 @@ from quire.core.models.weights.quantization_spec import (
 from quire.core.models.weights.quantized_files import (
     QuantizedFiles,
     move_quantized,
+    move_rows,
+    read_codes,
     stack_quantized,
 )
 from quire.core.models.weights.staging import Staging
@@ -232,6 +235,10 @@ class WeightBuilder:
     def _gated(self, linear: LinearTensors) -> PackedLinear:
         """Queries, keys and values, and the gates after them."""
         bias = gates_last(self._decoder, self._stack(linear.biases)) if linear.biases else None
+        stored = self._stored_codes(linear.weights)
+        if stored is not None:
+            moved = move_rows(stored, partial(gates_last, self._decoder))
+            return self._pack_codes(moved, bias)
         return self._pack(gates_last(self._decoder, self._stack(linear.weights)), bias)
 
     def _latent(self, tensors: LatentTensors) -> LatentWeights:
@@ -360,19 +367,18 @@ class WeightBuilder:
         bias = self._stack(linear.biases) if linear.biases else None
         stored = self._stored_codes(linear.weights)
         if stored is not None:
-            packed = self._ops.pack_quantized_linear(stored, bias, self._description.dtype)
-            self._size_bytes += packed.size_bytes
-            return packed
+            return self._pack_codes(stored, bias)
         return self._pack(self._stack(linear.weights), bias, is_head=is_head)
+
+    def _pack_codes(self, codes: QuantizedWeight, bias: Tensor | None) -> PackedLinear:
+        packed = self._ops.pack_quantized_linear(codes, bias, self._description.dtype)
+        self._size_bytes += packed.size_bytes
+        return packed
 
     def _stored_codes(self, parts: tuple[TensorShape, ...]) -> QuantizedWeight | None:
         """A layer as a quantized checkpoint has it, if the device multiplies by such codes."""
-        formats = self._kept_formats
-        if not formats or not isinstance(self._source, CheckpointFiles):
-            return None
-        found = [self._source.read_quantized(part, formats) for part in parts]
-        codes = [weight for weight in found if weight is not None]
-        stacked = stack_quantized(codes) if len(codes) == len(parts) else None
+        codes = read_codes(self._source, parts, self._kept_formats)
+        stacked = None if codes is None else stack_quantized(codes)
         return None if stacked is None else move_quantized(stacked, str(self._device))
 
     def _pack(self, weight: Tensor, bias: Tensor | None, *, is_head: bool = False) -> PackedLinear:

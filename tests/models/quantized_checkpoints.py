@@ -120,12 +120,15 @@ def quantize_checkpoint(
     plain: Path,
     settings: dict[str, object],
     encode: Callable[[Tensor], tuple[Parts, Tensor]],
+    plain_names: tuple[str, ...] = (),
 ) -> None:
     """Rewrites the model in `directory`, and the one in `plain` with the numbers that are meant."""
     tensors = load_file(directory / "model.safetensors")
     stored, meant = dict(tensors), dict(tensors)
     for name, weight in tensors.items():
         if weight.dim() != 2 or "embed" in name or "lm_head" in name or "mlp.gate." in name:
+            continue
+        if not name.endswith(".weight") or any(part in name for part in plain_names):
             continue
         parts, meant[name] = encode(weight)
         del stored[name]

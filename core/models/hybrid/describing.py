@@ -17,9 +17,9 @@ from quire.core.models.model_config import (
     eos_token_ids_of,
     load_config,
     read_json,
-    refuse_quantized,
 )
 from quire.core.models.state_space.describing import spec_of_pages
+from quire.core.models.weights.checkpoint_quantization import parse_checkpoint_quantization
 
 _BLOCK_SIZE = 16
 
@@ -35,7 +35,7 @@ def read_hybrid(directory: Path) -> HybridSpec:
     Raises: CheckpointError, UnsupportedError.
     """
     raw = read_json(directory / "config.json")
-    refuse_quantized(raw, directory)
+    parse_checkpoint_quantization(raw, directory)  # raises what cannot be read
     architecture = next(name for name in raw["architectures"] if name in FAMILIES)
     try:
         return FAMILIES[architecture](load_config(directory))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quire.core.interface.backend import Device
+from quire.core.interface.quantization import QuantizedWeight
 from quire.core.interface.worker import WorkerConfig
 from quire.core.models.decoder import make_attention_backends
 from quire.core.models.description import ModelDescription
@@ -22,7 +23,7 @@ from quire.core.models.mlp import DenseWeights, MixtureWeights
 from quire.core.models.self_attention import HeadWeights
 from quire.core.models.state_space.delta_mixer import DeltaWeights
 from quire.core.models.state_space.delta_spec import DeltaSpec
-from quire.core.models.state_space.loading import MixerBuilder, mixer_inputs
+from quire.core.models.state_space.loading import MixerBuilder, mixer_inputs, open_files
 from quire.core.models.state_space.mixer_spec import MixerSpec
 from quire.core.models.state_space.mixers import MixerWeights
 from quire.core.models.state_space.spec import StateSpaceSpec
@@ -31,6 +32,7 @@ from quire.core.models.weights.checkpoint_files import CheckpointFiles
 from quire.core.models.weights.dummy_weights import DummyWeights
 from quire.core.models.weights.quantization import linear_inputs
 from quire.core.models.weights.quantization_spec import check_group_size, parse_quantization
+from quire.core.models.weights.quantized_files import read_codes
 from quire.core.models.weights.weight_layout import (
     DenseTensors,
     HeadTensors,
@@ -113,7 +115,7 @@ def _open_files(directory: Path, spec: HybridSpec) -> CheckpointFiles:
         ignored.append(name)
         return None
 
-    files = CheckpointFiles(directory, rename)
+    files = open_files(directory, rename)
     if ignored:
         _LOG.warning(
             "%s: %d tensors under %s are left out: no text depends on them",
@@ -152,6 +154,16 @@ class ScaledWeights:
             self._source.read_into(tensor, target)
         else:
             target.copy_(self.read(tensor))
+
+    def read_quantized(
+        self, tensor: TensorShape, formats: Collection[str]
+    ) -> QuantizedWeight | None:
+        """One in codes, whose scales are multiplied; None: it has none."""
+        codes = read_codes(self._source, (tensor,), formats)
+        scale = self._scale_of(tensor)
+        if codes is None or scale is None:
+            return None if codes is None else codes[0]
+        return replace(codes[0], scales=codes[0].scales.float() * scale)
 
     def _scale_of(self, tensor: TensorShape) -> Tensor | None:
         """One number, or one for each row."""

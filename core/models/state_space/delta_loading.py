@@ -11,6 +11,16 @@ from quire.core.models.state_space.delta_spec import DeltaSpec
 from quire.core.models.weights.weight_layout import TensorShape
 
 
+def projection_parts(
+    spec: DeltaSpec, tensors: Mapping[str, TensorShape]
+) -> tuple[TensorShape, ...]:
+    """The tensors that `read_projection` reads."""
+    names: tuple[str, ...] = ("in_proj_qkvz", "in_proj_ba")
+    if not spec.is_grouped:
+        names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+    return tuple(tensors[f"{name}.weight"] for name in names)
+
+
 def read_projection(
     spec: DeltaSpec, tensors: Mapping[str, TensorShape], read: Callable[[TensorShape], Tensor]
 ) -> Tensor:
@@ -18,16 +28,16 @@ def read_projection(
 
     `tensors`: of one mixer; `read`: one of them.
     """
+    parts = projection_parts(spec, tensors)
     if not spec.is_grouped:
-        names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-        return torch.cat([read(tensors[f"{name}.weight"]) for name in names])
+        return torch.cat([read(part) for part in parts])
     groups, share = spec.num_key_heads, spec.num_value_heads // spec.num_key_heads
     values = share * spec.value_size
     sizes = (spec.key_size, spec.key_size, values, values)
     return torch.cat(
         [
-            *_by_kind(read(tensors["in_proj_qkvz.weight"]), groups, sizes),
-            *_by_kind(read(tensors["in_proj_ba.weight"]), groups, (share, share)),
+            *_by_kind(read(parts[0]), groups, sizes),
+            *_by_kind(read(parts[1]), groups, (share, share)),
         ]
     )
 

@@ -14,9 +14,9 @@ from quire.core.models.model_config import (
     eos_token_ids_of,
     load_config,
     read_json,
-    refuse_quantized,
 )
 from quire.core.models.state_space.spec import ARCHITECTURES, StateSpaceTensors, read_spec
+from quire.core.models.weights.checkpoint_quantization import parse_checkpoint_quantization
 
 _MAX_LEN = 32768
 """For models whose states know no length."""
@@ -36,7 +36,7 @@ def describe_state_space(directory: Path) -> ModelDescription:
 
     Raises: CheckpointError, UnsupportedError.
     """
-    refuse_quantized(read_json(directory / "config.json"), directory)
+    parse_checkpoint_quantization(read_json(directory / "config.json"), directory)  # raises
     config = load_config(directory)
     spec, dtype = read_spec(config), dtype_of(config)
     group = AttentionGroup(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from quire.core.interface.backend import Device
 from quire.core.interface.ops import PackedLinear
+from quire.core.interface.quantization import QuantizedWeight
 from quire.core.interface.worker import WorkerConfig
 from quire.core.models.loading import WeightSource
-from quire.core.models.model_config import load_config
-from quire.core.models.state_space.delta_loading import read_projection
+from quire.core.models.model_config import load_config, read_json
+from quire.core.models.state_space.delta_loading import projection_parts, read_projection
 from quire.core.models.state_space.delta_mixer import DeltaWeights
 from quire.core.models.state_space.delta_spec import DeltaSpec
 from quire.core.models.state_space.describing import describe_state_space
@@ -27,12 +28,18 @@ from quire.core.models.state_space.spec import (
 )
 from quire.core.models.transformers_adapter.pages import OwnPages
 from quire.core.models.weights.checkpoint_files import CheckpointFiles
+from quire.core.models.weights.checkpoint_quantization import parse_checkpoint_quantization
 from quire.core.models.weights.dummy_weights import DummyWeights
 from quire.core.models.weights.quantization import quantize
 from quire.core.models.weights.quantization_spec import (
     QuantizationSpec,
     check_group_size,
     parse_quantization,
+)
+from quire.core.models.weights.quantized_files import (
+    QuantizedFiles,
+    move_quantized,
+    read_codes,
 )
 from quire.core.models.weights.weight_layout import TensorShape
 
@@ -69,9 +76,17 @@ def _open(
 ) -> WeightSource:
     if config.load_format == "dummy":
         return DummyWeights(config.seed, norm_offset=0.0)
-    files = CheckpointFiles(directory, _rename)
+    files = open_files(directory, _rename)
     files.check(tensors, may_have=(tensors.lm_head.name,) if spec.has_tied_embeddings else ())
     return files
+
+
+def open_files(directory: Path, rename: Callable[[str], str | None]) -> CheckpointFiles:
+    """A checkpoint's files, whose weights may be stored quantized. Raises: CheckpointError."""
+    stored = parse_checkpoint_quantization(read_json(directory / "config.json"), directory)
+    if stored is None:
+        return CheckpointFiles(directory, rename)
+    return QuantizedFiles(directory, rename, stored)
 
 
 def _rename(name: str) -> str | None:
@@ -103,6 +118,8 @@ class MixerBuilder:
     ) -> None:
         self._source = source
         self._quantization = quantization
+        claimed = device.capabilities.quantizations
+        self._kept_formats = claimed if quantization is None else frozenset[str]()
         self._dtype_name = dtype
         self._ops = device.ops()
         self._device = device.torch_device
@@ -154,7 +171,7 @@ class MixerBuilder:
     def delta_mixer(self, tensors: dict[str, TensorShape], spec: DeltaSpec) -> DeltaWeights:
         """The weights of one gated delta net, its first projection in one piece."""
         return DeltaWeights(
-            in_proj=self._pack(read_projection(spec, tensors, self._cast)),
+            in_proj=self._delta_projection(tensors, spec),
             conv=self._read(tensors["conv1d.weight"]).squeeze(1),
             conv_bias=None,
             out_proj=self._linear(tensors, "out_proj"),
@@ -168,9 +185,33 @@ class MixerBuilder:
         return dt, b, c
 
     def _linear(self, tensors: dict[str, TensorShape], name: str) -> PackedLinear:
-        bias = tensors.get(f"{name}.bias")
-        weight = self._cast(tensors[f"{name}.weight"])
-        return self._pack(weight, None if bias is None else self._read(bias))
+        tensor, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+        read = None if bias is None else self._read(bias)
+        codes = read_codes(self._source, (tensor,), self._kept_formats)
+        if codes is not None:
+            return self._pack_codes(codes[0], read)
+        return self._pack(self._cast(tensor), read)
+
+    def _delta_projection(self, tensors: dict[str, TensorShape], spec: DeltaSpec) -> PackedLinear:
+        """In codes if all its parts are in codes that are alike."""
+        parts = projection_parts(spec, tensors)
+        codes = read_codes(self._source, parts, self._kept_formats)
+        if codes is None:
+            return self._pack(read_projection(spec, tensors, self._cast))
+        by_name = {part.name: weight for part, weight in zip(parts, codes, strict=True)}
+
+        def rows(field: str) -> Tensor:
+            return read_projection(spec, tensors, lambda part: getattr(by_name[part.name], field))
+
+        zeros = None if codes[0].zeros is None else rows("zeros")
+        whole = replace(codes[0], codes=rows("codes"), scales=rows("scales"), zeros=zeros)
+        return self._pack_codes(whole, None)
+
+    def _pack_codes(self, codes: QuantizedWeight, bias: Tensor | None) -> PackedLinear:
+        moved = move_quantized(codes, str(self._device))
+        packed = self._ops.pack_quantized_linear(moved, bias, self._dtype_name)
+        self._size_bytes += packed.size_bytes
+        return packed
 
     def _wide(
         self, tensors: dict[str, TensorShape], name: str, *, has_bias: bool = True

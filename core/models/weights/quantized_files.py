@@ -6,9 +6,10 @@ activations) or the device does not take it, into float32. Source: as `checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -248,9 +249,42 @@ def _widen(codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor) -> Tens
     return (codes - zeros[:, groups]).float() * scales[:, groups].float()
 
 
-def stack_quantized(parts: list[QuantizedWeight]) -> QuantizedWeight | None:
-    """Weights below one another; None: they differ in more than their rows."""
-    first = parts[0]
+@runtime_checkable
+class CodedSource(Protocol):
+    """A source of tensors that may have some in codes."""
+
+    def read_quantized(
+        self, tensor: TensorShape, formats: Collection[str]
+    ) -> QuantizedWeight | None:
+        """One weight in one of the formats; None: it is to be read as numbers."""
+        ...
+
+
+def read_codes(
+    source: object, parts: Sequence[TensorShape], formats: Collection[str]
+) -> list[QuantizedWeight] | None:
+    """Parts of one product as a source has them, alike but for their rows; None: not all in codes.
+
+    formats: what the device multiplies by.
+    """
+    if not formats or not isinstance(source, CodedSource):
+        return None
+    found = [source.read_quantized(part, formats) for part in parts]
+    codes = [weight for weight in found if weight is not None]
+    return codes if len(codes) == len(parts) and _are_alike(codes) else None
+
+
+def move_rows(weight: QuantizedWeight, move: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+    """The same with its rows in another order, or others beside them."""
+    return replace(
+        weight,
+        codes=move(weight.codes),
+        scales=move(weight.scales),
+        zeros=None if weight.zeros is None else move(weight.zeros),
+    )
+
+
+def _are_alike(parts: Sequence[QuantizedWeight]) -> bool:
     kinds = {
         (
             *(p.bits, p.group_size, p.num_inputs, p.activations, p.encoding),
@@ -258,8 +292,14 @@ def stack_quantized(parts: list[QuantizedWeight]) -> QuantizedWeight | None:
         )
         for p in parts
     }
-    if len(kinds) != 1:
+    return len(kinds) == 1
+
+
+def stack_quantized(parts: list[QuantizedWeight]) -> QuantizedWeight | None:
+    """Weights below one another; None: they differ in more than their rows."""
+    if not _are_alike(parts):
         return None
+    first = parts[0]
     zeros = [p.zeros for p in parts if p.zeros is not None]
     return replace(
         first,
