@@ -276,7 +276,24 @@ class Rounds(StepPart):
 
 class Mixing: ...
 
-class HeadAttention(Mixing):
+class CachedMixing(Mixing):
+    def bind_cache(
+        self,
+        stored: int,
+        k: int,
+        v: int,
+        k_scales: int,
+        v_scales: int,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        /,
+    ) -> None: ...
+
+class StateMixing(Mixing):
+    def bind_pages(self, pages: Sequence[int], /) -> None: ...
+    def run(self, x: int, out: int, rounds: Rounds, /) -> None: ...
+
+class HeadAttention(CachedMixing):
     def __init__(
         self,
         dtype: int,
@@ -291,19 +308,8 @@ class HeadAttention(Mixing):
         flags: Sequence[bool],
         /,
     ) -> None: ...
-    def bind_cache(
-        self,
-        stored: int,
-        k: int,
-        v: int,
-        k_scales: int,
-        v_scales: int,
-        sizes: Sequence[int],
-        strides: Sequence[int],
-        /,
-    ) -> None: ...
 
-class LatentAttention(Mixing):
+class LatentAttention(CachedMixing):
     def __init__(
         self,
         dtype: int,
@@ -320,19 +326,8 @@ class LatentAttention(Mixing):
         is_interleaved: bool,
         /,
     ) -> None: ...
-    def bind_cache(
-        self,
-        stored: int,
-        k: int,
-        v: int,
-        k_scales: int,
-        v_scales: int,
-        sizes: Sequence[int],
-        strides: Sequence[int],
-        /,
-    ) -> None: ...
 
-class FusedDelta(Mixing):
+class FusedDelta(StateMixing):
     def __init__(
         self,
         dtype: int,
@@ -342,10 +337,8 @@ class FusedDelta(Mixing):
         sizes: Sequence[int],
         eps: float,
     ) -> None: ...
-    def bind_pages(self, pages: Sequence[int], /) -> None: ...
-    def run(self, x: int, out: int, rounds: Rounds, /) -> None: ...
 
-class FusedMixer(Mixing):
+class FusedMixer(StateMixing):
     def __init__(
         self,
         dtype: int,
@@ -358,8 +351,6 @@ class FusedMixer(Mixing):
         eps: float,
         is_norm_first: bool,
     ) -> None: ...
-    def bind_pages(self, pages: Sequence[int], /) -> None: ...
-    def run(self, x: int, out: int, rounds: Rounds, /) -> None: ...
 
 class Mixture:
     def __init__(

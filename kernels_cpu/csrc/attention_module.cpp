@@ -10,26 +10,19 @@ namespace nb = nanobind;
 namespace quire {
 namespace {
 
-class HeadAttention : public Mixing {
+class HeadAttention : public CachedMixing {
  public:
   // norms: of queries, of keys, of both after the rotation; 0 where there is none. sizes: of `CachedAttention`, then
   // rotated pairs. flags: pairs lie side by side; one norm for all heads; queries are multiplied by their token's factor;
   // gates follow the values.
   HeadAttention(int dtype, const Linear& qkv, const Linear& output, const Sizes& norms, int64_t sinks, const Sizes& sizes,
                 float eps, float scale, float soft_cap, const std::vector<bool>& flags)
-      : qkv_(qkv), output_(output),
-        cached_(DType(dtype), Sizes(sizes.begin(), sizes.end() - 1), scale, soft_cap, at<const float>(sinks)),
-        norms_(norms), eps_(eps), pairs_(sizes.back()) {
+      : CachedMixing(DType(dtype), sizes, scale, soft_cap, at<const float>(sinks)), qkv_(qkv), output_(output),
+        norms_(norms), eps_(eps) {
     if (norms.size() != 3 || flags.size() != 4) throw std::invalid_argument("three norms and four flags");
     is_interleaved_ = flags[0], is_norm_joint_ = flags[1], has_factors_ = flags[2], has_gates_ = flags[3];
   }
 
-  void bind_cache(int stored, int64_t k, int64_t v, int64_t k_scales, int64_t v_scales, const Sizes& sizes,
-                  const Sizes& strides) {
-    cached_.bind(stored, k, v, k_scales, v_scales, sizes, strides);
-  }
-
-  void check(const StepPart& part) const override { cached_.check(part_as<Step>(part)); }
   const LinearWeights& first() const override { return qkv_.weights(); }
 
   void run(const Turn& turn, const StepPart& part, const Angles& angles, const char* x, char* out) const override {
@@ -81,21 +74,18 @@ class HeadAttention : public Mixing {
   }
 
   const Linear &qkv_, &output_;  // Python keeps them alive
-  CachedAttention cached_;
   Sizes norms_;
   float eps_;
-  int64_t pairs_;
   bool is_interleaved_, is_norm_joint_, has_factors_, has_gates_;
 };
 
 }  // namespace
 
 void bind_attention(nb::module_& m) {
-  nb::class_<HeadAttention, Mixing>(m, "HeadAttention")
+  nb::class_<HeadAttention, CachedMixing>(m, "HeadAttention")
       .def(nb::init<int, const Linear&, const Linear&, const Sizes&, int64_t, const Sizes&, float, float, float,
                     const std::vector<bool>&>(),
-           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
-      .def("bind_cache", &HeadAttention::bind_cache);
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
 }
 
 }  // namespace quire

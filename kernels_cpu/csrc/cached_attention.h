@@ -26,4 +26,22 @@ class CachedAttention {
   int64_t element_size_, num_blocks_ = 0;
 };
 
+// A mixing over a cache of keys, and of values or none.
+class CachedMixing : public Mixing {
+ public:
+  // sizes: of `CachedAttention`, then rotated pairs.
+  CachedMixing(DType dtype, const Sizes& sizes, float scale, float soft_cap, const float* sinks)
+      : cached_(dtype, Sizes(sizes.begin(), sizes.end() - 1), scale, soft_cap, sinks), pairs_(sizes.back()) {}
+
+  void bind_cache(int stored, int64_t k, int64_t v, int64_t k_scales, int64_t v_scales, const Sizes& sizes,
+                  const Sizes& strides) {
+    cached_.bind(stored, k, v, k_scales, v_scales, sizes, strides);
+  }
+  void check(const StepPart& part) const override { cached_.check(part_as<Step>(part)); }
+
+ protected:
+  CachedAttention cached_;
+  int64_t pairs_;
+};
+
 }  // namespace quire

@@ -15,7 +15,7 @@ namespace nb = nanobind;
 namespace quire {
 namespace {
 
-class FusedDelta : public Mixing {
+class FusedDelta : public StateMixing {
  public:
   // tensors: weight and bias of the convolution, a, bias of the time steps, norm; 0 where there is none. sizes: bytes of
   // an element, heads of keys, their size, heads of values, their size, taps.
@@ -26,20 +26,6 @@ class FusedDelta : public Mixing {
     values_ = heads_ * v_size_, convolved_ = 2 * groups_ * size_ + values_;
   }
 
-  // x, out [T, H], contiguous, of as many rows as the step has.
-  void run_alone(int64_t x, int64_t out, const Rounds& rounds) const {
-    rounds.check(pages_.at(2));
-    nb::gil_scoped_release released;
-    run({chosen_level(), rounds.num_tokens, nullptr}, rounds, {}, at<const char>(x), at<char>(out));
-  }
-
-  // Addresses of the convolution's inputs and of the states, blocks, strides of both.
-  void bind_pages(const Sizes& pages) {
-    if (pages.size() != 5) throw std::invalid_argument("two pages, and three sizes");
-    pages_ = pages;
-  }
-
-  void check(const StepPart& part) const override { part_as<Rounds>(part).check(pages_.at(2)); }
   const LinearWeights& first() const override { return in_.weights(); }
 
   void run(const Turn& turn, const StepPart& part, const Angles&, const char* x, char* out) const override {
@@ -116,7 +102,7 @@ class FusedDelta : public Mixing {
 
   DType dtype_;
   const Linear &in_, &out_;  // Python keeps them alive
-  Sizes tensors_, pages_ = Sizes(5, 0);
+  Sizes tensors_;
   float eps_;
   int64_t element_size_ = 0, groups_ = 0, size_ = 0, heads_ = 0, v_size_ = 0, taps_ = 0, values_ = 0, convolved_ = 0;
 };
@@ -124,12 +110,10 @@ class FusedDelta : public Mixing {
 }  // namespace
 
 void bind_delta(nb::module_& m) {
-  nb::class_<FusedDelta, Mixing>(m, "FusedDelta")
+  nb::class_<FusedDelta, StateMixing>(m, "FusedDelta")
       .def(nb::init<int, const Linear&, const Linear&, const Sizes&, const Sizes&, float>(), nb::arg("dtype"),
            nb::arg("in_proj"), nb::arg("out_proj"), nb::arg("tensors"), nb::arg("sizes"), nb::arg("eps"),
-           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
-      .def("run", &FusedDelta::run_alone)
-      .def("bind_pages", &FusedDelta::bind_pages);
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
 }
 
 }  // namespace quire

@@ -26,25 +26,18 @@ struct HeadWeight {
   }
 };
 
-class LatentAttention : public Mixing {
+class LatentAttention : public CachedMixing {
  public:
   // q_down: null where queries come from x. norms: of what q_down gives, of the latent. keys, values: see `HeadWeight`.
   // sizes: of `CachedAttention`, then rotated pairs.
   LatentAttention(int dtype, const Linear* q_down, const Linear& q_up, const Linear& kv_down, const Linear& output,
                   const Sizes& norms, const Sizes& keys, const Sizes& values, const Sizes& sizes, float eps, float scale,
                   bool is_interleaved)
-      : q_down_(q_down), q_up_(q_up), kv_down_(kv_down), output_(output),
-        cached_(DType(dtype), Sizes(sizes.begin(), sizes.end() - 1), scale, 0, nullptr), norms_(norms), keys_(keys),
-        values_(values), eps_(eps), pairs_(sizes.back()), is_interleaved_(is_interleaved) {
+      : CachedMixing(DType(dtype), sizes, scale, 0, nullptr), q_down_(q_down), q_up_(q_up), kv_down_(kv_down),
+        output_(output), norms_(norms), keys_(keys), values_(values), eps_(eps), is_interleaved_(is_interleaved) {
     if (norms.size() != 2) throw std::invalid_argument("two norms");
   }
 
-  void bind_cache(int stored, int64_t k, int64_t v, int64_t k_scales, int64_t v_scales, const Sizes& sizes,
-                  const Sizes& strides) {
-    cached_.bind(stored, k, v, k_scales, v_scales, sizes, strides);
-  }
-
-  void check(const StepPart& part) const override { cached_.check(part_as<Step>(part)); }
   const LinearWeights& first() const override { return kv_down_.weights(); }
 
   void run(const Turn& turn, const StepPart& part, const Angles& angles, const char* x, char* out) const override {
@@ -114,24 +107,21 @@ class LatentAttention : public Mixing {
 
   const Linear* q_down_;  // Python keeps it and what follows alive
   const Linear &q_up_, &kv_down_, &output_;
-  CachedAttention cached_;
   Sizes norms_;
   HeadWeight keys_, values_;
   float eps_;
-  int64_t pairs_;
   bool is_interleaved_;
 };
 
 }  // namespace
 
 void bind_latent(nb::module_& m) {
-  nb::class_<LatentAttention, Mixing>(m, "LatentAttention")
+  nb::class_<LatentAttention, CachedMixing>(m, "LatentAttention")
       .def(nb::init<int, const Linear*, const Linear&, const Linear&, const Linear&, const Sizes&, const Sizes&,
                     const Sizes&, const Sizes&, float, float, bool>(),
            nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
            nb::arg(), nb::arg(), nb::arg(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
-           nb::keep_alive<1, 6>())
-      .def("bind_cache", &LatentAttention::bind_cache);
+           nb::keep_alive<1, 6>());
 }
 
 }  // namespace quire

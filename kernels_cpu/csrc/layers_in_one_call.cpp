@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "buffers.h"
+#include "cached_attention.h"
 #include "experts_module.h"
 #include "mixing.h"
 
@@ -216,6 +217,10 @@ void bind_mixing(nb::module_& m) {
   nb::class_<Step, StepPart>(m, "Step").def(nb::init<int64_t, int64_t, int64_t, int64_t, const Sizes&>());
   nb::class_<Rounds, StepPart>(m, "Rounds").def(nb::init<const std::vector<Sizes>&, int64_t>());
   nb::class_<Mixing>(m, "Mixing");
+  nb::class_<CachedMixing, Mixing>(m, "CachedMixing").def("bind_cache", &CachedMixing::bind_cache);
+  nb::class_<StateMixing, Mixing>(m, "StateMixing")
+      .def("bind_pages", &StateMixing::bind_pages)
+      .def("run", &StateMixing::run_alone);
 }
 
 }  // namespace quire

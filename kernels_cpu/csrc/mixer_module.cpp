@@ -18,7 +18,7 @@ namespace quire {
 namespace {
 
 // Mamba has `x_proj` and `dt_proj`; Mamba-2 has neither.
-class FusedMixer : public Mixing {
+class FusedMixer : public StateMixing {
  public:
   // tensors: weight and bias of the convolution, a, d, bias of the time steps, norm after the scan; norms of time steps,
   // B and C; 0 where there is none. sizes: bytes of an element, inner, convolved channels, taps, size of the state, rank
@@ -32,20 +32,6 @@ class FusedMixer : public Mixing {
     rank_ = sizes[5], groups_ = sizes[6];
   }
 
-  // x, out [T, H], contiguous, of as many rows as the step has.
-  void run_alone(int64_t x, int64_t out, const Rounds& rounds) const {
-    rounds.check(pages_.at(2));
-    nb::gil_scoped_release released;
-    run({chosen_level(), rounds.num_tokens, nullptr}, rounds, {}, at<const char>(x), at<char>(out));
-  }
-
-  // Addresses of the convolution's inputs and of the states, blocks, strides of both.
-  void bind_pages(const Sizes& pages) {
-    if (pages.size() != 5) throw std::invalid_argument("two pages, and three sizes");
-    pages_ = pages;
-  }
-
-  void check(const StepPart& part) const override { part_as<Rounds>(part).check(pages_.at(2)); }
   const LinearWeights& first() const override { return in_.weights(); }
 
   void run(const Turn& turn, const StepPart& part, const Angles&, const char* x, char* out) const override {
@@ -143,7 +129,7 @@ class FusedMixer : public Mixing {
   DType dtype_;
   const Linear &in_, &out_;  // Python keeps them alive
   const Linear *x_proj_, *dt_proj_;
-  Sizes tensors_, pages_ = Sizes(5, 0);
+  Sizes tensors_;
   float eps_;
   bool is_norm_first_;
   int64_t element_size_ = 0, inner_ = 0, convolved_ = 0, taps_ = 0, state_ = 0, rank_ = 0, groups_ = 1;
@@ -152,14 +138,12 @@ class FusedMixer : public Mixing {
 }  // namespace
 
 void bind_mixer(nb::module_& m) {
-  nb::class_<FusedMixer, Mixing>(m, "FusedMixer")
+  nb::class_<FusedMixer, StateMixing>(m, "FusedMixer")
       .def(nb::init<int, const Linear&, const Linear&, const Linear*, const Linear*, const Sizes&, const Sizes&, float,
                     bool>(),
            nb::arg("dtype"), nb::arg("in_proj"), nb::arg("out_proj"), nb::arg("x_proj").none(), nb::arg("dt_proj").none(),
            nb::arg("tensors"), nb::arg("sizes"), nb::arg("eps"), nb::arg("is_norm_first"), nb::keep_alive<1, 3>(),
-           nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
-      .def("run", &FusedMixer::run_alone)
-      .def("bind_pages", &FusedMixer::bind_pages);
+           nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>());
 }
 
 }  // namespace quire

@@ -35,6 +35,17 @@ int64_t Rounds::check(int64_t num_blocks) const {
   return num_covered;
 }
 
+void StateMixing::bind_pages(const Sizes& pages) {
+  if (pages.size() != 5) throw std::invalid_argument("two pages, and three sizes");
+  pages_ = pages;
+}
+
+void StateMixing::run_alone(int64_t x, int64_t out, const Rounds& rounds) const {
+  check(rounds);
+  nanobind::gil_scoped_release released;
+  run({chosen_level(), rounds.num_tokens, nullptr}, rounds, {}, at<const char>(x), at<char>(out));
+}
+
 CachedAttention::CachedAttention(DType dtype, const Sizes& sizes, float scale, float soft_cap, const float* sinks) {
   if (sizes.size() != 7) throw std::invalid_argument("seven sizes");
   AttentionArgs& a = args_;

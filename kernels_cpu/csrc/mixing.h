@@ -86,6 +86,19 @@ const Part& part_as(const StepPart& part) {
   return *found;
 }
 
+// A mixing that carries a state from token to token, in pages.
+class StateMixing : public Mixing {
+ public:
+  // Addresses of the convolution's inputs and of the states, blocks, strides of both.
+  void bind_pages(const Sizes& pages);
+  void check(const StepPart& part) const override { part_as<Rounds>(part).check(pages_.at(2)); }
+  // x, out [T, H], contiguous, of as many rows as the step has.
+  void run_alone(int64_t x, int64_t out, const Rounds& rounds) const;
+
+ protected:
+  Sizes pages_ = Sizes(5, 0);
+};
+
 // Add them to the Python module.
 void bind_mixing(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
