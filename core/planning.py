@@ -32,7 +32,7 @@ _ACTIVATION_COPIES = 12
 """Tensors of [tokens, hidden] that a step holds at once, the wide ones of the MLP counted in; an
 estimate.
 """
-_BITS = {"int8": 8.0, "int4": 4.5}
+_BITS = {"int8": 8.0, "int4": 4.5, "fp8": 8.0}
 """Of a weight that is quantized at load, scales and zeros counted in."""
 _LOGIT_COPIES = 3
 """Tensors of [requests, vocabulary] float32 that sampling holds at once; an estimate."""
@@ -346,8 +346,13 @@ def _memory(
 
 
 def _weight_bytes(description: ModelDescription, config: EngineConfig, claims: Capabilities) -> int:
-    """Quantized: the embedding as it is, the head in 8 bits, experts if they may, and the rest."""
-    bits = _BITS.get(config.quantization or "")
+    """Of codes, asked for or stored, the rest after the embedding, the head and perhaps experts.
+
+    The head is asked for in 8 bits, and stored plainly.
+    """
+    is_kept = description.stored_format in claims.quantizations
+    stored = description.stored_format if is_kept else None
+    bits = _BITS.get(config.quantization or stored or "")
     if bits is None:
         return description.weight_bytes(config.dtype)
     embedding = description.vocab_size * description.hidden_size
@@ -357,7 +362,8 @@ def _weight_bytes(description: ModelDescription, config: EngineConfig, claims: C
         wide = mixture.num_expert_weights(description.hidden_size)
     others = description.num_parameters - embedding - wide
     size = size_of_dtype(config.dtype)
-    return int(embedding * (size + 1) + wide * size + others * bits / 8)
+    head = 1 if config.quantization else size
+    return int(embedding * (size + head) + wide * size + others * bits / 8)
 
 
 def _activation_bytes(description: ModelDescription, config: EngineConfig) -> int:

@@ -76,6 +76,8 @@ class ModelDescription:
     """Whether every token of a prompt sees all of it, so that no other prompt can share one."""
     notes: tuple[str, ...] = ()
     """What a user should know of how it runs."""
+    stored_format: str | None = None
+    """Of a checkpoint whose products are stored in codes, as `Capabilities.quantizations`."""
 
     def weight_bytes(self, dtype: str | None = None) -> int:
         """Memory of the plain weights in `dtype` (None: the model's); packing may add to it."""
@@ -132,6 +134,7 @@ def describe_config(
         eos_token_ids=config.eos_token_ids,
         row_elements=row_elements_of(decoder),
         decoder=decoder,
+        stored_format=None if config.stored is None else config.stored.format_name,
     )
 
 

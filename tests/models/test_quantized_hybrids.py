@@ -33,6 +33,7 @@ FAMILIES = {
 }
 PLAIN = ("router", "x_proj", "dt_proj", "conv1d", "shared_expert_gate")
 """Too small, or what decides: no tool quantizes them."""
+FORMAT_NAMES = {"gptq": "int4", "awq": "int4", "integers": "int8", "float8-blocks": "fp8"}
 
 
 def make(tmp_path, family, name, plain_names=PLAIN):
@@ -56,7 +57,7 @@ def cpu():
     device.close()
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq", "integers", "float8-blocks"])
+@pytest.mark.parametrize("name", FORMAT_NAMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantized_checkpoint_gives_the_tokens_of_what_it_means(family, name, tmp_path, cpu):
     """Widened by the reference, multiplied by codes on the CPU, beside transformers."""
@@ -70,6 +71,8 @@ def test_quantized_checkpoint_gives_the_tokens_of_what_it_means(family, name, tm
     ours = load_language_model(make_worker_config(directory), cpu)
     assert tokens_of(ours) == expected
     wide = load_language_model(make_worker_config(plain), cpu)
+    assert describe(plain).stored_format is None
+    assert describe(directory).stored_format == FORMAT_NAMES[name]
     if name != "float8-blocks":  # which the CPU widens
         assert ours.weight_bytes < 0.8 * wide.weight_bytes
 

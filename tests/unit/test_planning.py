@@ -163,3 +163,23 @@ def test_plan_of_a_quantized_mixture_counts_experts_as_the_device_keeps_them(
         for claims in (able, both)
     )
     assert wide - codes == 3 * (2 * 8 * 3 * 64 * 128)
+
+
+@pytest.mark.parametrize(("claimed", "share"), [({"int4"}, 0.75), (set(), 1.0)])
+def test_plan_of_codes_that_are_stored_counts_them_where_they_stay_codes(
+    directory: Path, claimed: set[str], share: float
+) -> None:
+    """A checkpoint in 4 bits must not be refused for the memory of 16, nor promised where it is widened."""
+    able = replace(ABLE, quantizations=frozenset(claimed))
+    wide = weights_of(plan(directory, able))
+    path = directory / "config.json"
+    stored = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "quantization_config": stored}))
+    assert weights_of(plan(directory, able)) <= share * wide
+    assert claimed or weights_of(plan(directory, able)) == wide
+
+
+def weights_of(planned: Plan) -> int:
+    """Bytes of the row of weights."""
+    return next(row.size_bytes for row in planned.memory if row.tag == "weights")

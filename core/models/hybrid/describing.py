@@ -35,7 +35,6 @@ def read_hybrid(directory: Path) -> HybridSpec:
     Raises: CheckpointError, UnsupportedError.
     """
     raw = read_json(directory / "config.json")
-    parse_checkpoint_quantization(raw, directory)  # raises what cannot be read
     architecture = next(name for name in raw["architectures"] if name in FAMILIES)
     try:
         return FAMILIES[architecture](load_config(directory))
@@ -53,6 +52,7 @@ def describe_hybrid(directory: Path) -> ModelDescription:
     Raises: CheckpointError, UnsupportedError.
     """
     spec, config = read_hybrid(directory), load_config(directory)
+    stored = parse_checkpoint_quantization(read_json(directory / "config.json"), directory)
     decoder, dtype = spec.decoder, dtype_of(config)
     return ModelDescription(
         architecture=decoder.architecture,
@@ -68,6 +68,7 @@ def describe_hybrid(directory: Path) -> ModelDescription:
         ops=_ops(spec),
         eos_token_ids=eos_token_ids_of(directory, config),
         row_elements=row_elements_of(decoder) + 8 * spec.mixer.projected_size,
+        stored_format=None if stored is None else stored.format_name,
     )
 
 

@@ -36,7 +36,7 @@ def describe_state_space(directory: Path) -> ModelDescription:
 
     Raises: CheckpointError, UnsupportedError.
     """
-    parse_checkpoint_quantization(read_json(directory / "config.json"), directory)  # raises
+    stored = parse_checkpoint_quantization(read_json(directory / "config.json"), directory)
     config = load_config(directory)
     spec, dtype = read_spec(config), dtype_of(config)
     group = AttentionGroup(
@@ -60,6 +60,7 @@ def describe_state_space(directory: Path) -> ModelDescription:
         ops=tuple(row.name for row in OP_SPECS if row.name in used),
         eos_token_ids=eos_token_ids_of(directory, config),
         row_elements=4 * spec.hidden_size + 8 * spec.projected_size,
+        stored_format=None if stored is None else stored.format_name,
     )
 
 
