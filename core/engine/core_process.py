@@ -20,7 +20,7 @@ from quire.core.engine.endpoints import BoundSockets, Endpoints, bind_sockets, m
 from quire.core.engine.messages import Exited, FromCore, Shutdown, ToCore
 from quire.core.engine.process import run_core_process
 from quire.core.errors import EngineDeadError
-from quire.core.executor.child_process import HANG, HANG_MARK, describe_exit
+from quire.core.executor.child_process import HANG, HANG_MARK, describe_exit, shorten_crash
 from quire.core.executor.error_records import ErrorRecord
 
 _WATCH_ADDRESS = "inproc://exited"
@@ -134,7 +134,7 @@ class CoreProcess:
             text = self.endpoints.crash_file.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
-        return text[:_MAX_CRASH_CHARS]
+        return shorten_crash(text, _MAX_CRASH_CHARS)
 
 
 def _start_watcher(

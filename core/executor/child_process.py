@@ -10,6 +10,7 @@ from typing import TextIO
 
 HANG_MARK = "Timeout ("
 """How faulthandler begins what it leaves after a step without an end."""
+_CRASHED_THREAD = "Current thread "
 HANG = "a step took longer than step_timeout_s: the device hangs, or the limit is too short for it"
 
 
@@ -45,6 +46,17 @@ class StepDeadline:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+def shorten_crash(text: str, max_chars: int) -> str:
+    """What faulthandler left, in at most `max_chars` characters.
+
+    The stack of the thread that crashed comes right after the headline, so that no cut loses it:
+    faulthandler writes the newest thread first, and the one that matters is most often the oldest.
+    """
+    parts = text.split("\n\n")
+    parts[1:] = sorted(parts[1:], key=lambda part: not part.startswith(_CRASHED_THREAD))
+    return "\n\n".join(parts)[:max_chars]
 
 
 def describe_exit(what: str, exit_code: int) -> str:

@@ -18,6 +18,7 @@ from quire.core.config import EngineConfig
 from quire.core.engine import core_process
 from quire.core.engine.client import CoreClient, ProcessClient
 from quire.core.errors import ConfigError, EngineDeadError, RequestError, UnsupportedError
+from quire.core.executor.child_process import shorten_crash
 
 DEADLINE_S = 30.0
 
@@ -185,6 +186,22 @@ def test_receive_after_crash_in_native_code_shows_where():
         assert any("Current thread" in note for note in dead.value.__notes__)
     finally:
         client.close()
+
+
+def test_shorten_crash_keeps_the_thread_that_crashed():
+    """A background thread deep in an import leaves a long stack, and faulthandler writes it first."""
+    deep = "Thread 0x01 (most recent call first):" + '\n  File "deep.py", line 1 in f' * 99
+    crashed = 'Current thread 0x02 (most recent call first):\n  File "here.py", line 2 in g'
+    headline = "Fatal Python error: Segmentation fault"
+    text = f"{headline}\n\n{deep}\n\n{crashed}\n\nExtension modules: zmq"
+    assert shorten_crash(text, 1000) == f"{headline}\n\n{crashed}\n\n{deep}"[:1000]
+
+
+@pytest.mark.parametrize("text", ["", "Timeout (0:00:01)!\nThread 0x01:\n  File", "one\n\ntwo"])
+def test_shorten_crash_leaves_the_rest_in_order(text):
+    """Without a thread that crashed, only the end goes."""
+    assert shorten_crash(text, 1000) == text
+    assert shorten_crash(text, 5) == text[:5]
 
 
 def test_signals_of_the_terminal_do_not_end_the_core():
